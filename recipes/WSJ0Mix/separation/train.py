@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""Train and test a separation model on WSJ0-mix or a set laid out like it.
+
+> python train.py hparams/flashformer.yaml --data_folder /path/to/2speakers
+> python train.py hparams/flashformer-demo.yaml
+
+Without ``data_folder`` a starter set of synthetic voices is made under the
+output folder. Its figures do not compare with those on WSJ0-mix.
+"""
+
+import sys
+from pathlib import Path
+
+import speechbrain as sb
+from hyperpyyaml import load_hyperpyyaml
+from prepare_data import prepare_wsjmix
+from speechbrain.utils.distributed import ddp_init_group, run_on_main
+from speechbrain.utils.logger import get_logger
+
+from speechbrain_flashformer.brain import Separation
+from speechbrain_flashformer.data import load_datasets
+from speechbrain_flashformer.voices import make_voices
+
+logger = get_logger(__name__)
+
+
+def main():
+    """Parse, prepare, train, test."""
+    hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
+    with open(hparams_file, encoding="utf-8") as file:
+        hparams = load_hyperpyyaml(file, overrides)
+    ddp_init_group(run_opts)
+    sb.create_experiment_directory(
+        experiment_directory=hparams["output_folder"],
+        hyperparams_to_save=hparams_file,
+        overrides=overrides,
+    )
+
+    if not hparams["data_folder"]:
+        folder = Path(hparams["output_folder"], "voices")
+        hparams["data_folder"] = str(folder)
+        logger.warning(
+            "No data_folder given: training on synthetic voices in %s. "
+            "Figures on them do not compare with those on WSJ0-mix.",
+            folder,
+        )
+        run_on_main(
+            make_voices,
+            kwargs={
+                "folder": folder,
+                "num_spks": hparams["num_spks"],
+                "sizes": hparams["starter_sizes"],
+                "seed": hparams["seed"],
+                "sample_rate": hparams["sample_rate"],
+            },
+        )
+    run_on_main(
+        prepare_wsjmix,
+        kwargs={
+            "datapath": hparams["data_folder"],
+            "savepath": hparams["save_folder"],
+            "n_spks": hparams["num_spks"],
+            "skip_prep": hparams["skip_prep"],
+            "fs": hparams["sample_rate"],
+        },
+    )
+    train_data, valid_data, test_data = load_datasets(hparams)
+
+    separator = Separation(
+        modules=hparams["modules"],
+        opt_class=hparams["optimizer"],
+        hparams=hparams,
+        run_opts=run_opts,
+        checkpointer=hparams["checkpointer"],
+    )
+    separator.fit(
+        separator.hparams.epoch_counter,
+        train_data,
+        valid_data,
+        train_loader_kwargs=hparams["dataloader_opts"],
+        valid_loader_kwargs=hparams["dataloader_opts_valid"],
+    )
+    separator.evaluate(
+        test_data,
+        min_key="si-snr",
+        test_loader_kwargs=hparams["dataloader_opts_valid"],
+    )
+
+
+if __name__ == "__main__":
+    main()

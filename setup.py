@@ -1,0 +1,57 @@
+"""All metadata of the package; pyproject.toml holds only tool settings."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+PACKAGE = "speechbrain_flashformer"
+VERSION = re.search(
+    r'__version__ = "(.+)"', (HERE / PACKAGE / "__init__.py").read_text()
+)[1]
+
+setup(
+    name="speechbrain-flashformer",
+    version=VERSION,
+    description="Speech separation for SpeechBrain: Transformer layers, FSMN "
+    "memory and Flash Attention at a low token rate",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10,<3.14",
+    packages=[PACKAGE, f"{PACKAGE}.hparams"],
+    package_dir={f"{PACKAGE}.hparams": "hparams"},
+    package_data={f"{PACKAGE}.hparams": ["*.yaml"]},
+    install_requires=[
+        # One minor version of both: torchaudio refuses to import beside a
+        # torch of another one, and its own metadata does not say so.
+        "torch>=2.11,<2.12",
+        "torchaudio>=2.11,<2.12",
+        "speechbrain>=1.1.2,<1.2",
+        "hyperpyyaml>=1.2.3,<1.3",
+        "numpy>=1.26,<3",
+        "soundfile>=0.12.1,<1",
+        "tqdm>=4.64,<5",
+    ],
+    extras_require={
+        "demo": ["espeakng-loader>=0.2.4,<0.3", "matplotlib>=3.8,<4"],
+        "eval": ["mir_eval>=0.7,<0.9"],
+        "flash": ["flash-attn>=2.8,<3"],
+        "onnx": ["onnx>=1.16,<2", "onnxruntime>=1.20,<2"],
+        "dev": [
+            "espeakng-loader>=0.2.4,<0.3",
+            "matplotlib>=3.8,<4",
+            "mir_eval>=0.7,<0.9",
+            "pytest>=8,<10",
+            "ruff>=0.14,<0.18",
+        ],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Multimedia :: Sound/Audio :: Speech",
+    ],
+)

@@ -1,0 +1,387 @@
+"""FlashFormer: a mask network that thinks at a low rate and remembers long.
+
+Frames are merged two by two on the way down (an FSMN block at each rate),
+attention runs on the tokens at the lowest rate, and the way up restores the
+frames with skips: a U over time. Nearly all arithmetic happens where a token
+is ``token_stride`` frames.
+
+Axes: B batch, N encoder channels, L frames, T tokens, C channels, S speakers.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from speechbrain_flashformer.attention import (
+    attend,
+    check_backend,
+    rotary_angles,
+    rotate,
+)
+from speechbrain_flashformer.fsmn import GatedFSMN
+
+
+class GlobalNorm(nn.Module):
+    """Norm over all channels and valid frames of a recording (gLN).
+
+    One mean and one variance per recording keep the level differences between
+    frames, which a norm per frame would hide. Source: Conv-TasNet
+    (arXiv:1809.07454, eq. 9 to 11).
+
+    Arguments
+    ---------
+    channels : int
+        N.
+    eps : float
+        Added to the standard deviation: silence stays finite, and so small that
+        the level of a recording makes no difference.
+
+    Example
+    -------
+    >>> GlobalNorm(16)(torch.randn(2, 50, 16)).shape
+    torch.Size([2, 50, 16])
+    """
+
+    def __init__(self, channels, eps=1e-8):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x, keep=None):
+        """Normalise x [B, L, N]; keep [B, L, 1] is 0 at padded frames."""
+        # Autocast would sum the squares in half precision.
+        wide = x.float()
+        count = x.shape[2] * (x.shape[1] if keep is None else keep.sum((1, 2)))
+        if keep is not None:
+            wide = wide * keep
+        mean = wide.sum((1, 2)) / count
+        power = wide.square().sum((1, 2)) / count
+        scale = (power - mean.square()).clamp(min=0).sqrt() + self.eps
+        normed = (wide - mean[:, None, None]) / scale[:, None, None]
+        return normed * self.weight + self.bias
+
+
+class LayerScale(nn.Module):
+    """A learned weight per channel on a residual branch.
+
+    A bare parameter: recipes that reset every layer after construction call
+    ``reset_parameters`` on each module, and would undo a small start written
+    into a Linear. Source: CaiT (arXiv:2103.17239, eq. 1).
+    """
+
+    def __init__(self, channels, start):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((channels,), float(start)))
+
+    def forward(self, x):
+        """Scale x [..., C]."""
+        return x * self.weight
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with rotary positions, [B, T, C] both ways.
+
+    Arguments
+    ---------
+    d_model : int
+        C, divisible by nhead, with an even C / nhead.
+    nhead : int
+        Attention heads.
+    window : tuple of int
+        Tokens seen to the (left, right); -1 is unbounded.
+    backend : str
+        As in ``attention.attend``.
+
+    Example
+    -------
+    >>> layer = Attention(16, 2)
+    >>> layer(torch.randn(2, 50, 16), rotary_angles(50, 8)).shape
+    torch.Size([2, 50, 16])
+    """
+
+    def __init__(self, d_model, nhead, window=(-1, -1), backend="auto"):
+        super().__init__()
+        self.nhead = nhead
+        self.window = tuple(window)
+        self.backend = backend
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model)
+
+    def forward(self, x, angles, lengths=None):
+        """Attend over x [B, T, C]; lengths [B] are tokens that count."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.nhead, -1)).unbind(2)
+        out = attend(
+            rotate(q, angles),
+            rotate(k, angles),
+            v,
+            window=self.window,
+            backend=self.backend,
+            lengths=lengths,
+        )
+        return self.out(out.flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU feed-forward (arXiv:2002.05202, eq. 6), [B, T, C] both ways."""
+
+    def __init__(self, d_model, d_ffn):
+        super().__init__()
+        self.expand = nn.Linear(d_model, 2 * d_ffn)
+        self.out = nn.Linear(d_ffn, d_model)
+
+    def forward(self, x):
+        """Run on x [B, T, C]."""
+        gate, value = self.expand(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * value)
+
+
+class FlashFormerLayer(nn.Module):
+    """One module at the token rate: attention, gated FSMN, feed-forward.
+
+    Arguments are those of ``FlashFormer``.
+
+    Example
+    -------
+    >>> layer = FlashFormerLayer(16, nhead=2, d_ffn=32)
+    >>> layer(torch.randn(2, 50, 16), rotary_angles(50, 8)).shape
+    torch.Size([2, 50, 16])
+    """
+
+    def __init__(
+        self,
+        d_model,
+        nhead,
+        d_ffn,
+        window=(-1, -1),
+        lookback=20,
+        lookahead=20,
+        dilations=(1,),
+        dropout=0.0,
+        backend="auto",
+    ):
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(d_model)
+        self.attention = Attention(d_model, nhead, window, backend)
+        self.scale_attention = LayerScale(d_model, 0.5)
+        self.fsmn = GatedFSMN(
+            d_model, d_model, lookback, lookahead, dilations, dropout
+        )
+        self.norm_ffn = nn.LayerNorm(d_model)
+        self.ffn = FeedForward(d_model, d_ffn)
+        self.scale_ffn = LayerScale(d_model, 0.5)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, angles, lengths=None, keep=None):
+        """Run on x [B, T, C]; see ``Attention`` and ``GatedFSMN``."""
+        update = self.attention(self.norm_attention(x), angles, lengths)
+        x = x + self.dropout(self.scale_attention(update))
+        x = self.fsmn(x, keep)
+        update = self.ffn(self.norm_ffn(x))
+        return x + self.dropout(self.scale_ffn(update))
+
+
+class FlashFormer(nn.Module):
+    """Mask network for SpeechBrain separation recipes.
+
+    Drop-in for SepFormer's ``Dual_Path_Model``: encoder output in, one
+    non-negative mask per speaker out.
+
+    Arguments
+    ---------
+    in_channels : int
+        N, channels of the encoder.
+    num_spks : int
+        S, masks to estimate; 1 for enhancement.
+    d_model : int
+        Width of the tokens.
+    num_layers : int
+        FlashFormer modules at the token rate.
+    nhead : int
+        Attention heads; d_model / nhead must be a whole even number.
+    d_ffn : int
+        Inner width of the feed-forward parts.
+    d_frame : int
+        Width at the frame rate; it grows to d_model, by the same factor at
+        each merge. Not used when token_stride is 1.
+    token_stride : int
+        Frames per token, a power of two. 1 is attention over every frame.
+    window : tuple of int, optional
+        Tokens that attention sees to the (left, right); -1 is unbounded, None
+        is both unbounded.
+    lookback : int
+        FSMN taps on the past, at every rate.
+    lookahead : int
+        FSMN taps on the future.
+    dilations : sequence of int
+        Dilations of the FSMN at the token rate; at the others it is 1.
+    dropout : float
+        On the residual branches at the token rate (never on the attention
+        weights, for which CPU kernels have no dropout).
+    attention_backend : str
+        As in ``attention.attend``.
+    checkpointing : bool
+        Recompute each module in the backward pass to save memory.
+
+    Example
+    -------
+    >>> masknet = FlashFormer(in_channels=32, d_model=64, num_layers=1)
+    >>> masknet(torch.rand(1, 32, 101)).shape
+    torch.Size([2, 1, 32, 101])
+    """
+
+    def __init__(
+        self,
+        in_channels=256,
+        num_spks=2,
+        d_model=256,
+        num_layers=6,
+        nhead=4,
+        d_ffn=512,
+        d_frame=64,
+        token_stride=8,
+        window=(250, 250),
+        lookback=20,
+        lookahead=20,
+        dilations=(1, 2),
+        dropout=0.0,
+        attention_backend="auto",
+        checkpointing=False,
+    ):
+        super().__init__()
+        check_backend(attention_backend)
+        if d_model % nhead:
+            raise ValueError(
+                f"d_model {d_model} is not divisible by nhead {nhead}"
+            )
+        if (d_model // nhead) % 2:
+            raise ValueError(
+                "rotary positions need an even head width, got "
+                f"d_model / nhead = {d_model} / {nhead} = {d_model // nhead}"
+            )
+        steps = max(token_stride, 1).bit_length() - 1
+        if token_stride != 2**steps:
+            raise ValueError(
+                f"token_stride must be a power of two, got {token_stride}"
+            )
+        self.in_channels, self.num_spks = in_channels, num_spks
+        self.token_stride = token_stride
+        self.head_width = d_model // nhead
+        self.checkpointing = checkpointing
+
+        # Widths at each rate, from frames to tokens, in multiples of 16.
+        growth = (d_model / d_frame) ** (1 / max(steps, 1))
+        widths = [round(d_frame * growth**i / 16) * 16 for i in range(steps)]
+        widths.append(d_model)
+
+        def frame_block(width):
+            return GatedFSMN(width, width, lookback, lookahead)
+
+        pairs = list(zip(widths, widths[1:]))
+        self.norm_in = GlobalNorm(in_channels)
+        self.project = nn.Linear(in_channels, widths[0])
+        self.down = nn.ModuleList(frame_block(width) for width in widths[:-1])
+        self.merge = nn.ModuleList(nn.Linear(2 * a, b) for a, b in pairs)
+        self.layers = nn.ModuleList(
+            FlashFormerLayer(
+                d_model,
+                nhead,
+                d_ffn,
+                window or (-1, -1),
+                lookback,
+                lookahead,
+                dilations,
+                dropout,
+                attention_backend,
+            )
+            for _ in range(num_layers)
+        )
+        self.split = nn.ModuleList(nn.Linear(b, 2 * a) for a, b in pairs)
+        self.up = nn.ModuleList(frame_block(width) for width in widths[:-1])
+        self.norm_out = nn.LayerNorm(widths[0])
+        self.masks = nn.Linear(widths[0], num_spks * in_channels)
+
+    def forward(self, mix_w, lengths=None):
+        """Estimate the masks.
+
+        Arguments
+        ---------
+        mix_w : torch.Tensor
+            Encoder output, [B, N, L], L >= 1.
+        lengths : torch.Tensor, optional
+            Valid part of each row relative to L, in (0, 1], [B]. Padded
+            frames then never change the others; their masks mean nothing.
+
+        Returns
+        -------
+        torch.Tensor
+            Masks, [S, B, N, L], non-negative.
+
+        Raises
+        ------
+        ValueError
+            When mix_w is not [B, in_channels, L] with L >= 1, or lengths does
+            not fit it.
+        """
+        expected = (self.in_channels,)
+        if mix_w.ndim != 3 or mix_w.shape[1:2] != expected or not mix_w.numel():
+            raise ValueError(
+                f"FlashFormer takes [batch, {self.in_channels}, frames], got "
+                f"{tuple(mix_w.shape)}"
+            )
+        _, N, L = mix_w.shape
+        frames = L if lengths is None else self._valid_frames(mix_w, lengths)
+        x = mix_w.transpose(1, 2)
+        x = self.project(self.norm_in(x, _keep(frames, x)))  # [B, L, C]
+        x = F.pad(x, (0, 0, 0, -L % self.token_stride))
+
+        skips = []
+        for block, merge in zip(self.down, self.merge):
+            keep = _keep(frames, x)
+            x = block(x, keep)
+            skips.append((x, keep))
+            if keep is not None:
+                x = x * keep
+            x = merge(x.unflatten(1, (-1, 2)).flatten(2))  # [B, L / 2, C]
+            frames = (frames + 1) // 2
+
+        keep = _keep(frames, x)
+        angles = rotary_angles(x.shape[1], self.head_width, device=x.device)
+        arguments = (angles, None if lengths is None else frames, keep)
+        for layer in self.layers:
+            if self.checkpointing and self.training:
+                x = checkpoint(layer, x, *arguments, use_reentrant=False)
+            else:
+                x = layer(x, *arguments)
+
+        for block, split in zip(reversed(self.up), reversed(self.split)):
+            skip, keep = skips.pop()
+            x = split(x).unflatten(2, (2, -1)).flatten(1, 2)  # [B, 2T, C]
+            x = block(x + skip, keep)
+
+        masks = F.relu(self.masks(self.norm_out(x[:, :L])))
+        return masks.unflatten(2, (self.num_spks, N)).permute(2, 0, 3, 1)
+
+    def _valid_frames(self, mix_w, lengths):
+        """Frames that count in each row, integers [B]."""
+        if lengths.shape != mix_w.shape[:1]:
+            raise ValueError(
+                f"lengths must be [{mix_w.shape[0]}], one per row, got "
+                f"{tuple(lengths.shape)}"
+            )
+        frames = (lengths.to(mix_w.device) * mix_w.shape[2]).round().long()
+        return frames.clamp(1, mix_w.shape[2])
+
+
+def _keep(frames, x):
+    """1 at valid frames and 0 at padded ones, [B, L, 1]; None if all count.
+
+    frames is one number for all rows of x [B, L, C], or a tensor [B].
+    """
+    if isinstance(frames, int):
+        if frames == x.shape[1]:
+            return None
+        frames = torch.tensor([frames], device=x.device)
+    place = torch.arange(x.shape[1], device=x.device)
+    return (place < frames[:, None]).unsqueeze(2).to(x.dtype)

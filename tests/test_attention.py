@@ -1,0 +1,269 @@
+"""Attention: every backend equals the dense oracle, and none is T x T."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from speechbrain_flashformer import attention
+from speechbrain_flashformer.attention import (
+    attend,
+    attention_report,
+    choose_backend,
+    rotary_angles,
+    rotate,
+)
+
+WINDOWS = [
+    (-1, -1),
+    (0, 0),
+    (3, 5),
+    (20, 0),
+    (70, 70),
+    (-1, 4),
+    (4, -1),
+    (5, 1000),
+]
+
+
+def heads(B, tq, tk=None, dtype=torch.float64, H=2, D=8):
+    torch.manual_seed(0)
+    sizes = [(B, tq, H, D)] + [(B, tk or tq, H, D)] * 2
+    return [torch.randn(s, dtype=dtype, requires_grad=True) for s in sizes]
+
+
+def run_both(backend, qkv, **options):
+    """Outputs and gradients of a backend and of the oracle."""
+    grad = torch.randn_like(qkv[0])
+    results = []
+    for name in (backend, "reference"):
+        out = attend(*qkv, backend=name, **options)
+        results.append([out, *torch.autograd.grad(out, qkv, grad)])
+    return zip(*results)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("T", [1, 7, 63, 130, 301])
+def test_sdpa_equals_reference(monkeypatch, window, causal, T):
+    # Small blocks, so that short inputs have interior and edge blocks.
+    monkeypatch.setattr(attention, "MIN_BLOCK", 16)
+    for ours, oracle in run_both(
+        "sdpa", heads(2, T), window=window, causal=causal
+    ):
+        torch.testing.assert_close(ours, oracle, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("tq, tk", [(1, 50), (33, 50), (100, 170)])
+def test_more_keys_than_queries(monkeypatch, window, tq, tk):
+    monkeypatch.setattr(attention, "MIN_BLOCK", 16)
+    for causal in (False, True):
+        for ours, oracle in run_both(
+            "sdpa", heads(2, tq, tk), window=window, causal=causal
+        ):
+            torch.testing.assert_close(ours, oracle, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (10, 10), (10, 0)])
+def test_rows_of_unlike_length(window):
+    qkv = heads(3, 90)
+    lengths = torch.tensor([90, 31, 1])
+    for ours, oracle in run_both("sdpa", qkv, window=window, lengths=lengths):
+        torch.testing.assert_close(ours, oracle, atol=1e-10, rtol=0)
+    out = attend(*qkv, window=window, lengths=lengths)
+    for b, n in enumerate(lengths):
+        alone = attend(*(x[b : b + 1, :n] for x in qkv), window=window)
+        torch.testing.assert_close(out[b : b + 1, :n], alone)
+        assert not out[b, n:].any()
+
+
+def test_reference_against_a_loop():
+    q, k, v = (x.detach() for x in heads(1, 9, 12))
+    out = attend(q, k, v, window=(2, 1), backend="reference")
+    for i, h in itertools.product(range(9), range(2)):
+        place = i + 3
+        seen = slice(max(0, place - 2), place + 2)
+        weights = (k[0, seen, h] @ q[0, i, h] / 8**0.5).softmax(0)
+        torch.testing.assert_close(out[0, i, h], weights @ v[0, seen, h])
+
+
+class Recorder(TorchDispatchMode):
+    """The operators that ran, and the most elements any of them made."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.largest = set(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.names.add(func.overloadpacket.__name__)
+        for x in torch.utils._pytree.tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.numel())
+        return result
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (64, 64), (64, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpu_runs_the_flash_kernel_and_nothing_dense(window, dtype):
+    T = 4096
+    qkv = heads(1, T, dtype=dtype)
+    with Recorder() as ran:
+        attend(*qkv, window=window).sum().backward()
+    flash = "_scaled_dot_product_flash_attention_for_cpu"
+    assert flash in ran.names and flash + "_backward" in ran.names
+    assert not {"_softmax", "bmm", "baddbmm"} & ran.names
+    # Largest is an input or the keys of all blocks, not T x T.
+    assert ran.largest <= 4 * qkv[0].numel() < T * T
+
+
+def test_strided_heads_keep_the_flash_kernel():
+    packed = torch.randn(2, 100, 16, 2, 3)  # last stride is not 1
+    q, k, v = packed.permute(4, 0, 1, 3, 2).unbind(0)
+    with Recorder() as ran:
+        attend(q, k, v, window=(8, 8))
+    assert "_softmax" not in ran.names
+
+
+def test_backward_of_a_window_is_linear_in_length():
+    def most(T):
+        with Recorder() as ran:
+            attend(*heads(1, T), window=(16, 16)).sum().backward()
+        return ran.largest
+
+    assert most(8192) <= 2.1 * most(4096)
+
+
+def test_errors_name_the_matter():
+    q, k, v = heads(1, 5)
+    with pytest.raises(ValueError, match="unknown attention backend 'flash'"):
+        attend(q, k, v, backend="flash")
+    with pytest.raises(ValueError, match=r"q \[B, Tq, H, D\]"):
+        attend(q[0], k, v)
+    with pytest.raises(ValueError, match="Tk >= Tq"):
+        attend(q, k[:, :3], v[:, :3])
+    with pytest.raises(ValueError, match="window"):
+        attend(q, k, v, window=(-2, 0))
+    with pytest.raises(ValueError, match="lengths"):
+        attend(q, k, v, lengths=torch.tensor([5, 5]))
+    with pytest.raises(ValueError, match="even head width, got 7"):
+        rotary_angles(4, 7)
+
+
+def test_a_backend_that_cannot_run_says_why_and_what_can():
+    q, k, v = heads(1, 5, dtype=torch.float32)
+    with pytest.raises(RuntimeError) as error:
+        attend(q, k, v, backend="flash_attn")
+    assert "flash_attn: " in str(error.value)
+    assert "Can run: sdpa, reference" in str(error.value)
+
+
+def test_attention_dropout_on_cpu_is_refused_not_dense():
+    q, k, v = heads(1, 5, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="sdpa: attention dropout"):
+        attend(q, k, v, dropout_p=0.1)
+    assert attend(q, k, v, dropout_p=0.1, backend="reference").shape == q.shape
+
+
+def test_report_names_what_ran_and_why_not_the_others():
+    q, k, v = heads(1, 5, dtype=torch.float32)
+    with attention_report() as ran:
+        attend(q, k, v)
+        attend(q, k, v, backend="reference")
+    assert [entry["backend"] for entry in ran] == ["sdpa", "reference"]
+    assert set(ran[0]["not_used"]) == {"flash_attn", "torch_flash"}
+
+
+class FakeFlash:
+    """flash-attn's contract, checked; the oracle computes.
+
+    Signature and semantics as documented by flash-attn 2: half precision,
+    [B, T, H, D] (or packed [total, H, D] with int32 starts), a window of
+    inclusive sides where -1 is unbounded.
+    """
+
+    def __init__(self):
+        self.calls = 0
+
+    def check(self, q, k, v, window_size):
+        self.calls += 1
+        for x in (q, k, v):
+            assert x.dtype in (torch.float16, torch.bfloat16)
+            assert x.stride(-1) == 1 and x.shape[-1] <= 256
+        assert len(window_size) == 2 and min(window_size) >= -1
+
+    def dense(
+        self, q, k, v, dropout_p=0.0, causal=False, window_size=(-1, -1)
+    ):
+        assert q.ndim == 4
+        self.check(q, k, v, window_size)
+        return attend(q, k, v, window_size, causal, backend="reference")
+
+    def packed(
+        self,
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        window_size=(-1, -1),
+    ):
+        assert q.ndim == 3
+        self.check(q, k, v, window_size)
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        assert type(max_seqlen_q) is type(max_seqlen_k) is int
+        starts = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist())
+        rows = []
+        for (q0, k0), (q1, k1) in itertools.pairwise(starts):
+            assert q1 - q0 <= max_seqlen_q and k1 - k0 <= max_seqlen_k
+            row = [x[None] for x in (q[q0:q1], k[k0:k1], v[k0:k1])]
+            rows.append(attend(*row, window_size, backend="reference")[0])
+        return torch.cat(rows)
+
+
+@pytest.mark.parametrize("backend", ["flash_attn", "torch_flash"])
+@pytest.mark.parametrize("window", [(-1, -1), (5, 2), (5, 0), (99, 0)])
+@pytest.mark.parametrize("lengths", [None, torch.tensor([40, 17, 1])])
+def test_flash_adapters_keep_the_contract(
+    monkeypatch, backend, window, lengths
+):
+    fake = FakeFlash()
+    monkeypatch.setattr(attention, "flash_attn_func", fake.dense)
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", fake.packed)
+    monkeypatch.setattr(attention, "varlen_attn", fake.packed)
+    # The stand-in runs on the CPU; only the check of the device is lifted.
+    monkeypatch.setattr(attention, "_why_not_flash_kernel", lambda q: None)
+    qkv = heads(3, 40, dtype=torch.bfloat16)
+    for ours, oracle in run_both(
+        backend, qkv, window=window, lengths=lengths
+    ):
+        torch.testing.assert_close(ours, oracle)
+    assert fake.calls
+
+
+def test_auto_takes_flash_attn_first(monkeypatch):
+    q = torch.zeros(1, 4, 1, 8, dtype=torch.bfloat16)
+    monkeypatch.setattr(attention, "flash_attn_func", FakeFlash().dense)
+    monkeypatch.setattr(attention, "_why_not_flash_kernel", lambda q: None)
+    assert choose_backend(q, q, (-1, -1))[0] == "flash_attn"
+    assert choose_backend(q, q, (-1, -1), "sdpa")[0] == "sdpa"
+
+
+def test_rotary_positions_are_relative():
+    q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 30, 1, 16)
+    angles = rotary_angles(30, 16)
+    scores = torch.einsum(
+        "bqhd,bkhd->qk", rotate(q, angles), rotate(k, angles)
+    )
+    for distance in (-7, 0, 12):
+        band = scores.diagonal(distance)
+        torch.testing.assert_close(band, band[:1].expand_as(band))
+    # The same far into a recording of an hour.
+    far = rotary_angles(30, 16, offset=450_000)
+    late = torch.einsum("bqhd,bkhd->qk", rotate(q, far), rotate(k, far))
+    torch.testing.assert_close(late, scores, atol=1e-4, rtol=0)

@@ -1,0 +1,60 @@
+"""FSMN: the filter is the paper's sum, and its reach is what it says."""
+
+import pytest
+import torch
+
+from speechbrain_flashformer.fsmn import FSMN, GatedFSMN
+
+
+@pytest.mark.parametrize("lookback, lookahead", [(4, 4), (6, 1), (0, 3), (5, 0)])
+@pytest.mark.parametrize("dilation", [1, 3])
+@pytest.mark.parametrize("T", [1, 5, 40])
+def test_equals_the_sum_over_taps(lookback, lookahead, dilation, T):
+    fsmn = FSMN(3, lookback, lookahead, dilation).double()
+    x = torch.randn(2, T, 3, dtype=torch.float64, requires_grad=True)
+    expected = x.clone()
+    for tap in range(-lookback, lookahead + 1):
+        weight = fsmn.weight[:, 0, 0, tap + lookback]
+        for t in range(T):
+            source = t + tap * dilation
+            if 0 <= source < T:
+                step = torch.zeros_like(x)
+                step[:, t] = 1
+                expected = expected + step * (x[:, source] * weight)[:, None]
+    torch.testing.assert_close(fsmn(x), expected)
+    grad = torch.randn_like(x)
+    inputs = (x, fsmn.weight)
+    for ours, oracle in zip(
+        torch.autograd.grad(fsmn(x), inputs, grad),
+        torch.autograd.grad(expected, inputs, grad),
+    ):
+        torch.testing.assert_close(ours, oracle)
+
+
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_reach_is_the_orders_times_the_dilation(lookahead):
+    fsmn = FSMN(1, lookback=3, lookahead=lookahead, dilation=2)
+    x = torch.zeros(1, 41, 1)
+    x[0, 20] = 1
+    heard = fsmn(x)[0, :, 0].detach().nonzero().flatten().tolist()
+    assert heard == list(range(20 - 2 * lookahead, 20 + 6 + 1, 2))
+
+
+def test_causal_when_nothing_is_looked_ahead():
+    block = GatedFSMN(4, 8, lookback=5, lookahead=0, dilations=(1, 2))
+    x = torch.randn(1, 30, 4, requires_grad=True)
+    block(x)[0, 12].sum().backward()
+    assert not x.grad[0, 13:].any() and x.grad[0, 12].any()
+
+
+def test_padding_is_never_remembered():
+    block = GatedFSMN(4, 8, lookback=5, lookahead=5, dilations=(1, 2)).eval()
+    x = torch.randn(1, 30, 4)
+    keep = (torch.arange(30) < 17).float()[None, :, None]
+    torch.testing.assert_close(block(x, keep)[:, :17], block(x[:, :17]))
+
+
+@pytest.mark.parametrize("wrong", [(-1, 0, 1), (0, -1, 1), (1, 1, 0)])
+def test_impossible_orders_are_refused(wrong):
+    with pytest.raises(ValueError, match="FSMN needs"):
+        FSMN(4, *wrong)

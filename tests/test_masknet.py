@@ -1,0 +1,200 @@
+"""The lobe: its contract with SpeechBrain, and what must not change it."""
+
+import copy
+
+import pytest
+import torch
+
+from speechbrain_flashformer import FlashFormer
+from speechbrain_flashformer.attention import attention_report
+from speechbrain_flashformer.masknet import GlobalNorm
+
+
+def small(**options):
+    torch.manual_seed(0)
+    defaults = {
+        "in_channels": 12,
+        "d_model": 32,
+        "num_layers": 2,
+        "nhead": 2,
+        "d_ffn": 48,
+        "d_frame": 16,
+        "window": (4, 4),
+    }
+    return FlashFormer(**{**defaults, **options}).eval()
+
+
+@pytest.mark.parametrize("num_spks", [1, 2, 3, 5])
+@pytest.mark.parametrize("L", [1, 2, 7, 8, 9, 100])
+@pytest.mark.parametrize("token_stride", [1, 2, 8])
+def test_masks_for_any_length_and_number_of_speakers(
+    num_spks, L, token_stride
+):
+    masknet = small(num_spks=num_spks, token_stride=token_stride)
+    masks = masknet(torch.rand(2, 12, L))
+    assert masks.shape == (num_spks, 2, 12, L)
+    assert masks.isfinite().all() and (masks >= 0).all()
+
+
+def test_original_arrangement_attends_over_every_frame():
+    masknet = small(token_stride=1, window=None)
+    assert not masknet.down and not masknet.up
+    with attention_report() as ran:
+        masknet(torch.rand(1, 12, 50))
+    assert len(ran) == 2
+    # Frames far apart are joined in one layer.
+    x = torch.rand(1, 12, 400, requires_grad=True)
+    masknet(x)[..., -1].sum().backward()
+    assert x.grad[0, :, 0].any()
+
+
+@pytest.mark.parametrize("token_stride", [1, 8])
+@pytest.mark.parametrize("window", [(4, 4), None])
+def test_a_row_alone_equals_the_same_row_in_a_padded_batch(
+    token_stride, window
+):
+    masknet = small(token_stride=token_stride, window=window).double()
+    lengths = torch.tensor([101, 64, 37, 1])
+    x = torch.rand(4, 12, 101, dtype=torch.float64)
+    for b, n in enumerate(lengths):
+        x[b, :, n:] = 9.0  # padding that would be noticed
+    masks = masknet(x, lengths / 101)
+    for b, n in enumerate(lengths):
+        alone = masknet(x[b : b + 1, :, :n])
+        torch.testing.assert_close(masks[:, b : b + 1, :, :n], alone)
+
+
+def test_rows_of_a_batch_do_not_mix():
+    masknet = small()
+    x = torch.rand(3, 12, 50)
+    torch.testing.assert_close(masknet(x)[:, 1:2], masknet(x[1:2]))
+
+
+def test_level_of_the_mixture_changes_nothing():
+    masknet = small()
+    x = torch.rand(1, 12, 50)
+    torch.testing.assert_close(masknet(1e-3 * x), masknet(x))
+
+
+def test_silence_is_finite():
+    masknet = small().train()
+    x = torch.zeros(1, 12, 50, requires_grad=True)
+    masknet(x).sum().backward()
+    assert x.grad.isfinite().all()
+    for p in masknet.parameters():
+        assert p.grad.isfinite().all()
+
+
+def test_global_norm_of_one_recording():
+    x = torch.rand(2, 50, 12) * 3 + 1
+    normed = GlobalNorm(12)(x)
+    for row in normed:
+        assert row.mean().abs() < 1e-4
+        assert (row.std(unbiased=False) - 1).abs() < 1e-4
+
+
+def reset_recursively(layer):
+    """What SpeechBrain's recipes do to every model before training."""
+    if hasattr(layer, "reset_parameters"):
+        layer.reset_parameters()
+    for child in layer.modules():
+        if layer is not child:
+            reset_recursively(child)
+
+
+def test_special_starts_survive_a_recursive_reset():
+    masknet = small()
+    special = {
+        name: p.clone()
+        for name, p in masknet.named_parameters()
+        if "scale" in name
+    }
+    assert special
+    reset_recursively(masknet)
+    after = dict(masknet.named_parameters())
+    for name, before in special.items():
+        torch.testing.assert_close(after[name], before)
+    # Every other matrix did get a new draw, of the same size.
+    fresh = small()
+    for (name, p), q in zip(
+        masknet.named_parameters(), fresh.parameters()
+    ):
+        if p.ndim > 1:
+            assert not torch.equal(p, q), name
+            assert 0.5 < p.std() / q.std() < 2, name
+
+
+def test_checkpointing_changes_memory_not_gradients():
+    plain, saving = small().train(), small(checkpointing=True).train()
+    x = torch.rand(2, 12, 60)
+    for masknet in (plain, saving):
+        masknet(x).square().sum().backward()
+    for p, q in zip(plain.parameters(), saving.parameters()):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_keys_do_not_depend_on_options_without_weights():
+    keys = set(small().state_dict())
+    for options in (
+        {"window": None},
+        {"attention_backend": "reference"},
+        {"checkpointing": True},
+        {"dropout": 0.1},
+    ):
+        assert set(small(**options).state_dict()) == keys
+    size = sum(x.numel() for x in small().state_dict().values())
+    assert size == sum(p.numel() for p in small().parameters())
+
+
+def test_windowed_network_hears_a_finite_span():
+    masknet = small(window=(2, 2), lookback=3, lookahead=3, dilations=(1,))
+    masknet.norm_in = torch.nn.Identity()  # global by design
+    masknet.norm_in.forward = lambda x, keep: x
+    x = torch.rand(1, 12, 2000, requires_grad=True)
+    masknet(x)[..., 1000].sum().backward()
+    heard = x.grad[0].any(0).nonzero().flatten()
+    assert 1000 - heard.min() < 300 and heard.max() - 1000 < 300
+
+
+def test_autocast_keeps_the_shape_and_nearly_the_values():
+    masknet = small()
+    x = torch.rand(2, 12, 60)
+    with torch.autocast("cpu", torch.bfloat16):
+        masks = masknet(x)
+    assert (masks.float() - masknet(x)).abs().max() < 0.05
+
+
+def test_deep_copies_are_equal():
+    masknet = small()
+    x = torch.rand(1, 12, 30)
+    torch.testing.assert_close(copy.deepcopy(masknet)(x), masknet(x))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"d_model": 33}, "d_model 33 is not divisible by nhead 2"),
+        ({"d_model": 30}, "even head width"),
+        ({"token_stride": 6}, "power of two, got 6"),
+        ({"token_stride": 0}, "power of two, got 0"),
+    ],
+)
+def test_impossible_sizes_are_refused_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        small(**options)
+
+
+@pytest.mark.parametrize("shape", [(12, 50), (1, 11, 50), (1, 12, 0)])
+def test_wrong_input_is_refused(shape):
+    with pytest.raises(ValueError, match=r"\[batch, 12, frames\]"):
+        small()(torch.rand(shape))
+
+
+def test_wrong_lengths_are_refused():
+    with pytest.raises(ValueError, match=r"lengths must be \[2\]"):
+        small()(torch.rand(2, 12, 50), torch.ones(3))
+
+
+def test_unknown_backend_is_refused_before_training():
+    with pytest.raises(ValueError, match="unknown attention backend 'flsh'"):
+        small(attention_backend="flsh")
