@@ -17,6 +17,72 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+
+def depthwise_filter(x, weight, pad, dilation):
+    """Filter each channel of x [B, T, C] along T with weight [C, 1, 1, taps].
+
+    Returns [B, T + 2 pad dilation - (taps - 1) dilation, C].
+    """
+    # [B, T, C] seen as an image [B, C, 1, T] is already in the layout that
+    # the fast depthwise kernels want (channels last): on CPU 10 to 20 times
+    # faster than conv1d on [B, C, T].
+    return (
+        F.conv2d(
+            x.transpose(1, 2).unsqueeze(2),
+            weight,
+            padding=(0, pad * dilation),
+            dilation=(1, dilation),
+            groups=weight.shape[0],
+        )
+        .squeeze(2)
+        .transpose(1, 2)
+    )
+
+
+class _CpuFilter(torch.autograd.Function):
+    """``depthwise_filter`` with a fast gradient for the weight.
+
+    On CPU the gradient for the weight is 2 to 10 times faster with time as
+    the height of the image rather than its width. Always in float32: the
+    bfloat16 kernel hangs for 16 channels or fewer (torch 2.11).
+    """
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    def forward(ctx, x, weight, pad, dilation):
+        ctx.save_for_backward(x, weight)
+        ctx.pad, ctx.dilation = pad, dilation
+        return depthwise_filter(x, weight, pad, dilation)
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        channels, _, _, taps = weight.shape
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            # The mirrored filter, back to the length of x.
+            grad_x = depthwise_filter(
+                grad, weight.flip(3), taps - 1 - ctx.pad, ctx.dilation
+            )
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.ops.aten.convolution_backward(
+                grad.transpose(1, 2).unsqueeze(3),
+                x.transpose(1, 2).unsqueeze(3),
+                weight.transpose(2, 3),
+                None,
+                (1, 1),
+                (ctx.pad * ctx.dilation, 0),
+                (ctx.dilation, 1),
+                False,
+                (0, 0),
+                channels,
+                (False, True, False),
+            )[1].transpose(2, 3)
+        return grad_x, grad_weight, None, None
 
 
 class FSMN(nn.Module):
@@ -62,19 +128,13 @@ class FSMN(nn.Module):
 
     def forward(self, x):
         """Filter x [B, T, C] along T; same shape."""
-        # [B, T, C] seen as an image [B, C, 1, T] is already in the layout
-        # that the fast depthwise kernels want (channels last): 10 to 20 times
-        # faster on CPU than conv1d on [B, C, T].
-        image = x.transpose(1, 2).unsqueeze(2)
         pad = max(self.lookback, self.lookahead)
-        memory = F.conv2d(
-            image,
-            self.weight,
-            padding=(0, pad * self.dilation),
-            dilation=(1, self.dilation),
-            groups=self.weight.shape[0],
-        )
-        memory = memory.squeeze(2).transpose(1, 2)
+        if x.device.type == "cpu":
+            wide = torch.promote_types(x.dtype, torch.float32)
+            inputs = x.to(wide), self.weight.to(wide)
+            memory = _CpuFilter.apply(*inputs, pad, self.dilation).to(x.dtype)
+        else:
+            memory = depthwise_filter(x, self.weight, pad, self.dilation)
         start = (pad - self.lookback) * self.dilation
         return x + memory[:, start : start + x.shape[1]]
 

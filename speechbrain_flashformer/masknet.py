@@ -34,8 +34,8 @@ class GlobalNorm(nn.Module):
     channels : int
         N.
     eps : float
-        Added to the standard deviation: silence stays finite, and so small that
-        the level of a recording makes no difference.
+        Least standard deviation: silence stays finite. So small that the
+        level of a recording makes no difference.
 
     Example
     -------
@@ -52,14 +52,15 @@ class GlobalNorm(nn.Module):
     def forward(self, x, keep=None):
         """Normalise x [B, L, N]; keep [B, L, 1] is 0 at padded frames."""
         # Autocast would sum the squares in half precision.
-        wide = x.float()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         count = x.shape[2] * (x.shape[1] if keep is None else keep.sum((1, 2)))
         if keep is not None:
             wide = wide * keep
         mean = wide.sum((1, 2)) / count
         power = wide.square().sum((1, 2)) / count
-        scale = (power - mean.square()).clamp(min=0).sqrt() + self.eps
-        normed = (wide - mean[:, None, None]) / scale[:, None, None]
+        variance = (power - mean.square()).clamp(min=0)
+        scale = (variance + self.eps**2).rsqrt()
+        normed = (wide - mean[:, None, None]) * scale[:, None, None]
         return normed * self.weight + self.bias
 
 
