@@ -12,9 +12,15 @@ import sys
 from pathlib import Path
 
 import speechbrain as sb
+import torch
 from hyperpyyaml import load_hyperpyyaml
+from plot_results import plot_results
 from prepare_data import prepare_wsjmix
-from speechbrain.utils.distributed import ddp_init_group, run_on_main
+from speechbrain.utils.distributed import (
+    ddp_init_group,
+    infer_device,
+    run_on_main,
+)
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_flashformer.brain import Separation
@@ -30,6 +36,7 @@ def main():
     with open(hparams_file, encoding="utf-8") as file:
         hparams = load_hyperpyyaml(file, overrides)
     ddp_init_group(run_opts)
+    hparams.setdefault("precision", default_precision(run_opts["device"]))
     sb.create_experiment_directory(
         experiment_directory=hparams["output_folder"],
         hyperparams_to_save=hparams_file,
@@ -49,7 +56,10 @@ def main():
             kwargs={
                 "folder": folder,
                 "num_spks": hparams["num_spks"],
-                "sizes": hparams["starter_sizes"],
+                "sizes": [
+                    hparams[f"starter_{part}"]
+                    for part in ("train", "valid", "test")
+                ],
                 "seed": hparams["seed"],
                 "sample_rate": hparams["sample_rate"],
             },
@@ -85,6 +95,14 @@ def main():
         min_key="si-snr",
         test_loader_kwargs=hparams["dataloader_opts_valid"],
     )
+    if hparams["plot_results"]:
+        run_on_main(plot_results, args=[hparams["output_folder"]])
+
+
+def default_precision(device):
+    """Half precision where the device has a bfloat16 worth using."""
+    on_gpu = "cuda" in (device or infer_device())
+    return "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
 
 
 if __name__ == "__main__":

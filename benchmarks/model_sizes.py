@@ -1,0 +1,39 @@
+#!/usr/bin/env python3
+"""Parameters and MACs of every size in hparams/, as a Markdown table.
+
+> python benchmarks/model_sizes.py
+
+MACs are FLOPs / 2 of encoder, masknet and decoder by torch's FlopCounterMode,
+which counts the attention products, per second of 8 kHz audio.
+"""
+
+from pathlib import Path
+
+import torch
+from hyperpyyaml import load_hyperpyyaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from speechbrain_flashformer.separate import separate
+
+HPARAMS = Path(__file__).resolve().parent.parent / "hparams"
+SECONDS = 16
+
+
+def main():
+    """Print a row for each size."""
+    print("| size | parameters (M) | GMAC per second of 8 kHz audio |")
+    print("|---|---|---|")
+    for size in ("tiny", "base", "large"):
+        with open(HPARAMS / f"flashformer-{size}.yaml") as file:
+            hparams = load_hyperpyyaml(file)
+        model = [hparams[part] for part in ("Encoder", "MaskNet", "Decoder")]
+        mixture = torch.randn(1, SECONDS * hparams["sample_rate"])
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            separate(mixture, *model)
+        macs = counter.get_total_flops() / 2e9 / SECONDS
+        count = sum(p.numel() for part in model for p in part.parameters())
+        print(f"| {size} | {count / 1e6:.1f} | {macs:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+#!/usr/bin/env python3
+"""Draw a training: its learning curve, and one test mixture taken apart.
+
+> python plot_results.py results/flashformer-demo/1234
+
+Writes ``results.png`` into the output folder. Needs matplotlib (the extra
+``demo``).
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import soundfile
+
+FRAME, DYNAMIC_RANGE_DB = 256, 70
+
+
+def plot_results(output_folder):
+    """Draw ``train_log.txt`` and the first mixture of ``audio_results``.
+
+    Arguments
+    ---------
+    output_folder : str or Path
+        Of a finished training with ``save_audio``.
+
+    Returns
+    -------
+    Path
+        The PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder = Path(output_folder)
+    mixture = min((folder / "audio_results").glob("*_mix.wav"))
+    name = mixture.name.removesuffix("_mix.wav")
+    sources = sorted(mixture.parent.glob(f"{name}_s?.wav"))
+    figure = pyplot.figure(
+        figsize=(4.5 * len(sources), 9), layout="constrained"
+    )
+    grid = figure.add_gridspec(4, len(sources))
+    _draw_curve(figure.add_subplot(grid[0, :]), folder / "train_log.txt")
+    _draw_spectrogram(figure.add_subplot(grid[1, :]), mixture, "mixture")
+    for i, source in enumerate(sources):
+        estimate = source.with_name(f"{source.stem}hat.wav")
+        _draw_spectrogram(
+            figure.add_subplot(grid[2, i]), source, f"speaker {i + 1}, clean"
+        )
+        _draw_spectrogram(
+            figure.add_subplot(grid[3, i]),
+            estimate,
+            f"speaker {i + 1}, separated",
+        )
+    figure.suptitle(f"{folder}: {name}", fontsize=9)
+    path = folder / "results.png"
+    partial = path.with_name("results.partial")
+    figure.savefig(partial, dpi=110, format="png")
+    pyplot.close(figure)
+    os.replace(partial, path)
+    return path
+
+
+def _draw_curve(axes, log):
+    """SI-SNR by epoch; the log holds the loss, its negative."""
+    number = r"(-?[\d.]+(?:e[+-]\d+)?)"
+    for what, label in (("train", "training"), ("valid", "validation")):
+        points = re.findall(
+            rf"epoch: (\d+),.*?{what} si-snr: {number}", log.read_text()
+        )
+        axes.plot(
+            [int(epoch) for epoch, _ in points],
+            [-float(loss) for _, loss in points],
+            marker=".",
+            label=label,
+        )
+    axes.set(xlabel="epoch", ylabel="SI-SNR (dB)", title="learning curve")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _draw_spectrogram(axes, path, title):
+    signal, rate = soundfile.read(path)
+    _, _, _, image = axes.specgram(
+        signal + 1e-9, NFFT=FRAME, Fs=rate, noverlap=FRAME * 3 // 4
+    )
+    top = image.get_array().max()
+    image.set_clim(top - DYNAMIC_RANGE_DB, top)
+    axes.set(xlabel="s", ylabel="Hz", title=title)
+
+
+if __name__ == "__main__":
+    print(plot_results(*sys.argv[1:]))

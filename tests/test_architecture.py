@@ -1,0 +1,72 @@
+"""The house: imports go one way, and every room can be entered alone."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "speechbrain_flashformer"
+
+# Room -> the rooms it may import. No room imports a sibling not named here.
+MAY_IMPORT = {
+    "__init__": {"masknet"},
+    "attention": set(),
+    "fsmn": set(),
+    "masknet": {"attention", "fsmn"},
+    "separate": set(),
+    "metrics": set(),
+    "data": set(),
+    "brain": {"metrics", "separate"},
+    "voices": set(),
+}
+TORCH_ONLY = ("attention", "fsmn", "masknet", "separate", "metrics")
+
+
+def imports(path):
+    """Full names of the modules that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"relative import in {path}"
+            yield node.module
+
+
+def test_every_room_is_listed():
+    rooms = {path.stem for path in (ROOT / PACKAGE).glob("*.py")}
+    assert rooms == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_imports_go_one_way(room):
+    found = {
+        name.split(".")[1]
+        for name in imports(ROOT / PACKAGE / f"{room}.py")
+        if name.startswith(PACKAGE + ".")
+    }
+    assert found <= MAY_IMPORT[room]
+
+
+@pytest.mark.parametrize("room", TORCH_ONLY)
+def test_the_network_needs_torch_alone(room):
+    tops = {
+        name.split(".")[0] for name in imports(ROOT / PACKAGE / f"{room}.py")
+    }
+    outside = tops - set(sys.stdlib_module_names) - {PACKAGE}
+    assert outside <= {"torch", "flash_attn"}
+
+
+def test_importing_the_masknet_does_not_import_speechbrain():
+    code = (
+        f"import sys, {PACKAGE}; {PACKAGE}.FlashFormer; "
+        "sys.exit('speechbrain' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_no_module_named_for_nothing():
+    names = {path.stem for path in ROOT.rglob("*.py")}
+    assert not names & {"utils", "util", "helpers", "common", "misc"}

@@ -1,0 +1,110 @@
+"""The yaml files: each size loads alone, fits its budget, drops in anywhere."""
+
+import importlib.util
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from hyperpyyaml import load_hyperpyyaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from speechbrain_flashformer import FlashFormer
+from speechbrain_flashformer.separate import separate
+
+ROOT = Path(__file__).parent.parent
+# GMAC per second of 8 kHz audio.
+BUDGET = {"tiny": 0.4, "base": 4.0, "large": 20.0}
+
+
+def load(path, overrides=None):
+    with open(path, encoding="utf-8") as file:
+        return load_hyperpyyaml(file, overrides)
+
+
+def size(name):
+    return ROOT / "hparams" / f"flashformer-{name}.yaml"
+
+
+@pytest.mark.parametrize("name", BUDGET)
+def test_each_size_loads_alone_and_fits_its_budget(name):
+    hparams = load(size(name))
+    assert isinstance(hparams["MaskNet"], FlashFormer)
+    assert hparams["num_spks"] == 2 and hparams["sample_rate"] == 8000
+    model = [hparams[part] for part in ("Encoder", "MaskNet", "Decoder")]
+    seconds = 4
+    mixture = torch.randn(1, seconds * 8000)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        separate(mixture, *model)
+    macs = counter.get_total_flops() / 2 / seconds
+    assert macs <= BUDGET[name] * 1e9
+    # The attention products are in it.
+    counted = str(counter.get_flop_counts()["Global"])
+    assert "scaled_dot_product" in counted
+
+
+@pytest.mark.parametrize("name", BUDGET)
+def test_every_number_can_be_overridden(name):
+    numbers = {
+        "num_spks": 3,
+        "sample_rate": 16000,
+        "N_encoder_out": 24,
+        "kernel_size": 32,
+        "d_model": 32,
+        "num_layers": 1,
+        "nhead": 2,
+        "d_ffn": 40,
+        "d_frame": 16,
+        "token_stride": 4,
+        "window": None,
+        "lookback": 3,
+        "lookahead": 1,
+        "dilations": [1],
+        "dropout": 0.1,
+        "attention_backend": "sdpa",
+        "checkpointing": True,
+    }
+    hparams = load(size(name), numbers)
+    for key, value in numbers.items():
+        assert hparams[key] == value
+    model = [hparams[part] for part in ("Encoder", "MaskNet", "Decoder")]
+    assert separate(torch.randn(1, 500), *model).shape == (1, 500, 3)
+    # And nothing else is a number of the model.
+    plain = {
+        key for key, value in hparams.items() if not callable(value)
+    }
+    assert plain == {*numbers, "kernel_stride"}
+
+
+def test_one_include_drops_the_masknet_into_another_recipe(tmp_path):
+    recipe = io.StringIO(
+        f"flashformer: !include:{size('tiny')} {{N_encoder_out: 64}}\n"
+        "MaskNet: !ref <flashformer[MaskNet]>\n"
+        "Encoder: !new:speechbrain.lobes.models.dual_path.Encoder\n"
+        "    kernel_size: 16\n"
+        "    out_channels: 64\n"
+    )
+    recipe.name = str(tmp_path / "recipe.yaml")
+    hparams = load_hyperpyyaml(recipe)
+    masks = hparams["MaskNet"](hparams["Encoder"](torch.randn(1, 800)))
+    assert masks.shape == (2, 1, 64, 99)
+
+
+def test_the_yaml_files_are_in_the_package():
+    spec = importlib.util.find_spec("speechbrain_flashformer.hparams")
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    for name in BUDGET:
+        packed = folder / f"flashformer-{name}.yaml"
+        assert packed.read_text() == size(name).read_text()
+
+
+def test_inference_yaml_is_what_speechbrain_loads():
+    hparams = load(ROOT / "hparams" / "inference.yaml")
+    parts = {"encoder", "masknet", "decoder"}
+    assert set(hparams["modules"]) == parts
+    assert set(hparams["pretrainer"].loadables) == parts
+    for part in parts:
+        assert (
+            hparams["pretrainer"].loadables[part] is hparams["modules"][part]
+        )
+    assert hparams["num_spks"] == 2 and hparams["sample_rate"] == 8000

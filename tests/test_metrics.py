@@ -1,0 +1,109 @@
+"""Metrics: equal to slow references, blind to padding, order and scale."""
+
+import itertools
+
+import mir_eval
+import numpy as np
+import pytest
+import torch
+from speechbrain.nnet.losses import get_si_snr_with_pitwrapper
+
+from speechbrain_flashformer.metrics import (
+    best_order,
+    pit_si_snr_loss,
+    reorder,
+    sdr,
+    si_snr,
+)
+
+
+def test_si_snr_by_its_definition():
+    rng = np.random.default_rng(0)
+    target, estimate = rng.normal(size=(2, 500)) + 0.3
+    s, e = target - target.mean(), estimate - estimate.mean()
+    wanted = s * (e @ s) / (s @ s)
+    expected = 10 * np.log10((wanted @ wanted) / ((e - wanted) ** 2).sum())
+    ours = si_snr(
+        torch.tensor(target)[None, :, None],
+        torch.tensor(estimate)[None, :, None],
+    )
+    assert ours.item() == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("num_spks", [1, 2, 3])
+def test_loss_equals_speechbrains_when_nothing_is_padded(num_spks):
+    targets, predictions = torch.randn(2, 4, 800, num_spks)
+    expected = get_si_snr_with_pitwrapper(targets, predictions)
+    torch.testing.assert_close(
+        pit_si_snr_loss(targets, predictions), expected, atol=1e-3, rtol=0
+    )
+
+
+def test_padding_does_not_count():
+    targets, predictions = torch.randn(2, 2, 800, 2)
+    lengths = torch.tensor([1.0, 0.4])
+    alone = pit_si_snr_loss(targets[1:, :320], predictions[1:, :320])
+    targets[1, 320:], predictions[1, 320:] = 5.0, -7.0
+    padded = pit_si_snr_loss(targets, predictions, lengths)
+    torch.testing.assert_close(padded[1:], alone)
+
+
+def test_scale_of_the_estimate_does_not_count():
+    targets, predictions = torch.randn(2, 1, 800, 2)
+    torch.testing.assert_close(
+        pit_si_snr_loss(targets, 0.01 * predictions + 3),
+        pit_si_snr_loss(targets, predictions),
+        atol=1e-3,
+        rtol=0,
+    )
+
+
+@pytest.mark.parametrize("num_spks", [2, 3, 4])
+def test_best_order_is_the_best_of_all(num_spks):
+    targets = torch.randn(3, 300, num_spks)
+    predictions = targets.flip(2) + 2 * torch.randn(3, 300, num_spks)
+    scores, order = best_order(targets, predictions)
+    for b in range(3):
+        tried = [
+            si_snr(targets[b : b + 1], predictions[b : b + 1, :, list(p)])
+            for p in itertools.permutations(range(num_spks))
+        ]
+        best = max(tried, key=lambda x: x.mean())
+        torch.testing.assert_close(scores[b : b + 1], best)
+    torch.testing.assert_close(
+        si_snr(targets, reorder(predictions, order)), scores
+    )
+
+
+def test_silent_signals_are_finite_with_finite_gradients():
+    targets = torch.randn(2, 100, 2)
+    targets[0] = 0
+    predictions = torch.zeros(2, 100, 2, requires_grad=True)
+    loss = pit_si_snr_loss(targets, predictions)
+    loss.sum().backward()
+    assert loss.isfinite().all() and predictions.grad.isfinite().all()
+
+
+def test_sdr_agrees_with_mir_eval():
+    rng = np.random.default_rng(1)
+    target = rng.normal(size=(2, 4000))
+    # Filtered, which SDR forgives, with interference and noise, which it
+    # does not.
+    estimate = np.stack([np.convolve(x, [0.2, 0.9, -0.4])[:4000] for x in target])
+    estimate = estimate + 0.3 * target[::-1] + 0.1 * rng.normal(size=(2, 4000))
+    expected, *_ = mir_eval.separation.bss_eval_sources(
+        target, estimate, compute_permutation=False
+    )
+    ours = sdr(torch.tensor(target), torch.tensor(estimate))
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+
+def test_sdr_of_silence_is_finite():
+    x = torch.randn(1, 2000)
+    assert sdr(torch.zeros(1, 2000), x).isfinite()
+    assert sdr(x, torch.zeros(1, 2000)).isfinite()
+
+
+def test_shapes_that_differ_are_refused():
+    with pytest.raises(ValueError, match="one shape"):
+        best_order(torch.randn(1, 100, 2), torch.randn(1, 90, 2))

@@ -1,0 +1,192 @@
+"""The recipe from end to end: train, stop, resume, test; and its failures."""
+
+import csv
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from hyperpyyaml import load_hyperpyyaml
+
+from speechbrain_flashformer.voices import make_voices
+
+RECIPE = Path(__file__).parent.parent / "recipes/WSJ0Mix/separation"
+SMALL = [
+    "--model",
+    "{d_model: 64, num_layers: 2, nhead: 2, d_ffn: 96, d_frame: 32}",
+    "--num_workers",
+    "0",
+    "--device",
+    "cpu",
+    "--noprogressbar",
+]
+
+
+def command(yaml, output, *options):
+    return [
+        sys.executable,
+        "train.py",
+        f"hparams/{yaml}.yaml",
+        "--output_folder",
+        str(output),
+        *SMALL,
+        *map(str, options),
+    ]
+
+
+def train(*arguments, ok=True):
+    done = subprocess.run(
+        command(*arguments), cwd=RECIPE, capture_output=True, text=True
+    )
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def epochs(output, what="valid si-snr"):
+    """Epoch -> loss, from the log."""
+    found = re.findall(
+        rf"epoch: (\d+),.*{what}: (-?[\d.e+-]+)",
+        (output / "train_log.txt").read_text(),
+    )
+    return {int(epoch): float(value) for epoch, value in found}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "voices"
+    return make_voices(
+        folder, sizes=(48, 4, 4), utterances=1, progressbar=False
+    )
+
+
+def test_train_stop_resume_and_test(data, tmp_path):
+    output = tmp_path / "run"
+    options = ["flashformer-demo", output, "--data_folder", data]
+    options += ["--ckpt_interval_minutes", 0, "--lr", 0.002]
+    # Stop it for good after its first epoch, wherever it then is.
+    process = subprocess.Popen(
+        command(*options, "--N_epochs", 6), cwd=RECIPE
+    )
+    log = output / "train_log.txt"
+    while process.poll() is None and not (
+        log.is_file() and "epoch: 1" in log.read_text()
+    ):
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = epochs(output)
+    assert before and max(before) < 6
+
+    text = train(*options, "--N_epochs", 6)
+    after = epochs(output)
+    assert list(after) == [1, 2, 3, 4, 5, 6]
+    assert {epoch: after[epoch] for epoch in before} == before
+    learning = epochs(output, "train si-snr")
+    assert learning[6] < learning[1] - 1
+
+    # Results: a row per test mixture, then their mean.
+    with open(output / "test_results.csv", newline="") as file:
+        *rows, mean = csv.DictReader(file)
+    assert list(mean) == ["snt_id", "sdr", "sdr_i", "si-snr", "si-snr_i"]
+    names = {p.stem for p in (data / "wav8k/min/tt/mix").iterdir()}
+    assert {row["snt_id"] for row in rows} == names
+    assert mean["snt_id"] == "avg"
+    for column in ("sdr", "si-snr_i"):
+        average = sum(float(row[column]) for row in rows) / len(rows)
+        assert float(mean[column]) == pytest.approx(average)
+    assert "SI-SNRi" in text
+
+    # Audio: estimates at the level of their source, nothing clipped.
+    for name in names:
+        parts = {
+            part: soundfile.read(output / "audio_results" / f"{name}_{part}.wav")
+            for part in ("mix", "s1", "s2", "s1hat", "s2hat")
+        }
+        for i in "12":
+            clean, rate = parts[f"s{i}"]
+            estimate, _ = parts[f"s{i}hat"]
+            assert rate == 8000 and len(clean) == len(estimate)
+            assert clean.std() == pytest.approx(estimate.std(), rel=0.05)
+            assert abs(estimate).max() < 1
+    picture = (output / "results.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
+    assert not list(output.rglob("*.partial"))
+
+    # Testing again gives the same from the checkpoint alone.
+    (output / "test_results.csv").unlink()
+    train(*options, "--N_epochs", 6, "--test_only")
+    with open(output / "test_results.csv", newline="") as file:
+        again = list(csv.DictReader(file))[-1]
+    assert float(again["si-snr"]) == pytest.approx(
+        float(mean["si-snr"]), abs=1e-3
+    )
+    assert list(epochs(output)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_default_makes_the_starter_set_and_says_so(tmp_path):
+    output = tmp_path / "run"
+    text = train(
+        "flashformer",
+        output,
+        "--starter_train",
+        6,
+        "--starter_valid",
+        2,
+        "--starter_test",
+        2,
+        "--N_epochs",
+        1,
+        "--training_signal_len",
+        8000,
+    )
+    assert "No data_folder given" in text
+    assert "do not compare with those on WSJ0-mix" in text
+    assert (output / "voices" / "wav8k" / "min" / "tr" / "mix").is_dir()
+    assert list(epochs(output)) == [1]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--data_folder", "/nowhere"], "no data folder /nowhere"),
+        (["--data_folder", "."], "neither wav8k/min/tr/mix"),
+        (["--attention_backend", "x"], "attention_backend"),
+        (["--precision", "fp16"], "fp16"),
+    ],
+)
+def test_bad_input_stops_before_training(data, tmp_path, options, message):
+    if "--data_folder" not in options:
+        options = [*options, "--data_folder", data]
+    text = train("flashformer-demo", tmp_path / "run", *options, ok=False)
+    assert message in text.strip().splitlines()[-1]
+    assert not (tmp_path / "run" / "train_log.txt").exists()
+
+
+def test_testing_what_was_never_trained_is_an_error(data, tmp_path):
+    text = train(
+        "flashformer-demo",
+        tmp_path / "run",
+        "--data_folder",
+        data,
+        "--test_only",
+        ok=False,
+    )
+    assert "no checkpoint in" in text.strip().splitlines()[-1]
+    assert not (tmp_path / "run" / "test_results.csv").exists()
+
+
+@pytest.mark.parametrize("yaml", sorted((RECIPE / "hparams").glob("*.yaml")))
+def test_recipe_yaml_separates(yaml, tmp_path):
+    with open(yaml, encoding="utf-8") as file:
+        hparams = load_hyperpyyaml(file, {"output_folder": str(tmp_path)})
+    parts = hparams["modules"]
+    assert hparams["Encoder"] is parts["encoder"]
+    mix_w = parts["encoder"](torch.randn(1, 8000))
+    masks = parts["masknet"](mix_w)
+    assert masks.shape == (hparams["num_spks"], *mix_w.shape)
