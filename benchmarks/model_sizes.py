@@ -3,16 +3,16 @@
 
 > python benchmarks/model_sizes.py
 
-MACs are FLOPs / 2 of encoder, masknet and decoder by torch's FlopCounterMode,
-which counts the attention products, per second of 8 kHz audio.
+MACs of encoder, masknet and decoder, attention products included, per second
+of 8 kHz audio.
 """
 
 from pathlib import Path
 
 import torch
 from hyperpyyaml import load_hyperpyyaml
-from torch.utils.flop_counter import FlopCounterMode
 
+from speechbrain_flashformer.metrics import count_macs
 from speechbrain_flashformer.separate import separate
 
 HPARAMS = Path(__file__).resolve().parent.parent / "hparams"
@@ -28,9 +28,7 @@ def main():
             hparams = load_hyperpyyaml(file)
         model = [hparams[part] for part in ("Encoder", "MaskNet", "Decoder")]
         mixture = torch.randn(1, SECONDS * hparams["sample_rate"])
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            separate(mixture, *model)
-        macs = counter.get_total_flops() / 2e9 / SECONDS
+        macs = count_macs(separate, mixture, *model) / 1e9 / SECONDS
         count = sum(p.numel() for part in model for p in part.parameters())
         print(f"| {size} | {count / 1e6:.1f} | {macs:.2f} |")
 

@@ -101,9 +101,7 @@ def attend(
     """
     _check(q, k, v, window, lengths)
     window = _plainest((window[0], 0) if causal else window, q, k)
-    name, reasons = choose_backend(
-        q, k, window, backend, dropout_p, lengths
-    )
+    name, reasons = choose_backend(q, k, window, backend, dropout_p, lengths)
     ran = _RAN.get()
     if ran is not None:
         ran.append({"backend": name, "not_used": reasons})
@@ -255,9 +253,7 @@ def _why_not_torch_flash(q, k, window, dropout_p, lengths):
 
 def _run_flash_attn(q, k, v, window, dropout_p, lengths):
     if lengths is None:
-        return flash_attn_func(
-            q, k, v, dropout_p=dropout_p, window_size=window
-        )
+        return flash_attn_func(q, k, v, dropout_p=dropout_p, window_size=window)
     packed, sizes, unpack = _pack(q, k, v, lengths)
     return unpack(
         flash_attn_varlen_func(

@@ -1,4 +1,4 @@
-"""Separation measures that count only what was spoken, never the padding.
+"""Measures of separation that never count padding, and of its cost.
 
 Axes: B batch, T samples, S speakers. Signals are [B, T, S], the order of
 SpeechBrain's recipes; lengths are relative to T, [B]. All values are in dB,
@@ -13,6 +13,7 @@ training from Yu et al. (arXiv:1607.00325); SDR as in BSS Eval version 3
 from itertools import permutations
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 EPS = 1e-8
 
@@ -116,10 +117,7 @@ def best_order(targets, predictions, lengths=None):
     S = targets.shape[2]
     # Column j: every source against estimate j.
     pairs = torch.stack(
-        [
-            si_snr(targets, predictions[..., [j] * S], lengths)
-            for j in range(S)
-        ],
+        [si_snr(targets, predictions[..., [j] * S], lengths) for j in range(S)],
         dim=2,
     )
     orders = torch.tensor(list(permutations(range(S))), device=targets.device)
@@ -206,4 +204,40 @@ def sdr(target, estimate, filter_length=512):
     filters = torch.linalg.solve(toeplitz, cross)
     explained = (filters * cross).sum(1)
     rest = estimate.square().sum(1) - explained
-    return 10 * torch.log10(explained.clamp(min=EPS**2) / rest.clamp(min=EPS**2))
+    return 10 * torch.log10(
+        explained.clamp(min=EPS**2) / rest.clamp(min=EPS**2)
+    )
+
+
+def count_macs(function, *arguments):
+    """Multiply-accumulates of one call, attention products included.
+
+    FLOPs / 2 by torch's ``FlopCounterMode``, which passes over the flash
+    kernel for CPU unless told of it.
+
+    Arguments
+    ---------
+    function : callable
+        Runs without gradients.
+    *arguments
+        Handed to it.
+
+    Returns
+    -------
+    int
+        MACs.
+
+    Example
+    -------
+    >>> count_macs(torch.nn.Linear(10, 20), torch.zeros(3, 10))
+    600
+    """
+
+    def attention(q, k, v, *_, **__):
+        return sdpa_flop_count(q, k, v)
+
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    counter = FlopCounterMode(display=False, custom_mapping={kernel: attention})
+    with counter, torch.no_grad():
+        function(*arguments)
+    return counter.get_total_flops() // 2

@@ -47,8 +47,7 @@ def separate(mixture, encoder, masknet, decoder, lengths=None):
     kernel, stride = _frame_size(encoder)
     if lengths is not None:
         samples = (lengths.to(mixture.device) * T).round()
-        place = torch.arange(T, device=mixture.device)
-        keep = place < samples[:, None]
+        keep = _keep(samples, T)
         mixture = mixture * keep
     frames = _frames(torch.tensor(T), kernel, stride).item()
     padded = kernel + (frames - 1) * stride
@@ -56,11 +55,19 @@ def separate(mixture, encoder, masknet, decoder, lengths=None):
     if lengths is None:
         masks = masknet(mix_w)
     else:
-        masks = masknet(mix_w, _frames(samples, kernel, stride) / frames)
+        valid = _frames(samples, kernel, stride)
+        # A frame past the last one of a row may still overlap its end.
+        mix_w = mix_w * _keep(valid, frames).unsqueeze(1)
+        masks = masknet(mix_w, valid / frames)
     # One call for all speakers; [S, B, N, L] -> [S B, N, L].
     sources = decoder((mix_w * masks).flatten(0, 1))
     sources = sources.view(-1, B, padded)[..., :T].permute(1, 2, 0)
     return sources if lengths is None else sources * keep.unsqueeze(2)
+
+
+def _keep(lengths, size):
+    """True below each length, [B, size]."""
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
 def _frames(samples, kernel, stride):

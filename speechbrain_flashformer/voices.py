@@ -39,6 +39,8 @@ PEAK = 0.9
 # the sentences are dealt to this many fresh processes whatever the machine.
 PROCESSES = 4
 
+PEOPLE = "abcd"
+
 # Whispers and effects that no one would call a voice.
 NOT_VOICES = ("whisper", "robo", "robot", "demonic", "storm", "tweaky")
 ACCENTS = (
@@ -88,7 +90,7 @@ def make_voices(
     sizes=(1000, 100, 100),
     seed=0,
     sample_rate=8000,
-    utterances=10,
+    utterances=5,
     progressbar=True,
 ):
     """Write a set of mixtures, or find the same one finished already.
@@ -154,12 +156,21 @@ def make_voices(
             "the starter set needs eSpeak NG: pip install "
             "'speechbrain-flashformer[demo]', or give a data_folder"
         )
-    rng = np.random.default_rng([seed, num_spks])
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     root = partial / f"wav{sample_rate // 1000}k" / "min"
-    lines = _write_lines(_deal_voices(rng), utterances, rng)
+    families = _deal_families(np.random.default_rng(seed))
+    # Each part draws on its own: another training set has the same test set.
+    rngs = {
+        part: np.random.default_rng([seed, num_spks, number])
+        for number, part in enumerate(PARTS)
+    }
+    lines = [
+        line
+        for part, rng in rngs.items()
+        for line in _write_lines(part, families[part], utterances, rng)
+    ]
     with tqdm(
         total=len(lines) + sum(sizes),
         desc=f"{num_spks}-speaker starter set",
@@ -169,8 +180,9 @@ def make_voices(
         pools = {part: {} for part in PARTS}
         spoken = _speak_all(lines, sample_rate, partial, bar)
         for line, signal in zip(lines, spoken):
-            pools[line["part"]].setdefault(line["id"], []).append(signal)
-        for part, size in zip(PARTS, sizes):
+            pool = pools[line["part"]].setdefault(line["tract"], [])
+            pool.append((line["id"], signal))
+        for (part, rng), size in zip(rngs.items(), sizes):
             for index in range(size):
                 name = f"{part}{index:05d}"
                 _write_mixture(
@@ -185,9 +197,10 @@ def make_voices(
 
 
 def _write_mixture(root, name, pool, num_spks, sample_rate, rng):
-    """Mix one utterance of each of num_spks voices; the shortest ends it."""
-    chosen = rng.choice(sorted(pool), num_spks, replace=False)
-    sources = [pool[voice][rng.integers(len(pool[voice]))] for voice in chosen]
+    """Mix speech of num_spks vocal tracts; the shortest ends the mixture."""
+    tracts = rng.choice(sorted(pool), num_spks, replace=False)
+    chosen = [pool[tract][rng.integers(len(pool[tract]))] for tract in tracts]
+    speakers, sources = zip(*chosen)
     length = min(map(len, sources))
     gains = 10 ** (rng.uniform(-1, 1, num_spks) * LEVEL_RANGE_DB / 20)
     sources = [
@@ -196,15 +209,15 @@ def _write_mixture(root, name, pool, num_spks, sample_rate, rng):
     ]
     mixture = sum(sources)
     scale = PEAK / max(np.abs(x).max() for x in (mixture, *sources))
-    name = "_".join([name, *chosen]) + ".wav"
+    name = "_".join([name, *speakers]) + ".wav"
     for i, signal in enumerate((mixture, *sources)):
         path = root / (f"s{i}" if i else "mix") / name
         path.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(path, signal * scale, sample_rate, "PCM_16")
 
 
-def _deal_voices(rng):
-    """Voices of each part, about 8 : 1 : 1, with relatives together."""
+def _deal_families(rng):
+    """Vocal tracts of each part, about 8 : 1 : 1, with relatives together."""
     voices = Path(espeakng_loader.get_data_path()) / "voices" / "!v"
     families = {}
     for variant in sorted(path.name for path in voices.iterdir()):
@@ -215,50 +228,43 @@ def _deal_voices(rng):
         # m1, m2, ... and f1, f2, ... are unrelated.
         stem = lower if len(stem) == 1 else stem
         families.setdefault(stem, []).append(variant)
-    order = rng.permutation(sorted(families))
+    order = [families[stem] for stem in rng.permutation(sorted(families))]
     tenth = len(order) // 10
-    dealt = {
+    return {
         "tr": order[2 * tenth :],
         "cv": order[:tenth],
         "tt": order[tenth : 2 * tenth],
     }
-    return {
-        part: [
-            {
-                "id": "".join(filter(str.isalnum, f"{variant}{person}")),
-                "voice": f"{rng.choice(ACCENTS)}+{variant}",
-                "pitch": int(rng.integers(20, 81)),
-                "range": int(rng.integers(30, 81)),
-                "rate": int(rng.integers(140, 211)),
-            }
-            for family in dealt[part]
-            for variant in families[family]
-            # Two people with one vocal tract, unlike in all the rest.
-            for person in "ab"
-        ]
-        for part in PARTS
-    }
 
 
-def _write_lines(voices, utterances, rng):
-    """What is to be spoken: for each voice, sentences of about 3 seconds."""
-    return [
-        {
-            "part": part,
-            "id": voice["id"],
-            "voice": voice["voice"],
-            "pitch": voice["pitch"] + int(rng.integers(-4, 5)),
-            "range": voice["range"] + int(rng.integers(-10, 11)),
-            "rate": voice["rate"] + int(rng.integers(-10, 11)),
-            "text": " ".join(
-                str(rng.choice(words.split("|")))
-                for words in (WHO, DOES, WHAT, WHERE, WHEN)
-            ),
-        }
-        for part in PARTS
-        for voice in voices[part]
-        for _ in range(utterances)
-    ]
+def _write_lines(part, families, utterances, rng):
+    """What is to be spoken in a part, and how; sentences of about 3 seconds.
+
+    Each vocal tract speaks as several people, alike in nothing else.
+    """
+    lines = []
+    for variant in (variant for family in families for variant in family):
+        for person in PEOPLE:
+            accent = rng.choice(ACCENTS)
+            pitch, width = rng.integers(20, 81), rng.integers(30, 81)
+            rate = rng.integers(140, 211)
+            for _ in range(utterances):
+                lines.append(
+                    {
+                        "part": part,
+                        "tract": variant,
+                        "id": "".join(filter(str.isalnum, variant)) + person,
+                        "voice": f"{accent}+{variant}",
+                        "pitch": int(pitch + rng.integers(-4, 5)),
+                        "range": int(width + rng.integers(-10, 11)),
+                        "rate": int(rate + rng.integers(-10, 11)),
+                        "text": " ".join(
+                            str(rng.choice(words.split("|")))
+                            for words in (WHO, DOES, WHAT, WHERE, WHEN)
+                        ),
+                    }
+                )
+    return lines
 
 
 def _speak_all(lines, sample_rate, folder, bar):

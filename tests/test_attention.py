@@ -194,9 +194,7 @@ class FakeFlash:
             assert x.stride(-1) == 1 and x.shape[-1] <= 256
         assert len(window_size) == 2 and min(window_size) >= -1
 
-    def dense(
-        self, q, k, v, dropout_p=0.0, causal=False, window_size=(-1, -1)
-    ):
+    def dense(self, q, k, v, dropout_p=0.0, causal=False, window_size=(-1, -1)):
         assert q.ndim == 4
         self.check(q, k, v, window_size)
         return attend(q, k, v, window_size, causal, backend="reference")
@@ -239,9 +237,7 @@ def test_flash_adapters_keep_the_contract(
     # The stand-in runs on the CPU; only the check of the device is lifted.
     monkeypatch.setattr(attention, "_why_not_flash_kernel", lambda q: None)
     qkv = heads(3, 40, dtype=torch.bfloat16)
-    for ours, oracle in run_both(
-        backend, qkv, window=window, lengths=lengths
-    ):
+    for ours, oracle in run_both(backend, qkv, window=window, lengths=lengths):
         torch.testing.assert_close(ours, oracle)
     assert fake.calls
 
@@ -257,9 +253,7 @@ def test_auto_takes_flash_attn_first(monkeypatch):
 def test_rotary_positions_are_relative():
     q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 30, 1, 16)
     angles = rotary_angles(30, 16)
-    scores = torch.einsum(
-        "bqhd,bkhd->qk", rotate(q, angles), rotate(k, angles)
-    )
+    scores = torch.einsum("bqhd,bkhd->qk", rotate(q, angles), rotate(k, angles))
     for distance in (-7, 0, 12):
         band = scores.diagonal(distance)
         torch.testing.assert_close(band, band[:1].expand_as(band))

@@ -6,7 +6,9 @@ import torch
 from speechbrain_flashformer.fsmn import FSMN, GatedFSMN
 
 
-@pytest.mark.parametrize("lookback, lookahead", [(4, 4), (6, 1), (0, 3), (5, 0)])
+@pytest.mark.parametrize(
+    "lookback, lookahead", [(4, 4), (6, 1), (0, 3), (5, 0)]
+)
 @pytest.mark.parametrize("dilation", [1, 3])
 @pytest.mark.parametrize("T", [1, 5, 40])
 def test_equals_the_sum_over_taps(lookback, lookahead, dilation, T):

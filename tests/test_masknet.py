@@ -27,9 +27,7 @@ def small(**options):
 @pytest.mark.parametrize("num_spks", [1, 2, 3, 5])
 @pytest.mark.parametrize("L", [1, 2, 7, 8, 9, 100])
 @pytest.mark.parametrize("token_stride", [1, 2, 8])
-def test_masks_for_any_length_and_number_of_speakers(
-    num_spks, L, token_stride
-):
+def test_masks_for_any_length_and_number_of_speakers(num_spks, L, token_stride):
     masknet = small(num_spks=num_spks, token_stride=token_stride)
     masks = masknet(torch.rand(2, 12, L))
     assert masks.shape == (num_spks, 2, 12, L)
@@ -116,9 +114,7 @@ def test_special_starts_survive_a_recursive_reset():
         torch.testing.assert_close(after[name], before)
     # Every other matrix did get a new draw, of the same size.
     fresh = small()
-    for (name, p), q in zip(
-        masknet.named_parameters(), fresh.parameters()
-    ):
+    for (name, p), q in zip(masknet.named_parameters(), fresh.parameters()):
         if p.ndim > 1:
             assert not torch.equal(p, q), name
             assert 0.5 < p.std() / q.std() < 2, name

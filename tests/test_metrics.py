@@ -8,8 +8,10 @@ import pytest
 import torch
 from speechbrain.nnet.losses import get_si_snr_with_pitwrapper
 
+from speechbrain_flashformer.attention import attend
 from speechbrain_flashformer.metrics import (
     best_order,
+    count_macs,
     pit_si_snr_loss,
     reorder,
     sdr,
@@ -19,7 +21,8 @@ from speechbrain_flashformer.metrics import (
 
 def test_si_snr_by_its_definition():
     rng = np.random.default_rng(0)
-    target, estimate = rng.normal(size=(2, 500)) + 0.3
+    target, noise = rng.normal(size=(2, 500)) + 0.3
+    estimate = 0.4 * target + noise
     s, e = target - target.mean(), estimate - estimate.mean()
     wanted = s * (e @ s) / (s @ s)
     expected = 10 * np.log10((wanted @ wanted) / ((e - wanted) ** 2).sum())
@@ -89,7 +92,9 @@ def test_sdr_agrees_with_mir_eval():
     target = rng.normal(size=(2, 4000))
     # Filtered, which SDR forgives, with interference and noise, which it
     # does not.
-    estimate = np.stack([np.convolve(x, [0.2, 0.9, -0.4])[:4000] for x in target])
+    estimate = np.stack(
+        [np.convolve(x, [0.2, 0.9, -0.4])[:4000] for x in target]
+    )
     estimate = estimate + 0.3 * target[::-1] + 0.1 * rng.normal(size=(2, 4000))
     expected, *_ = mir_eval.separation.bss_eval_sources(
         target, estimate, compute_permutation=False
@@ -107,3 +112,16 @@ def test_sdr_of_silence_is_finite():
 def test_shapes_that_differ_are_refused():
     with pytest.raises(ValueError, match="one shape"):
         best_order(torch.randn(1, 100, 2), torch.randn(1, 90, 2))
+
+
+@pytest.mark.parametrize("length, window", [(40, (-1, -1)), (4096, (64, 64))])
+def test_macs_count_the_attention_products(length, window):
+    q = torch.zeros(1, length, 2, 8)
+    # Scores and sums: each a product of width 8 for every key seen; blocks
+    # of a window see a little more than the window.
+    keys = length if window[0] < 0 else sum(window) + 1
+    least = 2 * length * keys * 2 * 8
+    macs = count_macs(attend, q, q, q, window)
+    assert least <= macs <= 1.6 * least
+    if window[0] < 0:
+        assert macs == least

@@ -69,9 +69,7 @@ def test_train_stop_resume_and_test(data, tmp_path):
     options = ["flashformer-demo", output, "--data_folder", data]
     options += ["--ckpt_interval_minutes", 0, "--lr", 0.002]
     # Stop it for good after its first epoch, wherever it then is.
-    process = subprocess.Popen(
-        command(*options, "--N_epochs", 6), cwd=RECIPE
-    )
+    process = subprocess.Popen(command(*options, "--N_epochs", 6), cwd=RECIPE)
     log = output / "train_log.txt"
     while process.poll() is None and not (
         log.is_file() and "epoch: 1" in log.read_text()
@@ -105,7 +103,9 @@ def test_train_stop_resume_and_test(data, tmp_path):
     # Audio: estimates at the level of their source, nothing clipped.
     for name in names:
         parts = {
-            part: soundfile.read(output / "audio_results" / f"{name}_{part}.wav")
+            part: soundfile.read(
+                output / "audio_results" / f"{name}_{part}.wav"
+            )
             for part in ("mix", "s1", "s2", "s1hat", "s2hat")
         }
         for i in "12":

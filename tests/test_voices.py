@@ -99,7 +99,11 @@ def test_an_interrupted_set_is_never_taken_for_a_finished_one(
             make_voices(folder, 2, (1, 1, 1), utterances=1, progressbar=False)
     assert not folder.exists()
     make_voices(folder, 2, (1, 1, 1), utterances=1, progressbar=False)
-    assert json.loads((folder / voices.MARKER).read_text())["sizes"] == [1, 1, 1]
+    assert json.loads((folder / voices.MARKER).read_text())["sizes"] == [
+        1,
+        1,
+        1,
+    ]
     assert not (tmp_path / "voices.partial").exists()
 
 

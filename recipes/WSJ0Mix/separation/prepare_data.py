@@ -78,7 +78,10 @@ def _find_parts(datapath, n_spks, fs):
         raise FileNotFoundError(
             f"{datapath} has neither wav{fs // 1000}k/min/tr/mix (WSJ0-mix) "
             "nor train/mixture (custom layout); it holds: "
-            + (", ".join(sorted(p.name for p in datapath.iterdir())) or "nothing")
+            + (
+                ", ".join(sorted(p.name for p in datapath.iterdir()))
+                or "nothing"
+            )
         )
     columns = ["mix", *(f"s{i}" for i in numbers)]
     for folder in (root / part / name for part in parts for name in names):
@@ -102,9 +105,7 @@ def _check_part(folders, fs):
 
     with ThreadPoolExecutor() as pool:
         rows = pool.map(row, files)
-        return list(
-            tqdm(rows, f"checking {folders['mix'].parent}", len(files))
-        )
+        return list(tqdm(rows, f"checking {folders['mix'].parent}", len(files)))
 
 
 def _check(paths, fs):

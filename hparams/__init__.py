@@ -1,0 +1,1 @@
+"""The models, one yaml each; shipped as speechbrain_flashformer.hparams."""
