@@ -20,25 +20,17 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 
-def depthwise_filter(x, weight, pad, dilation):
+def depthwise_filter(x, weight, pad):
     """Filter each channel of x [B, T, C] along T with weight [C, 1, 1, taps].
 
-    Returns [B, T + 2 pad dilation - (taps - 1) dilation, C].
+    Returns [B, T + 2 pad - taps + 1, C].
     """
     # [B, T, C] seen as an image [B, C, 1, T] is already in the layout that
     # the fast depthwise kernels want (channels last): on CPU 10 to 20 times
     # faster than conv1d on [B, C, T].
-    return (
-        F.conv2d(
-            x.transpose(1, 2).unsqueeze(2),
-            weight,
-            padding=(0, pad * dilation),
-            dilation=(1, dilation),
-            groups=weight.shape[0],
-        )
-        .squeeze(2)
-        .transpose(1, 2)
-    )
+    image = x.transpose(1, 2).unsqueeze(2)
+    out = F.conv2d(image, weight, padding=(0, pad), groups=weight.shape[0])
+    return out.squeeze(2).transpose(1, 2)
 
 
 class _CpuFilter(torch.autograd.Function):
@@ -51,10 +43,10 @@ class _CpuFilter(torch.autograd.Function):
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
-    def forward(ctx, x, weight, pad, dilation):
+    def forward(ctx, x, weight, pad):
         ctx.save_for_backward(x, weight)
-        ctx.pad, ctx.dilation = pad, dilation
-        return depthwise_filter(x, weight, pad, dilation)
+        ctx.pad = pad
+        return depthwise_filter(x, weight, pad)
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
@@ -65,9 +57,8 @@ class _CpuFilter(torch.autograd.Function):
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             # The mirrored filter, back to the length of x.
-            grad_x = depthwise_filter(
-                grad, weight.flip(3), taps - 1 - ctx.pad, ctx.dilation
-            )
+            mirrored = weight.flip(3)
+            grad_x = depthwise_filter(grad, mirrored, taps - 1 - ctx.pad)
         if ctx.needs_input_grad[1]:
             grad_weight = torch.ops.aten.convolution_backward(
                 grad.transpose(1, 2).unsqueeze(3),
@@ -75,14 +66,14 @@ class _CpuFilter(torch.autograd.Function):
                 weight.transpose(2, 3),
                 None,
                 (1, 1),
-                (ctx.pad * ctx.dilation, 0),
-                (ctx.dilation, 1),
+                (ctx.pad, 0),
+                (1, 1),
                 False,
                 (0, 0),
                 channels,
                 (False, True, False),
             )[1].transpose(2, 3)
-        return grad_x, grad_weight, None, None
+        return grad_x, grad_weight, None
 
 
 class FSMN(nn.Module):
@@ -128,15 +119,23 @@ class FSMN(nn.Module):
 
     def forward(self, x):
         """Filter x [B, T, C] along T; same shape."""
+        B, T, _ = x.shape
+        # Every dilation-th frame is a signal of its own. Filtering these
+        # without dilation is 5 to 10 times faster than a dilated kernel.
+        phases = F.pad(x, (0, 0, 0, -T % self.dilation))
+        phases = phases.unflatten(1, (-1, self.dilation))
+        phases = phases.transpose(1, 2).flatten(0, 1)  # [B dilation, ...]
         pad = max(self.lookback, self.lookahead)
         if x.device.type == "cpu":
             wide = torch.promote_types(x.dtype, torch.float32)
-            inputs = x.to(wide), self.weight.to(wide)
-            memory = _CpuFilter.apply(*inputs, pad, self.dilation).to(x.dtype)
+            inputs = phases.to(wide), self.weight.to(wide)
+            memory = _CpuFilter.apply(*inputs, pad).to(x.dtype)
         else:
-            memory = depthwise_filter(x, self.weight, pad, self.dilation)
-        start = (pad - self.lookback) * self.dilation
-        return x + memory[:, start : start + x.shape[1]]
+            memory = depthwise_filter(phases, self.weight, pad)
+        start = pad - self.lookback
+        memory = memory[:, start : start + phases.shape[1]]
+        memory = memory.unflatten(0, (B, -1)).transpose(1, 2).flatten(1, 2)
+        return x + memory[:, :T]
 
 
 class GatedFSMN(nn.Module):
