@@ -32,6 +32,7 @@ setup(
         "speechbrain>=1.1.2,<1.2",
         "hyperpyyaml>=1.2.3,<1.3",
         "numpy>=1.26,<3",
+        "scipy>=1.11,<2",
         "soundfile>=0.12.1,<1",
         "tqdm>=4.64,<5",
     ],

@@ -102,9 +102,8 @@ def attend(
     _check(q, k, v, window, lengths)
     window = _plainest((window[0], 0) if causal else window, q, k)
     name, reasons = choose_backend(q, k, window, backend, dropout_p, lengths)
-    ran = _RAN.get()
-    if ran is not None:
-        ran.append({"backend": name, "not_used": reasons})
+    if not torch.compiler.is_compiling() and _RAN.get() is not None:
+        _RAN.get().append({"backend": name, "not_used": reasons})
     return BACKENDS[name][1](q, k, v, window, dropout_p, lengths)
 
 
@@ -155,6 +154,18 @@ def check_backend(backend):
         )
 
 
+def check_window(window):
+    """Raise a ValueError unless the window is (left, right), each >= -1."""
+    sides = list(window) if isinstance(window, (tuple, list)) else []
+    if len(sides) != 2 or not all(
+        isinstance(side, int) and side >= -1 for side in sides
+    ):
+        raise ValueError(
+            "window is (left, right), whole numbers of -1 or more, got "
+            f"{window}"
+        )
+
+
 @contextlib.contextmanager
 def attention_report():
     """Collect which backend each ``attend`` call used, in order.
@@ -194,10 +205,7 @@ def _check(q, k, v, window, lengths):
             "queries and keys must agree in batch, heads and head width, with "
             f"Tk >= Tq: got {tuple(q.shape)} and {tuple(k.shape)}"
         )
-    if len(window) != 2 or min(window) < -1:
-        raise ValueError(
-            f"window is (left, right), each -1 or more, got {window}"
-        )
+    check_window(window)
     if lengths is not None and (
         lengths.shape != q.shape[:1] or q.shape[1] != k.shape[1]
     ):
@@ -303,6 +311,12 @@ def _why_not_sdpa(q, k, window, dropout_p, lengths):
         return "has no attention dropout with a window"
     if q.dtype == torch.float64 and q.is_cuda:
         return "float64 would need the T x T matrix on CUDA"
+    one_side = (window[0] < 0) != (window[1] < 0)
+    if one_side and not (window == (-1, 0) and q.shape[1] == k.shape[1]):
+        return (
+            f"the window {window} is unbounded on one side, which would need "
+            "a T x T mask (causal attention with Tq = Tk does not)"
+        )
     return None
 
 
@@ -344,8 +358,7 @@ def _window_row(q, k, v, left, right):
     slices: padding would make rows that see nothing, whose gradients are NaN.
     """
     tq, tk = q.shape[1], k.shape[1]
-    left = min(left, tk) if left >= 0 else tk
-    right = min(right, tk) if right >= 0 else tk
+    left, right = min(left, tk), min(right, tk)
     shift = tk - tq
     block = min(max(MIN_BLOCK, min(left, right, MAX_BLOCK)), tq)
     span = block + left + right

@@ -129,9 +129,11 @@ class Separation(sb.Brain):
         """Lower the learning rate on a plateau; the rate of this epoch."""
         lr = self.optimizer.param_groups[0]["lr"]
         if isinstance(self.hparams.lr_scheduler, ReduceLROnPlateau):
-            optimizers = list(self.optimizers_dict.values())
-            _, next_lr = self.hparams.lr_scheduler(optimizers, epoch, loss)
-            for optimizer in optimizers:
+            # It counts a bad epoch once for each optimizer that it is given.
+            _, next_lr = self.hparams.lr_scheduler(
+                [self.optimizer], epoch, loss
+            )
+            for optimizer in self.optimizers_dict.values():
                 set_lr(optimizer, next_lr)
         return lr
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from speechbrain_flashformer.attention import (
     attend,
     check_backend,
+    check_window,
     rotary_angles,
     rotate,
 )
@@ -53,15 +54,17 @@ class GlobalNorm(nn.Module):
         """Normalise x [B, L, N]; keep [B, L, 1] is 0 at padded frames."""
         # Autocast would sum the squares in half precision.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        count = x.shape[2] * (x.shape[1] if keep is None else keep.sum((1, 2)))
+        frames = x.shape[1]
         if keep is not None:
-            wide = wide * keep
+            keep = keep.to(wide.dtype)
+            wide, frames = wide * keep, keep.sum((1, 2))
+        count = x.shape[2] * frames
         mean = wide.sum((1, 2)) / count
         power = wide.square().sum((1, 2)) / count
         variance = (power - mean.square()).clamp(min=0)
         scale = (variance + self.eps**2).rsqrt()
         normed = (wide - mean[:, None, None]) * scale[:, None, None]
-        return normed * self.weight + self.bias
+        return (normed * self.weight + self.bias).to(x.dtype)
 
 
 class LayerScale(nn.Module):
@@ -252,6 +255,20 @@ class FlashFormer(nn.Module):
     ):
         super().__init__()
         check_backend(attention_backend)
+        window = (-1, -1) if window is None else window
+        check_window(window)
+        counts = {
+            "in_channels": in_channels,
+            "num_spks": num_spks,
+            "d_model": d_model,
+            "num_layers": num_layers,
+            "nhead": nhead,
+            "d_ffn": d_ffn,
+            "d_frame": d_frame,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{name} must be 1 or more, got {count}")
         if d_model % nhead:
             raise ValueError(
                 f"d_model {d_model} is not divisible by nhead {nhead}"
@@ -271,10 +288,12 @@ class FlashFormer(nn.Module):
         self.head_width = d_model // nhead
         self.checkpointing = checkpointing
 
-        # Widths at each rate, from frames to tokens, in multiples of 16.
+        # Widths at each rate, from frames to tokens; those between in
+        # multiples of 16, which kernels like.
         growth = (d_model / d_frame) ** (1 / max(steps, 1))
-        widths = [round(d_frame * growth**i / 16) * 16 for i in range(steps)]
-        widths.append(d_model)
+        between = (d_frame * growth**i for i in range(1, steps))
+        widths = [16 * max(1, round(width / 16)) for width in between]
+        widths = [*([d_frame] if steps else []), *widths, d_model]
 
         def frame_block(width):
             return GatedFSMN(width, width, lookback, lookahead)
@@ -289,7 +308,7 @@ class FlashFormer(nn.Module):
                 d_model,
                 nhead,
                 d_ffn,
-                window or (-1, -1),
+                window,
                 lookback,
                 lookahead,
                 dilations,
@@ -380,9 +399,11 @@ def _keep(frames, x):
 
     frames is one number for all rows of x [B, L, C], or a tensor [B].
     """
-    if isinstance(frames, int):
-        if frames == x.shape[1]:
-            return None
-        frames = torch.tensor([frames], device=x.device)
     place = torch.arange(x.shape[1], device=x.device)
-    return (place < frames[:, None]).unsqueeze(2).to(x.dtype)
+    if isinstance(frames, torch.Tensor):
+        keep = place < frames[:, None]
+    elif frames == x.shape[1]:
+        return None
+    else:
+        keep = place[None] < frames
+    return keep.unsqueeze(2).to(x.dtype)

@@ -8,6 +8,7 @@ speech: figures on it do not compare with WSJ0-mix.
 Needs the extra ``demo`` (espeakng-loader carries eSpeak NG in a wheel).
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -15,12 +16,12 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import soundfile
-import torch
-import torchaudio
+from scipy.signal import resample
 from tqdm import tqdm
 
 try:
@@ -30,6 +31,8 @@ except ImportError:
 
 PARTS = ("tr", "cv", "tt")
 MARKER = "voices.json"
+# Raised whenever the same arguments give other files.
+VERSION = 1
 
 # Relative levels of the speakers and peak of the files, as in WSJ0-mix.
 LEVEL_RANGE_DB = 2.5
@@ -135,8 +138,15 @@ def make_voices(
     >>> sorted(path.name for path in folder.rglob("tr*.wav"))[0][:7]
     'tr00000'
     """
+    if espeakng_loader is None:
+        raise ImportError(
+            "the starter set needs eSpeak NG: pip install "
+            "'speechbrain-flashformer[demo]', or give a data_folder"
+        )
     folder = Path(folder)
     description = {
+        "version": VERSION,
+        "espeakng-loader": version("espeakng-loader"),
         "num_spks": num_spks,
         "sizes": list(sizes),
         "seed": seed,
@@ -150,11 +160,6 @@ def make_voices(
         raise FileExistsError(
             f"{folder} exists and is not this set of voices: remove it or "
             "choose another folder"
-        )
-    if espeakng_loader is None:
-        raise ImportError(
-            "the starter set needs eSpeak NG: pip install "
-            "'speechbrain-flashformer[demo]', or give a data_folder"
         )
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -288,8 +293,10 @@ def _speak_share(lines, sample_rate, file, bar):
         stdout=subprocess.PIPE,
         text=True,
     )
-    process.stdin.write(json.dumps(lines))
-    process.stdin.close()
+    # A process that died at once cannot be written to; its exit code tells.
+    with contextlib.suppress(OSError):
+        process.stdin.write(json.dumps(lines))
+        process.stdin.close()
     for _ in process.stdout:
         bar.update(1)
     if process.wait():
@@ -360,9 +367,7 @@ class _Speaker:
         if not len(loud):
             raise RuntimeError(f"eSpeak NG said nothing: {line}")
         signal = signal[loud[0] : loud[-1] + 1].astype(np.float32)
-        return torchaudio.functional.resample(
-            torch.from_numpy(signal), self.rate, sample_rate
-        ).numpy()
+        return resample(signal, round(len(signal) * sample_rate / self.rate))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def imports(path):
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"relative import in {path}"
             yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def test_every_room_is_listed():
@@ -47,6 +48,8 @@ def test_imports_go_one_way(room):
         for name in imports(ROOT / PACKAGE / f"{room}.py")
         if name.startswith(PACKAGE + ".")
     }
+    rooms = {path.stem for path in (ROOT / PACKAGE).glob("*.py")}
+    found &= rooms
     assert found <= MAY_IMPORT[room]
 
 
@@ -68,5 +71,7 @@ def test_importing_the_masknet_does_not_import_speechbrain():
 
 
 def test_no_module_named_for_nothing():
-    names = {path.stem for path in ROOT.rglob("*.py")}
+    folders = (PACKAGE, "recipes", "benchmarks", "tests")
+    names = {p.stem for f in folders for p in (ROOT / f).rglob("*.py")}
+    assert PACKAGE not in names and "masknet" in names
     assert not names & {"utils", "util", "helpers", "common", "misc"}

@@ -160,6 +160,29 @@ def test_autocast_keeps_the_shape_and_nearly_the_values():
     assert (masks.float() - masknet(x)).abs().max() < 0.05
 
 
+def test_half_precision_weights_run_and_padding_stays_unheard():
+    masknet = small().bfloat16()
+    x = torch.rand(2, 12, 3000).bfloat16()
+    masks = masknet(x, torch.tensor([1.0, 0.9]))
+    assert masks.dtype == torch.bfloat16
+    alone = masknet(x[1:, :, :2700])
+    torch.testing.assert_close(masks[:, 1:, :, :2700], alone)
+
+
+@pytest.mark.parametrize("d_frame", [5, 16, 40])
+def test_width_of_frames_is_as_given(d_frame):
+    masknet = small(d_frame=d_frame)
+    assert masknet.project.out_features == d_frame
+    assert masknet(torch.rand(1, 12, 20)).isfinite().all()
+
+
+def test_compiles_without_a_break():
+    masknet = small()
+    compiled = torch.compile(masknet, fullgraph=True, backend="aot_eager")
+    x = torch.rand(1, 12, 64)
+    torch.testing.assert_close(compiled(x), masknet(x))
+
+
 def test_deep_copies_are_equal():
     masknet = small()
     x = torch.rand(1, 12, 30)
@@ -173,6 +196,10 @@ def test_deep_copies_are_equal():
         ({"d_model": 30}, "even head width"),
         ({"token_stride": 6}, "power of two, got 6"),
         ({"token_stride": 0}, "power of two, got 0"),
+        ({"num_spks": 0}, "num_spks must be 1 or more, got 0"),
+        ({"nhead": 0}, "nhead must be 1 or more, got 0"),
+        ({"window": 100}, "window is .left, right."),
+        ({"window": (-2, 0)}, "window is .left, right."),
     ],
 )
 def test_impossible_sizes_are_refused_at_once(options, message):

@@ -11,6 +11,7 @@ import soundfile
 RECIPE = Path(__file__).parent.parent / "recipes/WSJ0Mix/separation"
 sys.path.insert(0, str(RECIPE))
 
+import prepare_data  # noqa: E402
 from prepare_data import prepare_wsjmix  # noqa: E402
 
 LAYOUTS = {
@@ -111,6 +112,32 @@ def test_a_changed_folder_is_seen_again(tmp_path):
     prepare_wsjmix(data, tmp_path / "save")
     rows = read(tmp_path / "save" / "wsj_tr.csv")
     assert [row["ID"] for row in rows] == ["other", "tr1"]
+
+
+def test_a_voice_without_a_target_is_refused(tmp_path):
+    data = make(tmp_path / "data", num_spks=3)
+    with pytest.raises(ValueError, match="s3 exists, but num_spks is 2"):
+        prepare_wsjmix(data, tmp_path / "save", n_spks=2)
+
+
+def test_an_interrupted_preparation_leaves_nothing_to_use(
+    tmp_path, monkeypatch
+):
+    save = tmp_path / "save"
+    prepare_wsjmix(make(tmp_path / "a"), save)
+    written = []
+
+    def fail_at_second(path, *rest):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        path.write_text("half")
+
+    monkeypatch.setattr(prepare_data, "_write_csv", fail_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_wsjmix(make(tmp_path / "b"), save)
+    with pytest.raises(FileNotFoundError, match="skip_prep"):
+        prepare_wsjmix(tmp_path / "b", save, skip_prep=True)
 
 
 def test_skipping_what_was_never_prepared_is_an_error(tmp_path):

@@ -17,6 +17,22 @@ import soundfile
 FRAME, DYNAMIC_RANGE_DB = 256, 70
 
 
+def check_can_plot(hparams):
+    """Raise now what would otherwise be raised after the training."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "plot_results needs matplotlib: pip install "
+            "'speechbrain-flashformer[demo]', or set plot_results: False"
+        ) from error
+    if not hparams["save_audio"] or hparams["n_audio_to_save"] < 1:
+        raise ValueError(
+            "plot_results draws saved audio: set save_audio: True and "
+            "n_audio_to_save: 1 or more, or plot_results: False"
+        )
+
+
 def plot_results(output_folder):
     """Draw ``train_log.txt`` and the first mixture of ``audio_results``.
 

@@ -56,8 +56,15 @@ def prepare_wsjmix(datapath, savepath, n_spks=2, skip_prep=False, fs=8000):
     parts = _find_parts(datapath, n_spks, fs)
     checked = [_check_part(folders, fs) for folders in parts]
     savepath.mkdir(parents=True, exist_ok=True)
+    # All written beside, then renamed: files of two data folders, or half a
+    # file, are never taken for a finished preparation.
+    for name in CSV_FILES:
+        (savepath / name).unlink(missing_ok=True)
     for name, folders, rows in zip(CSV_FILES, parts, checked):
-        _write_csv(savepath / name, rows, folders, datapath)
+        partial = savepath / f"{name}.partial"
+        _write_csv(partial, rows, folders, datapath)
+    for name, rows in zip(CSV_FILES, checked):
+        os.replace(savepath / f"{name}.partial", savepath / name)
         hours = sum(row["duration"] for row in rows) / 3600
         logger.info(f"{name}: {len(rows)} mixtures, {hours:.2f} h")
 
@@ -87,6 +94,12 @@ def _find_parts(datapath, n_spks, fs):
     for folder in (root / part / name for part in parts for name in names):
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {folder} ({n_spks} speakers)")
+    more = root / parts[0] / names[-1].replace(str(n_spks), str(n_spks + 1))
+    if more.is_dir():
+        raise ValueError(
+            f"{more} exists, but num_spks is {n_spks}: the mixtures would "
+            "hold a voice that is no target"
+        )
     return [
         {column: root / part / name for column, name in zip(columns, names)}
         for part in parts
@@ -136,9 +149,8 @@ def _check(paths, fs):
 
 
 def _write_csv(path, rows, columns, datapath):
-    """Write beside and rename: a half-written file is never taken for one."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    """One row per mixture, in SpeechBrain's columns."""
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         header = [
             f"{column}_{what}"
@@ -152,4 +164,3 @@ def _write_csv(path, rows, columns, datapath):
                 place = row[column].relative_to(datapath).as_posix()
                 cells += [f"$data_root/{place}", "wav", None]
             writer.writerow(cells)
-    os.replace(partial, path)

@@ -14,10 +14,11 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
-from plot_results import plot_results
+from plot_results import check_can_plot, plot_results
 from prepare_data import prepare_wsjmix
 from speechbrain.utils.distributed import (
     ddp_init_group,
+    get_world_size,
     infer_device,
     run_on_main,
 )
@@ -37,6 +38,8 @@ def main():
         hparams = load_hyperpyyaml(file, overrides)
     ddp_init_group(run_opts)
     hparams.setdefault("precision", default_precision(run_opts["device"]))
+    if hparams["plot_results"]:
+        check_can_plot(hparams)
     sb.create_experiment_directory(
         experiment_directory=hparams["output_folder"],
         hyperparams_to_save=hparams_file,
@@ -83,6 +86,11 @@ def main():
         run_opts=run_opts,
         checkpointer=hparams["checkpointer"],
     )
+    batches = len(train_data) // hparams["batch_size"] // get_world_size()
+    stretch_schedule(
+        hparams["lr_scheduler"],
+        hparams["N_epochs"] * batches // separator.grad_accumulation_factor,
+    )
     separator.fit(
         separator.hparams.epoch_counter,
         train_data,
@@ -99,10 +107,18 @@ def main():
         run_on_main(plot_results, args=[hparams["output_folder"]])
 
 
+def stretch_schedule(schedule, steps):
+    """Let a schedule over a number of steps end where the training does."""
+    if hasattr(schedule, "total_steps"):
+        share = schedule.cooldown / schedule.total_steps
+        schedule.total_steps = max(1, steps)
+        schedule.cooldown = max(1, round(share * steps))
+
+
 def default_precision(device):
     """Half precision where the device has a bfloat16 worth using."""
     on_gpu = "cuda" in (device or infer_device())
-    return "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if on_gpu and torch.cuda.is_bf16_supported(False) else "fp32"
 
 
 if __name__ == "__main__":
