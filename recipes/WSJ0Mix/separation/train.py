@@ -18,11 +18,11 @@ from plot_results import check_can_plot, plot_results
 from prepare_data import prepare_wsjmix
 from speechbrain.utils.distributed import (
     ddp_init_group,
-    get_world_size,
     infer_device,
     run_on_main,
 )
 from speechbrain.utils.logger import get_logger
+from torch.distributed import get_world_size, is_initialized
 
 from speechbrain_flashformer.brain import Separation
 from speechbrain_flashformer.data import load_datasets
@@ -86,7 +86,8 @@ def main():
         run_opts=run_opts,
         checkpointer=hparams["checkpointer"],
     )
-    batches = len(train_data) // hparams["batch_size"] // get_world_size()
+    ranks = get_world_size() if is_initialized() else 1
+    batches = len(train_data) // hparams["batch_size"] // ranks
     stretch_schedule(
         hparams["lr_scheduler"],
         hparams["N_epochs"] * batches // separator.grad_accumulation_factor,
