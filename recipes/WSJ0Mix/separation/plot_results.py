@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import soundfile
+import torch
 
 FRAME, DYNAMIC_RANGE_DB = 256, 70
 
@@ -99,12 +100,23 @@ def _draw_curve(axes, log):
 
 
 def _draw_spectrogram(axes, path, title):
-    signal, rate = soundfile.read(path)
-    _, _, _, image = axes.specgram(
-        signal + 1e-9, NFFT=FRAME, Fs=rate, noverlap=FRAME * 3 // 4
+    signal, rate = soundfile.read(path, dtype="float32")
+    bins = torch.stft(
+        torch.from_numpy(signal),
+        FRAME,
+        FRAME // 4,
+        window=torch.hann_window(FRAME),
+        return_complex=True,
     )
-    top = image.get_array().max()
-    image.set_clim(top - DYNAMIC_RANGE_DB, top)
+    level = 20 * bins.abs().clamp(min=1e-9).log10()
+    axes.imshow(
+        level,
+        origin="lower",
+        aspect="auto",
+        extent=(0, len(signal) / rate, 0, rate / 2),
+        vmin=level.max() - DYNAMIC_RANGE_DB,
+        vmax=level.max(),
+    )
     axes.set(xlabel="s", ylabel="Hz", title=title)
 
 
