@@ -27,7 +27,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "side_by_side.csv"
 PEERS = ("conv-tasnet", "sepformer")
 OURS = tuple(f"flashformer-{size}" for size in ("tiny", "base", "large"))
 # After so many seconds a job is not run once more.
-PATIENCE = 60
+PATIENCE = 30
 # What is measured: (task, model, seconds of audio, runs).
 JOBS = [
     *(

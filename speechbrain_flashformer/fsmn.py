@@ -122,7 +122,9 @@ class FSMN(nn.Module):
         B, T, _ = x.shape
         # Every dilation-th frame is a signal of its own. Filtering these
         # without dilation is 5 to 10 times faster than a dilated kernel.
-        phases = F.pad(x, (0, 0, 0, -T % self.dilation))
+        phases = x
+        if T % self.dilation:
+            phases = F.pad(x, (0, 0, 0, -T % self.dilation))
         phases = phases.unflatten(1, (-1, self.dilation))
         phases = phases.transpose(1, 2).flatten(0, 1)  # [B dilation, ...]
         pad = max(self.lookback, self.lookahead)
@@ -136,6 +138,11 @@ class FSMN(nn.Module):
         memory = memory[:, start : start + phases.shape[1]]
         memory = memory.unflatten(0, (B, -1)).transpose(1, 2).flatten(1, 2)
         return x + memory[:, :T]
+
+
+# Frames that a block runs at once when no gradient is asked for. Longer ones
+# spend their time in fresh memory: 300 s took 1.4 times as long per second.
+SEGMENT = 8192
 
 
 class GatedFSMN(nn.Module):
@@ -182,6 +189,7 @@ class GatedFSMN(nn.Module):
             FSMN(d_memory, lookback, lookahead, dilation)
             for dilation in dilations
         )
+        self.reach = (lookback * sum(dilations), lookahead * sum(dilations))
         self.out = nn.Linear(d_memory, d_model)
         self.dropout = nn.Dropout(dropout)
 
@@ -200,6 +208,22 @@ class GatedFSMN(nn.Module):
         torch.Tensor
             [B, T, C].
         """
+        if torch.is_grad_enabled() or x.shape[1] <= SEGMENT:
+            return self._run(x, keep)
+        # The reach is finite, so segments with that much around them give
+        # exactly what the whole gives.
+        past, future = self.reach
+        parts = []
+        for start in range(0, x.shape[1], SEGMENT):
+            first = max(0, start - past)
+            span = slice(first, start + SEGMENT + future)
+            part = self._run(
+                x[:, span], None if keep is None else keep[:, span]
+            )
+            parts.append(part[:, start - first :][:, :SEGMENT])
+        return torch.cat(parts, 1)
+
+    def _run(self, x, keep):
         gate, memory = self.expand(self.norm(x)).chunk(2, dim=-1)
         for fsmn in self.memory:
             memory = fsmn(memory if keep is None else memory * keep)

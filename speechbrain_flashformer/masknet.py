@@ -60,11 +60,13 @@ class GlobalNorm(nn.Module):
             wide, frames = wide * keep, keep.sum((1, 2))
         count = x.shape[2] * frames
         mean = wide.sum((1, 2)) / count
-        power = wide.square().sum((1, 2)) / count
+        power = torch.linalg.vector_norm(wide, dim=(1, 2)).square() / count
         variance = (power - mean.square()).clamp(min=0)
         scale = (variance + self.eps**2).rsqrt()
-        normed = (wide - mean[:, None, None]) * scale[:, None, None]
-        return (normed * self.weight + self.bias).to(x.dtype)
+        # One pass over the frames, which are many: gain * x + shift.
+        gain = scale[:, None, None] * self.weight
+        shift = self.bias - mean[:, None, None] * gain
+        return torch.addcmul(shift, wide, gain).to(x.dtype)
 
 
 class LayerScale(nn.Module):
@@ -353,8 +355,12 @@ class FlashFormer(nn.Module):
         _, N, L = mix_w.shape
         frames = L if lengths is None else self._valid_frames(mix_w, lengths)
         x = mix_w.transpose(1, 2)
-        x = self.project(self.norm_in(x, _keep(frames, x)))  # [B, L, C]
-        x = F.pad(x, (0, 0, 0, -L % self.token_stride))
+        x = self.norm_in(x, _keep(frames, x))
+        # A Linear would first copy its transposed input.
+        weight = self.project.weight.t().expand(len(x), -1, -1)
+        x = torch.baddbmm(self.project.bias, x, weight)  # [B, L, C]
+        if L % self.token_stride:
+            x = F.pad(x, (0, 0, 0, -L % self.token_stride))
 
         skips = []
         for block, merge in zip(self.down, self.merge):
@@ -380,8 +386,13 @@ class FlashFormer(nn.Module):
             x = split(x).unflatten(2, (2, -1)).flatten(1, 2)  # [B, 2T, C]
             x = block(x + skip, keep)
 
-        masks = F.relu(self.masks(self.norm_out(x[:, :L])))
-        return masks.unflatten(2, (self.num_spks, N)).permute(2, 0, 3, 1)
+        # Weight times transposed input gives [B, S N, L] as it is needed; a
+        # Linear would leave the channels last, and a copy to the decoder.
+        weight = self.masks.weight.expand(len(x), -1, -1)
+        x = self.norm_out(x[:, :L]).transpose(1, 2)
+        masks = torch.baddbmm(self.masks.bias[:, None], weight, x)
+        masks = F.relu(masks, inplace=True).unflatten(1, (self.num_spks, N))
+        return masks.transpose(0, 1)
 
     def _valid_frames(self, mix_w, lengths):
         """Frames that count in each row, integers [B]."""

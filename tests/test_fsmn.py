@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from speechbrain_flashformer import fsmn
 from speechbrain_flashformer.fsmn import FSMN, GatedFSMN
 
 
@@ -12,22 +13,22 @@ from speechbrain_flashformer.fsmn import FSMN, GatedFSMN
 @pytest.mark.parametrize("dilation", [1, 3])
 @pytest.mark.parametrize("T", [1, 5, 40])
 def test_equals_the_sum_over_taps(lookback, lookahead, dilation, T):
-    fsmn = FSMN(3, lookback, lookahead, dilation).double()
+    memory = FSMN(3, lookback, lookahead, dilation).double()
     x = torch.randn(2, T, 3, dtype=torch.float64, requires_grad=True)
     expected = x.clone()
     for tap in range(-lookback, lookahead + 1):
-        weight = fsmn.weight[:, 0, 0, tap + lookback]
+        weight = memory.weight[:, 0, 0, tap + lookback]
         for t in range(T):
             source = t + tap * dilation
             if 0 <= source < T:
                 step = torch.zeros_like(x)
                 step[:, t] = 1
                 expected = expected + step * (x[:, source] * weight)[:, None]
-    torch.testing.assert_close(fsmn(x), expected)
+    torch.testing.assert_close(memory(x), expected)
     grad = torch.randn_like(x)
-    inputs = (x, fsmn.weight)
+    inputs = (x, memory.weight)
     for ours, oracle in zip(
-        torch.autograd.grad(fsmn(x), inputs, grad),
+        torch.autograd.grad(memory(x), inputs, grad),
         torch.autograd.grad(expected, inputs, grad),
     ):
         torch.testing.assert_close(ours, oracle)
@@ -35,10 +36,10 @@ def test_equals_the_sum_over_taps(lookback, lookahead, dilation, T):
 
 @pytest.mark.parametrize("lookahead", [0, 2])
 def test_reach_is_the_orders_times_the_dilation(lookahead):
-    fsmn = FSMN(1, lookback=3, lookahead=lookahead, dilation=2)
+    memory = FSMN(1, lookback=3, lookahead=lookahead, dilation=2)
     x = torch.zeros(1, 41, 1)
     x[0, 20] = 1
-    heard = fsmn(x)[0, :, 0].detach().nonzero().flatten().tolist()
+    heard = memory(x)[0, :, 0].detach().nonzero().flatten().tolist()
     assert heard == list(range(20 - 2 * lookahead, 20 + 6 + 1, 2))
 
 
@@ -54,6 +55,20 @@ def test_padding_is_never_remembered():
     x = torch.randn(1, 30, 4)
     keep = (torch.arange(30) < 17).float()[None, :, None]
     torch.testing.assert_close(block(x, keep)[:, :17], block(x[:, :17]))
+
+
+@pytest.mark.parametrize("T", [20, 21, 65])
+@pytest.mark.parametrize("lookahead", [0, 4])
+def test_segments_give_what_the_whole_gives(monkeypatch, T, lookahead):
+    block = GatedFSMN(4, 8, lookback=3, lookahead=lookahead, dilations=(1, 2))
+    x, keep = torch.randn(2, T, 4), torch.ones(2, T, 1)
+    keep[1, T // 2 :] = 0
+    for mask in (None, keep):
+        whole = block(x, mask).detach()
+        monkeypatch.setattr(fsmn, "SEGMENT", 10)
+        with torch.no_grad():
+            torch.testing.assert_close(block(x, mask), whole)
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("wrong", [(-1, 0, 1), (0, -1, 1), (1, 1, 0)])
