@@ -80,8 +80,10 @@ class Separation(sb.Brain):
         baseline = si_snr(targets, mixture, lengths)
         samples = (lengths * targets.shape[1]).round().long().tolist()
         for b, n in enumerate(samples):
+            power = [x[b, :n].square().mean(0) for x in (predictions, targets)]
             row = {
                 "snt_id": batch.id[b],
+                "level_db": 10 * torch.log10(power[0] / power[1]).mean().item(),
                 "si-snr": scores[b].mean().item(),
                 "si-snr_i": (scores[b] - baseline[b]).mean().item(),
             }
@@ -96,6 +98,13 @@ class Separation(sb.Brain):
                 ):
                     self.save_audio(row["snt_id"], noisy, clean, separated)
             self.rows.append(row)
+
+    def make_dataloader(self, dataset, stage, **kwargs):
+        """A loader; Brain tells a given sampler the epoch only under DDP."""
+        loader = super().make_dataloader(dataset, stage, **kwargs)
+        if stage == sb.Stage.TRAIN and self.train_sampler is None:
+            self.train_sampler = loader.sampler
+        return loader
 
     # --- optimizers and schedules -------------------------------------------
 
@@ -165,8 +174,13 @@ class Separation(sb.Brain):
                 train_stats=self.train_stats,
                 valid_stats=stats,
             )
+            # How much louder the estimates are than the sources; finite rows.
+            levels = [row["level_db"] for row in self.rows]
+            levels = [level for level in levels if math.isfinite(level)]
+            level = sum(levels) / max(1, len(levels))
             self.checkpointer.save_and_keep_only(
-                meta={"si-snr": loss, "epoch": epoch}, min_keys=["si-snr"]
+                meta={"si-snr": loss, "epoch": epoch, "level_db": level},
+                min_keys=["si-snr"],
             )
         else:
             self.hparams.train_logger.log_stats(
@@ -195,7 +209,9 @@ class Separation(sb.Brain):
         path = Path(self.hparams.output_folder) / "test_results.csv"
         partial = path.with_suffix(".partial")
         with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, RESULT_COLUMNS)
+            writer = csv.DictWriter(
+                file, RESULT_COLUMNS, extrasaction="ignore"
+            )
             writer.writeheader()
             writer.writerows([*self.rows, mean])
         os.replace(partial, path)

@@ -50,17 +50,24 @@ class GlobalNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x, keep=None):
-        """Normalise x [B, L, N]; keep [B, L, 1] is 0 at padded frames."""
+    def forward(self, x, keep=None, statistics=None):
+        """Normalise x [B, L, N].
+
+        keep [B, L, 1] is 0 at padded frames; statistics are mean and mean
+        square [B] of the recording that x is a part of.
+        """
         # Autocast would sum the squares in half precision.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        frames = x.shape[1]
-        if keep is not None:
-            keep = keep.to(wide.dtype)
-            wide, frames = wide * keep, keep.sum((1, 2))
-        count = x.shape[2] * frames
-        mean = wide.sum((1, 2)) / count
-        power = torch.linalg.vector_norm(wide, dim=(1, 2)).square() / count
+        if statistics is None:
+            frames = x.shape[1]
+            if keep is not None:
+                keep = keep.to(wide.dtype)
+                wide, frames = wide * keep, keep.sum((1, 2))
+            count = x.shape[2] * frames
+            mean = wide.sum((1, 2)) / count
+            power = torch.linalg.vector_norm(wide, dim=(1, 2)).square() / count
+        else:
+            mean, power = (s.to(wide) for s in statistics)
         variance = (power - mean.square()).clamp(min=0)
         scale = (variance + self.eps**2).rsqrt()
         # One pass over the frames, which are many: gain * x + shift.
@@ -324,7 +331,7 @@ class FlashFormer(nn.Module):
         self.norm_out = nn.LayerNorm(widths[0])
         self.masks = nn.Linear(widths[0], num_spks * in_channels)
 
-    def forward(self, mix_w, lengths=None):
+    def forward(self, mix_w, lengths=None, statistics=None):
         """Estimate the masks.
 
         Arguments
@@ -334,6 +341,9 @@ class FlashFormer(nn.Module):
         lengths : torch.Tensor, optional
             Valid part of each row relative to L, in (0, 1], [B]. Padded
             frames then never change the others; their masks mean nothing.
+        statistics : tuple of torch.Tensor, optional
+            Mean and mean square [B] of the encoder output over the recordings
+            that the rows are parts of; each row's own by default.
 
         Returns
         -------
@@ -355,7 +365,7 @@ class FlashFormer(nn.Module):
         _, N, L = mix_w.shape
         frames = L if lengths is None else self._valid_frames(mix_w, lengths)
         x = mix_w.transpose(1, 2)
-        x = self.norm_in(x, _keep(frames, x))
+        x = self.norm_in(x, _keep(frames, x), statistics)
         # A Linear would first copy its transposed input.
         weight = self.project.weight.t().expand(len(x), -1, -1)
         x = torch.baddbmm(self.project.bias, x, weight)  # [B, L, C]
@@ -393,6 +403,28 @@ class FlashFormer(nn.Module):
         masks = torch.baddbmm(self.masks.bias[:, None], weight, x)
         masks = F.relu(masks, inplace=True).unflatten(1, (self.num_spks, N))
         return masks.transpose(0, 1)
+
+    @property
+    def reach(self):
+        """Frames to the (left, right) that an output depends on; -1: all.
+
+        Beyond them only the statistics of the input norm matter.
+        """
+        sides = []
+        for side in (0, 1):
+            # One FSMN block per rate on the way down and one on the way up.
+            frames = sum(
+                2 * block.reach[side] * 2**i for i, block in enumerate(self.down)
+            )
+            for layer in self.layers:
+                window = layer.attention.window[side]
+                if window < 0:
+                    return (-1, -1)
+                tokens = window + layer.fsmn.reach[side]
+                frames += tokens * self.token_stride
+            # A frame sees all frames of its own token.
+            sides.append(frames + self.token_stride - 1)
+        return tuple(sides)
 
     def _valid_frames(self, mix_w, lengths):
         """Frames that count in each row, integers [B]."""

@@ -8,7 +8,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-def separate(mixture, encoder, masknet, decoder, lengths=None):
+def separate(
+    mixture, encoder, masknet, decoder, lengths=None, statistics=None
+):
     """Separate mixtures of equal or padded length.
 
     No sample is lost at the end (an encoder without padding drops up to a
@@ -27,6 +29,9 @@ def separate(mixture, encoder, masknet, decoder, lengths=None):
     lengths : torch.Tensor, optional
         Valid part of each row relative to T, [B]. The masknet must take
         lengths too. Outputs past the length are 0.
+    statistics : tuple of torch.Tensor, optional
+        Those of the recordings that the rows are parts of, as from
+        ``encoder_statistics``; the masknet must take them. Not with lengths.
 
     Returns
     -------
@@ -52,7 +57,9 @@ def separate(mixture, encoder, masknet, decoder, lengths=None):
     frames = _frames(torch.tensor(T), kernel, stride).item()
     padded = kernel + (frames - 1) * stride
     mix_w = encoder(F.pad(mixture, (0, padded - T)))
-    if lengths is None:
+    if statistics is not None:
+        masks = masknet(mix_w, statistics=statistics)
+    elif lengths is None:
         masks = masknet(mix_w)
     else:
         valid = _frames(samples, kernel, stride)
@@ -63,6 +70,55 @@ def separate(mixture, encoder, masknet, decoder, lengths=None):
     sources = decoder((mix_w * masks).flatten(0, 1))
     sources = sources.view(-1, B, padded)[..., :T].permute(1, 2, 0)
     return sources if lengths is None else sources * keep.unsqueeze(2)
+
+
+def encoder_statistics(blocks, encoder):
+    """Mean and mean square of the encoder output over whole recordings.
+
+    Arguments
+    ---------
+    blocks : iterable of torch.Tensor
+        The recordings in order, each [C, n].
+    encoder : torch.nn.Module
+        As in ``separate``.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        Mean and mean square, [C] each.
+
+    Example
+    -------
+    >>> from speechbrain.lobes.models.dual_path import Encoder
+    >>> encoder = Encoder(kernel_size=16, out_channels=32)
+    >>> mixture = torch.randn(1, 1600)
+    >>> mean, _ = encoder_statistics(mixture.split(100, 1), encoder)
+    >>> torch.allclose(mean.float(), encoder(mixture).mean())
+    True
+    """
+    kernel, stride = _frame_size(encoder)
+    device = next(encoder.parameters()).device
+    total, squares, count, rest = 0, 0, 0, None
+
+    def add(samples):
+        nonlocal total, squares, count
+        mix_w = encoder(samples.to(device)).double()
+        total = total + mix_w.sum((1, 2))
+        squares = squares + mix_w.square().sum((1, 2))
+        count += mix_w.shape[1] * mix_w.shape[2]
+
+    for block in blocks:
+        samples = block if rest is None else torch.cat([rest, block], 1)
+        if samples.shape[1] >= kernel:
+            add(samples)
+            frames = 1 + (samples.shape[1] - kernel) // stride
+            samples = samples[:, frames * stride :]
+        rest = samples
+    # What a last frame covers that only the padding fills.
+    covered = kernel - stride if count else 0
+    if rest.shape[1] > covered:
+        add(F.pad(rest, (0, kernel - rest.shape[1])))
+    return total / count, squares / count
 
 
 def _keep(lengths, size):

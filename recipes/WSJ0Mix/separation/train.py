@@ -16,6 +16,7 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 from plot_results import check_can_plot, plot_results
 from prepare_data import prepare_wsjmix
+from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.utils.distributed import (
     ddp_init_group,
     infer_device,
@@ -26,6 +27,7 @@ from torch.distributed import get_world_size, is_initialized
 
 from speechbrain_flashformer.brain import Separation
 from speechbrain_flashformer.data import load_datasets
+from speechbrain_flashformer.mixing import EpochSampler, load_mixtures
 from speechbrain_flashformer.voices import make_voices
 
 logger = get_logger(__name__)
@@ -78,6 +80,17 @@ def main():
         },
     )
     train_data, valid_data, test_data = load_datasets(hparams)
+    loader_opts = hparams["dataloader_opts"]
+    batches = len(train_data) // hparams["batch_size"]
+    if hparams["dynamic_mixing"]:
+        # As many mixtures in an epoch as the data folder has.
+        loader_opts = {
+            **loader_opts,
+            "sampler": EpochSampler(len(train_data)),
+            "shuffle": False,
+            "collate_fn": PaddedBatch,
+        }
+        train_data = load_mixtures(hparams)
 
     separator = Separation(
         modules=hparams["modules"],
@@ -87,16 +100,13 @@ def main():
         checkpointer=hparams["checkpointer"],
     )
     ranks = get_world_size() if is_initialized() else 1
-    batches = len(train_data) // hparams["batch_size"] // ranks
-    stretch_schedule(
-        hparams["lr_scheduler"],
-        hparams["N_epochs"] * batches // separator.grad_accumulation_factor,
-    )
+    steps = batches // ranks // separator.grad_accumulation_factor
+    stretch_schedule(hparams["lr_scheduler"], hparams["N_epochs"] * steps)
     separator.fit(
         separator.hparams.epoch_counter,
         train_data,
         valid_data,
-        train_loader_kwargs=hparams["dataloader_opts"],
+        train_loader_kwargs=loader_opts,
         valid_loader_kwargs=hparams["dataloader_opts_valid"],
     )
     separator.evaluate(

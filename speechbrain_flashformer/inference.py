@@ -1,0 +1,434 @@
+"""Separate recordings with a trained model: any length, rate and channels."""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from speechbrain.inference.separation import SepformerSeparation
+from speechbrain.utils.fetching import FetchConfig, LocalStrategy, fetch
+from tqdm import tqdm
+
+from speechbrain_flashformer.audio import (
+    AudioReader,
+    SourceWriter,
+    check_finite,
+    resample_blocks,
+)
+from speechbrain_flashformer.chunks import ChunkPlan, separate_long
+from speechbrain_flashformer.separate import encoder_statistics, separate
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+MODULES = ("encoder", "masknet", "decoder")
+
+
+@dataclass(frozen=True)
+class SeparationOptions:
+    """How a recording is separated.
+
+    Arguments
+    ---------
+    channels : str
+        ``mix`` takes the mean of the channels, ``each`` separates each.
+    chunk : float
+        Seconds that the network is given at once; longer recordings are cut.
+    overlap : float
+        Seconds that neighbouring chunks share.
+    norm : str
+        ``chunk``: each chunk is normed by itself, which follows a level that
+        drifts. ``recording``: by the whole recording, which is read twice;
+        with an overlap of twice the network's reach, chunks then give what
+        the whole would.
+    mixture_consistency : bool
+        Make the sources sum to the mixture, at the model's rate.
+    precision : str
+        ``fp32``, ``bf16`` or ``fp16``.
+    memory : int
+        Megabytes that the activations of one call may take, about.
+    progress : bool
+        Show a progress bar.
+    callback : callable, optional
+        Called with (seconds done, seconds in all).
+    """
+
+    channels: str = "mix"
+    chunk: float = 20.0
+    overlap: float = 5.0
+    norm: str = "chunk"
+    mixture_consistency: bool = False
+    precision: str = "fp32"
+    memory: int = 512
+    progress: bool = False
+    callback: object = None
+
+    def __post_init__(self):
+        for name, known in (
+            ("channels", ("mix", "each")),
+            ("norm", ("chunk", "recording")),
+            ("precision", PRECISIONS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} is one of {', '.join(known)}, not "
+                    f"{getattr(self, name)!r}"
+                )
+
+
+class FlashFormerSeparation(SepformerSeparation):
+    """A ready-to-use model: SpeechBrain's interface, made for recordings.
+
+    The calls are those of ``SepformerSeparation``. Each takes the fields of
+    ``SeparationOptions`` as keyword arguments. Outputs have the level that the
+    model gives them: they are never brought to full scale unasked.
+
+    Example
+    -------
+    >>> from speechbrain.lobes.models.dual_path import Decoder, Encoder
+    >>> from speechbrain_flashformer import FlashFormer
+    >>> modules = {
+    ...     "encoder": Encoder(kernel_size=16, out_channels=32),
+    ...     "masknet": FlashFormer(in_channels=32, d_model=64, num_layers=1),
+    ...     "decoder": Decoder(32, 1, kernel_size=16, stride=8, bias=False),
+    ... }
+    >>> hparams = {"num_spks": 2, "sample_rate": 8000}
+    >>> model = FlashFormerSeparation(modules, hparams)
+    >>> stereo = torch.randn(2, 44100)
+    >>> model.separate_audio(stereo, 44100).shape
+    torch.Size([1, 44100, 2])
+    """
+
+    @classmethod
+    def from_hparams(cls, source, savedir=None, **kwargs):
+        """Load a packed model.
+
+        Arguments
+        ---------
+        source : str or Path
+            A folder made by ``flashformer pack``, or a model hub's name.
+        savedir : str or Path, optional
+            Where to link the files; links of another model are replaced.
+        **kwargs
+            Those of SpeechBrain's ``from_hparams``, such as ``run_opts``.
+
+        Returns
+        -------
+        FlashFormerSeparation
+
+        Raises
+        ------
+        FileNotFoundError
+            When the folder lacks a file.
+        ValueError
+            When a checkpoint does not fit the model in every key.
+        """
+        folder = Path(source)
+        if folder.is_dir():
+            for name in ("hyperparams.yaml", *(f"{m}.ckpt" for m in MODULES)):
+                if not (folder / name).is_file():
+                    raise FileNotFoundError(
+                        f"no {name} in {folder}: is it a folder made by "
+                        "'flashformer pack'?"
+                    )
+        elif folder.is_absolute() or str(source).startswith("."):
+            raise FileNotFoundError(f"no model folder {folder}")
+        if savedir is not None:
+            # Else the files of another model there would be loaded.
+            kwargs.setdefault("fetch_config", FetchConfig(overwrite=True))
+        model = super().from_hparams(str(source), savedir=savedir, **kwargs)
+        if model is not None:
+            model._check_keys()
+        return model
+
+    def _check_keys(self):
+        """SpeechBrain loads what fits and warns; wrong weights are an error."""
+        for name, path in self.hparams.pretrainer.paths.items():
+            there = torch.load(path, map_location="cpu", weights_only=True)
+            wrong = set(there) ^ set(self.mods[name].state_dict())
+            if wrong:
+                raise ValueError(
+                    f"{path} does not fit the {name} of hyperparams.yaml: "
+                    f"{len(wrong)} keys are missing or unknown, such as "
+                    f"{sorted(wrong)[0]}"
+                )
+
+    # --- in memory ----------------------------------------------------------
+
+    def separate_batch(self, mix):
+        """Separate mixtures at the model's rate, each whole.
+
+        Arguments
+        ---------
+        mix : torch.Tensor
+            [B, T], T >= 1.
+
+        Returns
+        -------
+        torch.Tensor
+            [B, T, S].
+        """
+        if mix.ndim != 2 or not mix.numel():
+            raise ValueError(
+                f"separate_batch takes [batch, time], got {tuple(mix.shape)}"
+            )
+        return separate(mix.to(self.device), *self._networks())
+
+    def separate_audio(self, audio, sample_rate=None, **options):
+        """Separate audio that is in memory.
+
+        Arguments
+        ---------
+        audio : torch.Tensor or np.ndarray
+            [T] or [C, T]; integers are taken as PCM.
+        sample_rate : int, optional
+            Hz, of input and output; the model's by default.
+        **options
+            Fields of ``SeparationOptions``.
+
+        Returns
+        -------
+        torch.Tensor
+            [1, T, S], or [C, T, S] with channels="each"; float32, CPU.
+        """
+        audio = _as_float(audio)
+        check_finite(audio, "the audio")
+        rate = sample_rate or self.hparams.sample_rate
+
+        def blocks():
+            return audio.split(10 * rate, 1)
+
+        options = SeparationOptions(**options)
+        parts = self._stream(blocks, rate, audio.shape[1], options)
+        return torch.cat(list(parts), 1)
+
+    def separate_file(self, path, savedir=None, **options):
+        """Separate a file; the sources come back at its rate, in memory.
+
+        Arguments
+        ---------
+        path : str or Path
+            An audio file, or a URL.
+        savedir : str or Path, optional
+            Where a file from a URL is kept.
+        **options
+            Fields of ``SeparationOptions``.
+
+        Returns
+        -------
+        torch.Tensor
+            [1, T, S], or [C, T, S] with channels="each"; float32, CPU.
+        """
+        reader = AudioReader(_local(path, savedir))
+        options = SeparationOptions(**options)
+        parts = self._stream(
+            reader.blocks, reader.sample_rate, reader.frames, options
+        )
+        return torch.cat(list(parts), 1)
+
+    # --- file to files ------------------------------------------------------
+
+    def separate_to_files(
+        self,
+        path,
+        folder,
+        name=None,
+        subtype="float",
+        normalize=False,
+        overwrite=False,
+        **options,
+    ):
+        """Separate a file of any length into files, in little memory.
+
+        Arguments
+        ---------
+        path : str or Path
+            An audio file.
+        folder : str or Path
+            Gets NAME_s1.wav, NAME_s2.wav, ... (NAME_c1_s1.wav, ... with
+            channels="each"), all at the end or, after an error, none.
+        name : str, optional
+            NAME; that of the file by default.
+        subtype, normalize, overwrite
+            As in ``SourceWriter``.
+        **options
+            Fields of ``SeparationOptions``.
+
+        Returns
+        -------
+        list of Path
+            The files written.
+        """
+        reader = AudioReader(path)
+        options = SeparationOptions(**options)
+        paths = self.output_paths(path, folder, name, options.channels)
+        writer = SourceWriter(
+            paths,
+            reader.sample_rate,
+            reader.frames,
+            subtype,
+            normalize,
+            overwrite,
+        )
+        with writer:
+            for part in self._stream(
+                reader.blocks, reader.sample_rate, reader.frames, options
+            ):
+                # [C, n, S] -> [n, C S]
+                writer.write(part.transpose(0, 1).flatten(1))
+        return writer.paths
+
+    def output_paths(self, path, folder, name=None, channels="mix"):
+        """The files that ``separate_to_files`` writes."""
+        stem = name or Path(path).stem
+        if channels == "each":
+            numbers = range(1, AudioReader(path).channels + 1)
+            stems = [f"{stem}_c{number}" for number in numbers]
+        else:
+            stems = [stem]
+        speakers = range(1, self.hparams.num_spks + 1)
+        return [
+            Path(folder) / f"{stem}_s{speaker}.wav"
+            for stem in stems
+            for speaker in speakers
+        ]
+
+    # --- the way of all recordings ------------------------------------------
+
+    def _networks(self):
+        return [self.mods[name] for name in MODULES]
+
+    def _stream(self, read, rate, frames, options):
+        """Yield the sources [C, n, S] at ``rate``; ``read()`` gives blocks."""
+        model_rate = self.hparams.sample_rate
+
+        def mixture():
+            blocks = read()
+            if options.channels == "mix":
+                blocks = (block.mean(0, keepdim=True) for block in blocks)
+            return resample_blocks(blocks, rate, model_rate)
+
+        statistics = None
+        if options.norm == "recording":
+            with torch.no_grad():
+                statistics = encoder_statistics(mixture(), self.mods.encoder)
+        parts = separate_long(
+            mixture(),
+            self._forward(options, statistics),
+            model_rate,
+            self._plan(options),
+            self.hparams.num_spks,
+        )
+        seconds = frames / rate
+        with tqdm(
+            total=round(seconds, 1),
+            unit="s",
+            disable=not options.progress,
+            dynamic_ncols=True,
+        ) as bar:
+            done = 0
+            for part in _resample_sources(parts, model_rate, rate):
+                part = part[:, : frames - done]
+                done += part.shape[1]
+                yield part
+                bar.update(part.shape[1] / rate)
+                if options.callback:
+                    options.callback(done / rate, seconds)
+
+    def _plan(self, options):
+        """Chunks in samples, as many at once as fit the memory."""
+        rate = self.hparams.sample_rate
+        masknet = self.mods.masknet
+        conv = next(
+            module
+            for module in self.mods.encoder.modules()
+            if isinstance(module, torch.nn.Conv1d)
+        )
+        align = conv.stride[0] * getattr(masknet, "token_stride", 1)
+        chunk, overlap = round(options.chunk * rate), round(
+            options.overlap * rate
+        )
+        # Masks, their products and a few tensors at the frame rate.
+        per_sample = 4 * conv.out_channels * (2 * self.hparams.num_spks + 4)
+        megabytes = chunk * per_sample / conv.stride[0] / 1e6
+        batch = 1
+        # On a CPU one chunk fills all cores.
+        if torch.device(self.device).type != "cpu":
+            batch = max(1, int(options.memory / megabytes))
+        return ChunkPlan(chunk, overlap, align, batch)
+
+    def _forward(self, options, statistics):
+        """The network as [B, T] -> [B, T, S] on the CPU."""
+        dtype = PRECISIONS[options.precision]
+        device = torch.device(self.device)
+
+        @torch.no_grad()
+        def forward(chunks):
+            chunks = chunks.to(device)
+            autocast = contextlib.nullcontext()
+            if dtype is not None:
+                autocast = torch.autocast(device.type, dtype)
+            given = statistics
+            if given is not None:
+                times = len(chunks) // len(given[0])
+                given = tuple(value.repeat(times) for value in given)
+            with autocast:
+                sources = separate(
+                    chunks, *self._networks(), statistics=given
+                )
+            sources = sources.float()
+            if options.mixture_consistency:
+                rest = chunks - sources.sum(2)
+                sources = sources + rest[:, :, None] / sources.shape[2]
+            return sources.cpu()
+
+        return forward
+
+
+def _resample_sources(parts, old, new):
+    """Resample parts [C, n, S]."""
+    if old == new:
+        yield from parts
+        return
+    shape = []
+
+    def rows():
+        for part in parts:
+            shape[:] = part.shape[0], part.shape[2]
+            yield part.transpose(1, 2).flatten(0, 1)  # [C S, n]
+
+    for block in resample_blocks(rows(), old, new):
+        yield block.unflatten(0, shape).transpose(1, 2)
+
+
+def _as_float(audio):
+    """An array or tensor [T] or [C, T] as float32 [C, T]."""
+    if isinstance(audio, np.ndarray):
+        audio = torch.from_numpy(audio)
+    if audio.ndim not in (1, 2) or not audio.numel():
+        raise ValueError(
+            f"audio is [time] or [channels, time], got {tuple(audio.shape)}"
+        )
+    if audio.ndim == 2 and audio.shape[0] > audio.shape[1]:
+        raise ValueError(
+            f"audio is [channels, time], got {tuple(audio.shape)}: "
+            "transpose it"
+        )
+    if audio.dtype in (torch.int16, torch.int32):
+        audio = audio / -torch.iinfo(audio.dtype).min
+    elif not audio.is_floating_point():
+        raise ValueError(f"audio is float, int16 or int32, got {audio.dtype}")
+    return audio.detach().float().cpu().reshape(-1, audio.shape[-1])
+
+
+def _local(path, savedir):
+    """A file on this machine, fetched when the path is a URL."""
+    if "://" not in str(path):
+        return path
+    source, name = str(path).rsplit("/", 1)
+    return fetch(
+        name,
+        source=source,
+        savedir=savedir,
+        local_strategy=LocalStrategy.SYMLINK,
+        fetch_config=FetchConfig(overwrite=True),
+    )

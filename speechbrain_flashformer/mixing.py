@@ -1,0 +1,373 @@
+"""Dynamic mixing: new training mixtures for ever from single-speaker speech.
+
+Mixture ``n`` is made of the seed and ``n`` alone: the same whatever the number
+of workers or processes, and never the same twice in a training. Levels follow
+WSJ0-mix.
+
+Axes: T samples.
+"""
+
+import csv
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from scipy.signal import fftconvolve, firwin2
+from torch.utils.data import Dataset, Sampler
+from torchaudio.functional import resample
+from tqdm import tqdm
+
+# WSJ0-mix: the first speaker's level and that of the others beside it
+# (normal, mean and deviation in dB), the loudest and softest, and the peak.
+FIRST_LEVEL_DB = (-27.43, 2.57)
+RELATIVE_LEVEL_DB = (-2.51, 2.66)
+LEVEL_LIMITS_DB = (-45.0, 0.0)
+PEAK = 0.9
+
+# A cut softer than this is a pause, and another one is drawn.
+SILENCE_DB = -60.0
+TRIES = 100
+
+# Signal to noise ratio of added noise, dB, and the rooms' reverberation
+# times, seconds; drawn uniformly.
+NOISE_SNR_DB = (5.0, 35.0)
+ROOM_T60 = (0.1, 0.5)
+
+
+def load_mixtures(hparams):
+    """Build the ``DynamicMixtures`` that a recipe's hyperparameters describe.
+
+    Reads ``base_folder_dm``, ``dm_speaker``, ``num_spks``, ``sample_rate``,
+    ``training_signal_len``, ``seed``, ``use_speedperturb``, ``speeds``,
+    ``dm_noise_folder``, ``dm_noise_share``, ``dm_room_share`` and
+    ``dm_colour_db``.
+    """
+    if not hparams["base_folder_dm"]:
+        raise ValueError(
+            "dynamic_mixing needs single-speaker recordings: give their "
+            "folder as base_folder_dm"
+        )
+    noise = []
+    if hparams["dm_noise_folder"]:
+        found = find_recordings(hparams["dm_noise_folder"])
+        noise = [path for path, _ in found]
+    return DynamicMixtures(
+        find_recordings(hparams["base_folder_dm"], hparams["dm_speaker"]),
+        hparams["num_spks"],
+        hparams["sample_rate"],
+        hparams["training_signal_len"],
+        hparams["seed"],
+        hparams["speeds"] if hparams["use_speedperturb"] else (100, 100),
+        noise,
+        hparams["dm_noise_share"],
+        hparams["dm_room_share"],
+        hparams["dm_colour_db"],
+    )
+
+
+def find_recordings(place, speaker="folder"):
+    """List recordings and who speaks in each, sorted by path.
+
+    Arguments
+    ---------
+    place : str or Path
+        A folder, searched to all depths for wav and flac files; or a CSV file
+        with the columns ``wav`` (paths, relative ones beside the CSV) and
+        ``speaker``.
+    speaker : str
+        How a folder tells who speaks: ``folder``, the name of the folder that
+        holds the file; ``file``, each file is its own; else a regular
+        expression searched in the path below ``place``, whose groups that
+        matched are the name.
+
+    Returns
+    -------
+    list of tuple
+        (path, name of the speaker).
+
+    Raises
+    ------
+    FileNotFoundError
+        When nothing is found.
+    ValueError
+        When the CSV has not these columns, or a path does not match.
+    """
+    place = Path(place)
+    if place.is_file():
+        with place.open(newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file)
+            missing = {"wav", "speaker"} - set(rows.fieldnames or ())
+            if missing:
+                raise ValueError(f"{place} has no column {sorted(missing)[0]}")
+            found = [(place.parent / r["wav"], r["speaker"]) for r in rows]
+    else:
+        paths = sorted(
+            path
+            for path in place.rglob("*")
+            if path.suffix.lower() in (".wav", ".flac")
+        )
+        found = [(path, _speaker(path, place, speaker)) for path in paths]
+    if not found:
+        raise FileNotFoundError(f"no wav or flac file in {place}")
+    return found
+
+
+def _speaker(path, place, speaker):
+    below = path.relative_to(place)
+    if speaker == "file":
+        return below.as_posix()
+    if speaker == "folder":
+        return below.parent.name or path.parent.name
+    match = re.search(speaker, below.as_posix())
+    if not match:
+        raise ValueError(
+            f"dm_speaker {speaker!r} does not match {below} in {place}"
+        )
+    return "".join(group for group in match.groups() if group) or match[0]
+
+
+class DynamicMixtures(Dataset):
+    """An endless training set of mixtures made on the fly.
+
+    Speech is drawn second by second: a speaker with twice as much of it
+    speaks twice as often. A recording shorter than ``samples`` stands at a
+    random place in the mixture, which ends with its longest source.
+
+    Arguments
+    ---------
+    recordings : list of tuple
+        (path, speaker), as from ``find_recordings``; mono, any sampling rate.
+    num_spks : int
+        S, different speakers in a mixture.
+    sample_rate : int
+        Of the mixtures, Hz.
+    samples : int
+        Longest mixture.
+    seed : int
+        The same seed gives the same mixtures.
+    speeds : tuple of int
+        Least and greatest speed, in percent; pitch and formants go with it.
+    noise : list of Path
+        Noise recordings.
+    noise_share : float
+        Share of the mixtures with noise in them (the sources stay clean):
+        one of ``noise``, or without any, a noise of random colour.
+    room_share : float
+        Share of the mixtures in a room, with a synthetic reverberation in the
+        sources too.
+    colour_db : float
+        Each source passes a random filter up to so many dB up or down, as if
+        through another microphone.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> for name in "ab":
+    ...     noise = 0.1 * np.random.randn(8000)
+    ...     soundfile.write(folder / f"{name}.wav", noise, 8000)
+    >>> recordings = find_recordings(folder, speaker="file")
+    >>> mixtures = DynamicMixtures(recordings, 2, 8000, samples=4000, seed=1)
+    >>> mixtures[12345]["mix_sig"].shape
+    torch.Size([4000])
+    """
+
+    def __init__(
+        self,
+        recordings,
+        num_spks,
+        sample_rate,
+        samples,
+        seed,
+        speeds=(100, 100),
+        noise=(),
+        noise_share=0.0,
+        room_share=0.0,
+        colour_db=0.0,
+    ):
+        self.num_spks, self.samples = num_spks, samples
+        self.sample_rate, self.seed = sample_rate, seed
+        self.speeds, self.noise = speeds, list(noise)
+        self.noise_share, self.room_share = noise_share, room_share
+        self.colour_db = colour_db
+        self.paths = [str(path) for path, _ in recordings]
+        names, self.speakers = np.unique(
+            [name for _, name in recordings], return_inverse=True
+        )
+        if len(names) < num_spks:
+            raise ValueError(
+                f"dynamic mixing of {num_spks} speakers needs as many; "
+                f"{Path(self.paths[0]).parent} and the rest hold {len(names)}: "
+                "see dm_speaker"
+            )
+        with ThreadPoolExecutor() as pool:
+            headers = tqdm(
+                pool.map(_header, self.paths),
+                "recordings",
+                len(self.paths),
+                dynamic_ncols=True,
+            )
+            self.rates, self.frames = np.array(list(headers)).T
+        self.upto = np.cumsum(self.frames / self.rates)  # seconds
+
+    def __getitem__(self, n):
+        """Mixture n: id, mix_sig [T] and s1_sig to sS_sig [T]."""
+        rng = np.random.default_rng([self.seed, n])
+        cuts, taken = [], set()
+        for _ in range(TRIES):
+            pick = np.searchsorted(self.upto, rng.random() * self.upto[-1])
+            if self.speakers[pick] in taken:
+                continue
+            cut = self._cut(pick, rng)
+            if _level_db(cut) > SILENCE_DB:
+                taken.add(self.speakers[pick])
+                cuts.append(cut)
+            if len(cuts) == self.num_spks:
+                return self._mix(n, cuts, rng)
+        raise ValueError(
+            f"no {self.num_spks} speakers who say something found in {TRIES} "
+            f"tries; the last was silent or taken: {self.paths[pick]}"
+        )
+
+    def _cut(self, pick, rng):
+        """A piece of a recording at a random speed, at most ``samples``."""
+        percent = int(rng.integers(self.speeds[0], self.speeds[1] + 1))
+        rate = int(self.rates[pick])
+        # Faster speech is a recording that claims a higher rate.
+        new, old = self.sample_rate * 100, rate * percent
+        wanted = min(-(-self.samples * old // new), self.frames[pick])
+        start = rng.integers(self.frames[pick] - wanted + 1)
+        cut, _ = soundfile.read(
+            self.paths[pick], int(wanted), int(start), dtype="float32"
+        )
+        return self._resample(cut, old, new)[: self.samples]
+
+    @staticmethod
+    def _resample(signal, old, new):
+        if old == new:
+            return signal
+        shared = np.gcd(old, new)
+        signal = torch.from_numpy(signal)
+        return resample(signal, old // shared, new // shared).numpy()
+
+    def _mix(self, n, cuts, rng):
+        length = max(map(len, cuts))
+        in_room = rng.random() < self.room_share
+        t60 = rng.uniform(*ROOM_T60)
+        first = rng.normal(*FIRST_LEVEL_DB)
+        sources = []
+        for i, cut in enumerate(cuts):
+            level = first + (rng.normal(*RELATIVE_LEVEL_DB) if i else 0)
+            source = np.zeros(length, np.float32)
+            start = rng.integers(length - len(cut) + 1)
+            source[start : start + len(cut)] = cut
+            if self.colour_db:
+                source = colour(source, self.colour_db, rng)
+            if in_room:
+                source = reverberate(source, t60, self.sample_rate, rng)
+            spoken = source[start : start + len(cut)]
+            gain_db = np.clip(level, *LEVEL_LIMITS_DB) - _level_db(spoken)
+            sources.append(source * 10 ** (gain_db / 20))
+        mixture = sum(sources)
+        if rng.random() < self.noise_share:
+            noise = self._noise(length, rng)
+            snr = rng.uniform(*NOISE_SNR_DB)
+            gain_db = _level_db(mixture) - snr - _level_db(noise)
+            mixture = mixture + noise * 10 ** (gain_db / 20)
+        peak = max(np.abs(x).max() for x in (mixture, *sources))
+        scale = min(1.0, PEAK / peak)
+        item = {"id": f"dm{n}", "mix_sig": mixture}
+        item |= {f"s{i + 1}_sig": x for i, x in enumerate(sources)}
+        for name in list(item)[1:]:
+            wave = (item[name] * scale).astype(np.float32)
+            item[name] = torch.from_numpy(wave)
+        return item
+
+    def _noise(self, length, rng):
+        if not self.noise:
+            return random_noise(length, rng)
+        path = self.noise[rng.integers(len(self.noise))]
+        rate, frames = _header(path)
+        wanted = min(-(-length * rate // self.sample_rate), frames)
+        start = rng.integers(frames - wanted + 1)
+        noise, _ = soundfile.read(path, wanted, start, dtype="float32")
+        noise = self._resample(noise, rate, self.sample_rate)
+        return np.resize(noise, length)
+
+
+class EpochSampler(Sampler):
+    """Every epoch the next ``size`` numbers: 0 .. size - 1, size .. 2 size - 1.
+
+    ``set_epoch``, which SpeechBrain calls, says which.
+
+    Example
+    -------
+    >>> sampler = EpochSampler(3)
+    >>> sampler.set_epoch(2)
+    >>> list(sampler)
+    [6, 7, 8]
+    """
+
+    def __init__(self, size):
+        self.size, self.epoch = size, 0
+
+    def set_epoch(self, epoch):
+        """Choose the epoch that the next pass is of."""
+        self.epoch = epoch
+
+    def __iter__(self):
+        return iter(range(self.epoch * self.size, (self.epoch + 1) * self.size))
+
+    def __len__(self):
+        return self.size
+
+
+def colour(signal, most_db, rng):
+    """Filter a signal [T] with a smooth random response within +-most_db."""
+    edges = np.linspace(0, 1, 7)
+    gains = 10 ** (rng.uniform(-most_db, most_db, len(edges)) / 20)
+    return np.convolve(signal, firwin2(65, edges, gains), "same")
+
+
+def reverberate(signal, t60, sample_rate, rng):
+    """Place a signal [T] in a synthetic room: noise that decays after it.
+
+    The direct sound stays in place. The ratio of direct to reverberant energy
+    is drawn between 0 and 15 dB.
+    """
+    samples = np.arange(1, round(t60 * sample_rate))
+    tail = rng.normal(size=len(samples)) * 10 ** (
+        -3 * samples / (t60 * sample_rate)
+    )
+    ratio_db = rng.uniform(0, 15)
+    tail *= 10 ** (-ratio_db / 20) / np.linalg.norm(tail)
+    response = np.concatenate([[1.0], tail])
+    return fftconvolve(signal, response)[: len(signal)]
+
+
+def random_noise(length, rng):
+    """Noise [T] whose power falls with frequency, by 0 to 2 orders."""
+    spectrum = np.fft.rfft(rng.normal(size=length))
+    frequency = np.maximum(np.arange(len(spectrum)), 1)
+    return np.fft.irfft(spectrum / frequency ** rng.uniform(0, 1), length)
+
+
+def _level_db(signal):
+    return 10 * np.log10(np.mean(np.square(signal, dtype=np.float64)) + 1e-12)
+
+
+def _header(path):
+    """Rate and frames of a mono recording."""
+    try:
+        info = soundfile.info(path)
+    except (OSError, soundfile.SoundFileError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    if info.channels != 1:
+        raise ValueError(
+            f"{path} has {info.channels} channels: dynamic mixing takes mono"
+        )
+    if not info.frames:
+        raise ValueError(f"{path} is empty")
+    return info.samplerate, info.frames

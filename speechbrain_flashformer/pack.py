@@ -1,0 +1,189 @@
+"""From a training run to a folder that needs nothing else to separate."""
+
+import csv
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.scalarbool import ScalarBoolean
+from speechbrain.utils.checkpoints import Checkpointer
+
+from speechbrain_flashformer import __version__
+
+MODULES = ("encoder", "masknet", "decoder")
+
+TAIL = """
+modules:
+    encoder: !ref <encoder>
+    masknet: !ref <masknet>
+    decoder: !ref <decoder>
+
+pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
+    loadables: !ref <modules>
+"""
+
+CARD = """\
+---
+library_name: speechbrain
+pipeline_tag: audio-to-audio
+tags:
+  - speech-separation
+  - speechbrain
+  - flashformer
+---
+
+# {name}
+
+Separates single-channel recordings of {num_spks} speakers, at {sample_rate} Hz.
+{parameters:.1f} million parameters; packed by speechbrain-flashformer {version}.
+
+## Use
+
+```sh
+pip install speechbrain-flashformer
+flashformer separate mixture.wav -o separated --model {name}
+```
+
+```python
+from speechbrain_flashformer.inference import FlashFormerSeparation
+
+model = FlashFormerSeparation.from_hparams("{name}")
+sources = model.separate_file("mixture.wav")  # [1, time, speakers]
+```
+
+`{name}` is this folder, or its name on a model hub.
+{results}
+## Training
+
+The training and its data are described by who ran it: write here what the
+model heard, under which licences, and what it is not good at.
+"""
+
+
+def pack(run, out, half=False, overwrite=False):
+    """Pack the best checkpoint of a training run.
+
+    The folder loads with ``FlashFormerSeparation.from_hparams`` and with
+    SpeechBrain's own ``SepformerSeparation.from_hparams``. SI-SNR leaves the
+    scale of the outputs free, so the decoder is given the gain that brings
+    them, on average over the validation set, to the level of their sources.
+
+    Arguments
+    ---------
+    run : str or Path
+        The output folder of a training.
+    out : str or Path
+        Gets hyperparams.yaml, encoder.ckpt, masknet.ckpt, decoder.ckpt and
+        README.md, all at once.
+    half : bool
+        Store the weights in half precision; they are used in float32.
+    overwrite : bool
+        Whether an existing folder is replaced.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        When the run lacks its hyperparams.yaml or a checkpoint.
+    FileExistsError
+        When the folder exists.
+    """
+    run, out = Path(run), Path(out)
+    if not (run / "hyperparams.yaml").is_file():
+        raise FileNotFoundError(
+            f"no hyperparams.yaml in {run}: give the output folder of a "
+            "training"
+        )
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists: remove it, or ask to overwrite")
+    best = None
+    if (run / "save").is_dir():
+        best = Checkpointer(run / "save").find_checkpoint(min_key="si-snr")
+    if best is None:
+        raise FileNotFoundError(f"no validated checkpoint in {run / 'save'}")
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        tree = YAML().load(run / "hyperparams.yaml")
+        with (partial / "hyperparams.yaml").open("w", encoding="utf-8") as file:
+            _write_hyperparams(tree, file)
+        parameters = 0
+        for name in MODULES:
+            path = best.path / f"{name}.ckpt"
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            # Trained on several GPUs, every key has this in front.
+            state = {k.removeprefix("module."): v for k, v in state.items()}
+            if name == "decoder":
+                gain = 10 ** (-best.meta.get("level_db", 0.0) / 20)
+                state = {k: v * gain for k, v in state.items()}
+            parameters += sum(value.numel() for value in state.values())
+            if half:
+                state = {k: v.half() for k, v in state.items()}
+            torch.save(state, partial / f"{name}.ckpt")
+        card = CARD.format(
+            name=out.name,
+            num_spks=tree["num_spks"],
+            sample_rate=tree["sample_rate"],
+            parameters=parameters / 1e6,
+            version=__version__,
+            results=_results(run, best.meta),
+        )
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def _write_hyperparams(tree, file):
+    """Only what inference needs, with nothing to include."""
+    file.write("# The model of a training run, flattened.\n\n")
+    yaml = YAML()
+    yaml.indent(mapping=4, sequence=4, offset=2)
+    kept = {name: _plain(tree[name]) for name in ("num_spks", "sample_rate")}
+    kept |= {name: _plain(tree["modules"][name]) for name in MODULES}
+    yaml.dump(kept, file)
+    file.write(TAIL)
+
+
+def _plain(node):
+    """A copy of a yaml node with its tags, without comments and anchors."""
+    if isinstance(node, CommentedMap):
+        copy = CommentedMap((k, _plain(v)) for k, v in node.items())
+    elif isinstance(node, CommentedSeq):
+        copy = CommentedSeq(_plain(v) for v in node)
+        copy.fa.set_flow_style()
+    else:
+        # Numbers and strings may carry an anchor too.
+        kinds = {ScalarBoolean: bool, str: str, int: int, float: float}
+        for kind, plain in kinds.items():
+            if isinstance(node, kind) and not isinstance(node, bool):
+                return plain(node)
+        return node
+    if node.tag.value:
+        copy.yaml_set_ctag(node.tag)
+    return copy
+
+
+def _results(run, meta):
+    """What the run says of its quality, as a section of the card."""
+    lines = [f"- validation: SI-SNR {-meta['si-snr']:.2f} dB"]
+    file = run / "test_results.csv"
+    if file.is_file():
+        with file.open(newline="", encoding="utf-8") as rows:
+            *items, mean = csv.DictReader(rows)
+        lines.append(
+            f"- test, {len(items)} mixtures: "
+            f"SI-SNRi {float(mean['si-snr_i']):.2f} dB, "
+            f"SDRi {float(mean['sdr_i']):.2f} dB"
+        )
+    return "\n## Results\n\n" + "\n".join(lines) + "\n"
