@@ -31,6 +31,7 @@ setup(
         "torchaudio>=2.11,<2.12",
         "speechbrain>=1.1.2,<1.2",
         "hyperpyyaml>=1.2.3,<1.3",
+        "ruamel.yaml>=0.17.28,<0.19",
         "numpy>=1.26,<3",
         "scipy>=1.11,<2",
         "soundfile>=0.12.1,<1",
@@ -40,14 +41,24 @@ setup(
         "demo": ["espeakng-loader>=0.2.4,<0.3", "matplotlib>=3.8,<4"],
         "eval": ["mir_eval>=0.7,<0.9"],
         "flash": ["flash-attn>=2.8,<3"],
-        "onnx": ["onnx>=1.16,<2", "onnxruntime>=1.20,<2"],
+        "onnx": [
+            "onnx>=1.17,<2",
+            "onnxruntime>=1.20,<2",
+            "onnxscript>=0.5,<1",
+        ],
         "dev": [
             "espeakng-loader>=0.2.4,<0.3",
             "matplotlib>=3.8,<4",
             "mir_eval>=0.7,<0.9",
+            "onnx>=1.17,<2",
+            "onnxruntime>=1.20,<2",
+            "onnxscript>=0.5,<1",
             "pytest>=8,<10",
             "ruff>=0.14,<0.18",
         ],
+    },
+    entry_points={
+        "console_scripts": ["flashformer = speechbrain_flashformer.cli:main"]
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -100,7 +100,10 @@ def attend(
     torch.Size([2, 50, 4, 16])
     """
     _check(q, k, v, window, lengths)
-    window = _plainest((window[0], 0) if causal else window, q, k)
+    window = (window[0], 0) if causal else tuple(window)
+    # An exported graph is for all lengths, and may not ask for this one.
+    if not torch.compiler.is_exporting():
+        window = _plainest(window, q, k)
     name, reasons = choose_backend(q, k, window, backend, dropout_p, lengths)
     if not torch.compiler.is_compiling() and _RAN.get() is not None:
         _RAN.get().append({"backend": name, "not_used": reasons})
@@ -337,6 +340,8 @@ def _sdpa(q, k, v, window, dropout_p):
     if q.shape[1] == 0:
         return q
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if window != (-1, -1) and torch.compiler.is_exporting():
+        return _window_blocks(q, k, v, *window)
     causal = window == (-1, 0) and q.shape[1] == k.shape[1]
     if window != (-1, -1) and not causal:
         rows = zip(q.split(1), k.split(1), v.split(1))
@@ -386,6 +391,41 @@ def _window_row(q, k, v, left, right):
         parts.append(_masked(queries, *spans, mask).flatten(0, 1)[None])
     parts += [edge(start) for start in range(last * block, tq, block)]
     return torch.cat(parts, 1)
+
+
+def _window_blocks(q, k, v, left, right):
+    """A window without a branch on T, for export; Tq = Tk, both sides bounded.
+
+    All tensors are padded to whole blocks; each block of queries sees as many
+    blocks of keys as the window can touch.
+    """
+    B, T = q.shape[:2]
+    block = max(MIN_BLOCK, min(max(left, right), MAX_BLOCK))
+    before, after = -(-left // block), -(-right // block)
+    count = (T + block - 1) // block
+
+    def blocks(x, before, after):
+        room = (count + after) * block - T
+        x = F.pad(x, (0, 0, 0, 0, before * block, room))
+        x = x.unflatten(1, (count + before + after, block))
+        shifted = [x[:, i : i + count] for i in range(before + 1 + after)]
+        return torch.cat(shifted, 2).flatten(0, 1).transpose(1, 2)
+
+    queries = blocks(q, 0, 0)  # [B count, H, block, D]
+    keys, values = (blocks(x, before, after) for x in (k, v))
+    span = (before + 1 + after) * block
+    hidden = _hidden(block, span, before * block, left, right, q.device)
+    starts = torch.arange(count, device=q.device) * block
+    place = starts[:, None] + torch.arange(span, device=q.device)
+    place = place - before * block
+    absent = (place < 0) | (place >= T)  # [count, span]
+    # Finite: a padded query may see nothing at all, and must not give NaN.
+    lowest = torch.finfo(q.dtype).min / 2
+    mask = torch.where(hidden | absent[:, None], lowest, 0.0).to(q.dtype)
+    mask = mask.expand(B, -1, -1, -1).flatten(0, 1).unsqueeze(1)
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+    out = out.transpose(1, 2).unflatten(0, (B, count)).flatten(1, 2)
+    return out[:, :T]
 
 
 def _masked(q, k, v, mask):
@@ -488,10 +528,10 @@ def rotary_angles(length, head_width, offset=0, base=10000.0, device=None):
         )
     # In float64: an hour of audio has 450,000 positions, too many for the
     # phase to survive in float32.
-    half = torch.arange(0, head_width, 2, dtype=torch.float64, device=device)
-    place = torch.arange(
-        offset, offset + length, dtype=torch.float64, device=device
-    )
+    # An exported graph is for chunks; few runtimes have a float64 cosine.
+    dtype = torch.float32 if torch.compiler.is_exporting() else torch.float64
+    half = torch.arange(0, head_width, 2, dtype=dtype, device=device)
+    place = torch.arange(offset, offset + length, dtype=dtype, device=device)
     angles = place[:, None, None] * base ** (-half / head_width)
     return angles.cos().float(), angles.sin().float()
 

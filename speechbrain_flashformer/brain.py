@@ -209,9 +209,7 @@ class Separation(sb.Brain):
         path = Path(self.hparams.output_folder) / "test_results.csv"
         partial = path.with_suffix(".partial")
         with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(
-                file, RESULT_COLUMNS, extrasaction="ignore"
-            )
+            writer = csv.DictWriter(file, RESULT_COLUMNS, extrasaction="ignore")
             writer.writeheader()
             writer.writerows([*self.rows, mean])
         os.replace(partial, path)

@@ -257,7 +257,10 @@ class VoiceProfile:
         estimate [S, T] -> sums [S, 2, D] and counts of frames [S].
         """
         estimate = estimate.detach().float().cpu()
-        sums, counts = torch.zeros_like(self.sums), torch.zeros_like(self.counts)
+        sums, counts = (
+            torch.zeros_like(self.sums),
+            torch.zeros_like(self.counts),
+        )
         if estimate.shape[1] < self.size:
             return sums, counts
         power = torch.stft(

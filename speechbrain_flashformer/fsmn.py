@@ -123,12 +123,14 @@ class FSMN(nn.Module):
         # Every dilation-th frame is a signal of its own. Filtering these
         # without dilation is 5 to 10 times faster than a dilated kernel.
         phases = x
-        if T % self.dilation:
+        # An exported graph is for all lengths.
+        exporting = torch.compiler.is_exporting()
+        if exporting or T % self.dilation:
             phases = F.pad(x, (0, 0, 0, -T % self.dilation))
         phases = phases.unflatten(1, (-1, self.dilation))
         phases = phases.transpose(1, 2).flatten(0, 1)  # [B dilation, ...]
         pad = max(self.lookback, self.lookahead)
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and not exporting:
             wide = torch.promote_types(x.dtype, torch.float32)
             inputs = phases.to(wide), self.weight.to(wide)
             memory = _CpuFilter.apply(*inputs, pad).to(x.dtype)
@@ -208,7 +210,11 @@ class GatedFSMN(nn.Module):
         torch.Tensor
             [B, T, C].
         """
-        if torch.is_grad_enabled() or x.shape[1] <= SEGMENT:
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_exporting()
+            or x.shape[1] <= SEGMENT
+        ):
             return self._run(x, keep)
         # The reach is finite, so segments with that much around them give
         # exactly what the whole gives.

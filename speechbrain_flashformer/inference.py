@@ -10,6 +10,7 @@ from speechbrain.inference.separation import SepformerSeparation
 from speechbrain.utils.fetching import FetchConfig, LocalStrategy, fetch
 from tqdm import tqdm
 
+from speechbrain_flashformer.attention import attention_report
 from speechbrain_flashformer.audio import (
     AudioReader,
     SourceWriter,
@@ -17,10 +18,33 @@ from speechbrain_flashformer.audio import (
     resample_blocks,
 )
 from speechbrain_flashformer.chunks import ChunkPlan, separate_long
-from speechbrain_flashformer.separate import encoder_statistics, separate
+from speechbrain_flashformer.metrics import count_macs
+from speechbrain_flashformer.separate import (
+    encoder_frame,
+    encoder_statistics,
+    separate,
+)
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODULES = ("encoder", "masknet", "decoder")
+
+
+def built_in_model():
+    """The folder of the model that comes with the package.
+
+    Raises
+    ------
+    FileNotFoundError
+        When this version has none.
+    """
+    folder = Path(__file__).parent / "pretrained"
+    if not (folder / "hyperparams.yaml").is_file():
+        raise FileNotFoundError(
+            "this version comes without a pretrained model: give one as "
+            "--model, a folder made by 'flashformer pack' or its name on a "
+            "model hub"
+        )
+    return folder
 
 
 @dataclass(frozen=True)
@@ -53,8 +77,8 @@ class SeparationOptions:
     """
 
     channels: str = "mix"
-    chunk: float = 20.0
-    overlap: float = 5.0
+    chunk: float = 10.0
+    overlap: float = 2.5
     norm: str = "chunk"
     mixture_consistency: bool = False
     precision: str = "fp32"
@@ -151,6 +175,36 @@ class FlashFormerSeparation(SepformerSeparation):
                     f"{len(wrong)} keys are missing or unknown, such as "
                     f"{sorted(wrong)[0]}"
                 )
+
+    def describe(self):
+        """What the model is and how it runs here, as a dict of texts."""
+        rate, spks = self.hparams.sample_rate, self.hparams.num_spks
+        encoder, masknet, decoder = self._networks()
+        seconds = 10
+        mixture = torch.randn(1, seconds * rate, device=self.device)
+        macs = count_macs(lambda: separate(mixture, encoder, masknet, decoder))
+        with torch.no_grad(), attention_report() as ran:
+            separate(mixture, encoder, masknet, decoder)
+        parameters = sum(p.numel() for p in self.mods.parameters())
+        described = {
+            "masknet": type(masknet).__name__,
+            "speakers": spks,
+            "sampling rate": f"{rate} Hz",
+            "parameters": f"{parameters / 1e6:.2f} million",
+            "compute": f"{macs / seconds / 1e9:.2f} GMAC per second of audio",
+        }
+        if hasattr(masknet, "reach"):
+            stride = encoder_frame(encoder)[1]
+            reach = [
+                "all" if side < 0 else f"{side * stride / rate:.1f} s"
+                for side in masknet.reach
+            ]
+            described["context"] = f"{reach[0]} before, {reach[1]} after"
+        if ran:
+            described["attention"] = ran[0]["backend"]
+            for name, why in ran[0]["not_used"].items():
+                described[f"  not {name}"] = why
+        return described
 
     # --- in memory ----------------------------------------------------------
 
@@ -337,19 +391,17 @@ class FlashFormerSeparation(SepformerSeparation):
     def _plan(self, options):
         """Chunks in samples, as many at once as fit the memory."""
         rate = self.hparams.sample_rate
-        masknet = self.mods.masknet
-        conv = next(
-            module
-            for module in self.mods.encoder.modules()
-            if isinstance(module, torch.nn.Conv1d)
-        )
-        align = conv.stride[0] * getattr(masknet, "token_stride", 1)
-        chunk, overlap = round(options.chunk * rate), round(
-            options.overlap * rate
+        encoder, masknet = self.mods.encoder, self.mods.masknet
+        _, stride = encoder_frame(encoder)
+        align = stride * getattr(masknet, "token_stride", 1)
+        chunk, overlap = (
+            round(options.chunk * rate),
+            round(options.overlap * rate),
         )
         # Masks, their products and a few tensors at the frame rate.
-        per_sample = 4 * conv.out_channels * (2 * self.hparams.num_spks + 4)
-        megabytes = chunk * per_sample / conv.stride[0] / 1e6
+        channels = next(encoder.parameters()).shape[0]
+        per_frame = 4 * channels * (2 * self.hparams.num_spks + 4)
+        megabytes = chunk / stride * per_frame / 1e6
         batch = 1
         # On a CPU one chunk fills all cores.
         if torch.device(self.device).type != "cpu":
@@ -372,9 +424,7 @@ class FlashFormerSeparation(SepformerSeparation):
                 times = len(chunks) // len(given[0])
                 given = tuple(value.repeat(times) for value in given)
             with autocast:
-                sources = separate(
-                    chunks, *self._networks(), statistics=given
-                )
+                sources = separate(chunks, *self._networks(), statistics=given)
             sources = sources.float()
             if options.mixture_consistency:
                 rest = chunks - sources.sum(2)
@@ -410,8 +460,7 @@ def _as_float(audio):
         )
     if audio.ndim == 2 and audio.shape[0] > audio.shape[1]:
         raise ValueError(
-            f"audio is [channels, time], got {tuple(audio.shape)}: "
-            "transpose it"
+            f"audio is [channels, time], got {tuple(audio.shape)}: transpose it"
         )
     if audio.dtype in (torch.int16, torch.int32):
         audio = audio / -torch.iinfo(audio.dtype).min

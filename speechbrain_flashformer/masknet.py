@@ -367,9 +367,10 @@ class FlashFormer(nn.Module):
         x = mix_w.transpose(1, 2)
         x = self.norm_in(x, _keep(frames, x), statistics)
         # A Linear would first copy its transposed input.
-        weight = self.project.weight.t().expand(len(x), -1, -1)
+        weight = self.project.weight.t().expand(x.shape[0], -1, -1)
         x = torch.baddbmm(self.project.bias, x, weight)  # [B, L, C]
-        if L % self.token_stride:
+        # An exported graph is for all lengths.
+        if torch.compiler.is_exporting() or L % self.token_stride:
             x = F.pad(x, (0, 0, 0, -L % self.token_stride))
 
         skips = []
@@ -398,7 +399,7 @@ class FlashFormer(nn.Module):
 
         # Weight times transposed input gives [B, S N, L] as it is needed; a
         # Linear would leave the channels last, and a copy to the decoder.
-        weight = self.masks.weight.expand(len(x), -1, -1)
+        weight = self.masks.weight.expand(x.shape[0], -1, -1)
         x = self.norm_out(x[:, :L]).transpose(1, 2)
         masks = torch.baddbmm(self.masks.bias[:, None], weight, x)
         masks = F.relu(masks, inplace=True).unflatten(1, (self.num_spks, N))
@@ -414,7 +415,8 @@ class FlashFormer(nn.Module):
         for side in (0, 1):
             # One FSMN block per rate on the way down and one on the way up.
             frames = sum(
-                2 * block.reach[side] * 2**i for i, block in enumerate(self.down)
+                2 * block.reach[side] * 2**i
+                for i, block in enumerate(self.down)
             )
             for layer in self.layers:
                 window = layer.attention.window[side]
@@ -445,7 +447,7 @@ def _keep(frames, x):
     place = torch.arange(x.shape[1], device=x.device)
     if isinstance(frames, torch.Tensor):
         keep = place < frames[:, None]
-    elif frames == x.shape[1]:
+    elif not torch.compiler.is_exporting() and frames == x.shape[1]:
         return None
     else:
         keep = place[None] < frames

@@ -10,6 +10,7 @@ Axes: T samples.
 import csv
 import re
 from concurrent.futures import ThreadPoolExecutor
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,9 @@ PEAK = 0.9
 SILENCE_DB = -60.0
 TRIES = 100
 
+# Least share of its time that a speaker speaks when turns are taken.
+SHORTEST_TURN = 0.2
+
 # Signal to noise ratio of added noise, dB, and the rooms' reverberation
 # times, seconds; drawn uniformly.
 NOISE_SNR_DB = (5.0, 35.0)
@@ -42,8 +46,8 @@ def load_mixtures(hparams):
 
     Reads ``base_folder_dm``, ``dm_speaker``, ``num_spks``, ``sample_rate``,
     ``training_signal_len``, ``seed``, ``use_speedperturb``, ``speeds``,
-    ``dm_noise_folder``, ``dm_noise_share``, ``dm_room_share`` and
-    ``dm_colour_db``.
+    ``dm_turn_share``, ``dm_noise_folder``, ``dm_noise_share``,
+    ``dm_room_share`` and ``dm_colour_db``.
     """
     if not hparams["base_folder_dm"]:
         raise ValueError(
@@ -61,6 +65,7 @@ def load_mixtures(hparams):
         hparams["training_signal_len"],
         hparams["seed"],
         hparams["speeds"] if hparams["use_speedperturb"] else (100, 100),
+        hparams["dm_turn_share"],
         noise,
         hparams["dm_noise_share"],
         hparams["dm_room_share"],
@@ -150,6 +155,9 @@ class DynamicMixtures(Dataset):
         The same seed gives the same mixtures.
     speeds : tuple of int
         Least and greatest speed, in percent; pitch and formants go with it.
+    turn_share : float
+        Share of the mixtures in which each speaker says only a part, a fifth
+        at least, of what there is time for: as in a conversation.
     noise : list of Path
         Noise recordings.
     noise_share : float
@@ -182,6 +190,7 @@ class DynamicMixtures(Dataset):
         samples,
         seed,
         speeds=(100, 100),
+        turn_share=0.0,
         noise=(),
         noise_share=0.0,
         room_share=0.0,
@@ -189,7 +198,8 @@ class DynamicMixtures(Dataset):
     ):
         self.num_spks, self.samples = num_spks, samples
         self.sample_rate, self.seed = sample_rate, seed
-        self.speeds, self.noise = speeds, list(noise)
+        self.speeds, self.turn_share = speeds, turn_share
+        self.noise = list(noise)
         self.noise_share, self.room_share = noise_share, room_share
         self.colour_db = colour_db
         self.paths = [str(path) for path, _ in recordings]
@@ -254,6 +264,9 @@ class DynamicMixtures(Dataset):
 
     def _mix(self, n, cuts, rng):
         length = max(map(len, cuts))
+        if rng.random() < self.turn_share:
+            parts = rng.uniform(SHORTEST_TURN, 1, len(cuts))
+            cuts = [c[: ceil(len(c) * part)] for c, part in zip(cuts, parts)]
         in_room = rng.random() < self.room_share
         t60 = rng.uniform(*ROOM_T60)
         first = rng.normal(*FIRST_LEVEL_DB)

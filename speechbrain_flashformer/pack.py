@@ -37,8 +37,8 @@ tags:
 
 # {name}
 
-Separates single-channel recordings of {num_spks} speakers, at {sample_rate} Hz.
-{parameters:.1f} million parameters; packed by speechbrain-flashformer {version}.
+Separates single-channel recordings of {num_spks} speakers at {sample_rate} Hz;
+{parameters:.1f} million parameters. Packed by speechbrain-flashformer {version}.
 
 ## Use
 

@@ -8,9 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-def separate(
-    mixture, encoder, masknet, decoder, lengths=None, statistics=None
-):
+def separate(mixture, encoder, masknet, decoder, lengths=None, statistics=None):
     """Separate mixtures of equal or padded length.
 
     No sample is lost at the end (an encoder without padding drops up to a
@@ -49,12 +47,13 @@ def separate(
     torch.Size([3, 999, 2])
     """
     B, T = mixture.shape
-    kernel, stride = _frame_size(encoder)
+    kernel, stride = encoder_frame(encoder)
     if lengths is not None:
         samples = (lengths.to(mixture.device) * T).round()
         keep = _keep(samples, T)
         mixture = mixture * keep
-    frames = _frames(torch.tensor(T), kernel, stride).item()
+    # Frames that cover all samples, at least one.
+    frames = 1 + (max(T - kernel, 0) + stride - 1) // stride
     padded = kernel + (frames - 1) * stride
     mix_w = encoder(F.pad(mixture, (0, padded - T)))
     if statistics is not None:
@@ -62,7 +61,7 @@ def separate(
     elif lengths is None:
         masks = masknet(mix_w)
     else:
-        valid = _frames(samples, kernel, stride)
+        valid = 1 + ((samples - kernel).clamp(min=0) / stride).ceil().long()
         # A frame past the last one of a row may still overlap its end.
         mix_w = mix_w * _keep(valid, frames).unsqueeze(1)
         masks = masknet(mix_w, valid / frames)
@@ -96,7 +95,7 @@ def encoder_statistics(blocks, encoder):
     >>> torch.allclose(mean.float(), encoder(mixture).mean())
     True
     """
-    kernel, stride = _frame_size(encoder)
+    kernel, stride = encoder_frame(encoder)
     device = next(encoder.parameters()).device
     total, squares, count, rest = 0, 0, 0, None
 
@@ -126,12 +125,7 @@ def _keep(lengths, size):
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
-def _frames(samples, kernel, stride):
-    """Frames that cover so many samples, at least one."""
-    return 1 + ((samples - kernel).clamp(min=0) / stride).ceil().long()
-
-
-def _frame_size(encoder):
-    """Kernel and stride of an encoder, also of one wrapped for DDP."""
+def encoder_frame(encoder):
+    """Kernel and stride in samples of an encoder, wrapped for DDP or not."""
     conv = next(m for m in encoder.modules() if isinstance(m, nn.Conv1d))
     return conv.kernel_size[0], conv.stride[0]

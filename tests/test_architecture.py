@@ -19,8 +19,15 @@ MAY_IMPORT = {
     "separate": set(),
     "metrics": set(),
     "data": set(),
+    "mixing": set(),
     "brain": {"metrics", "separate"},
     "voices": set(),
+    "chunks": set(),
+    "audio": set(),
+    "inference": {"attention", "audio", "chunks", "metrics", "separate"},
+    "pack": set(),
+    "export": {"separate"},
+    "cli": {"audio", "export", "inference", "pack"},
 }
 TORCH_ONLY = ("attention", "fsmn", "masknet", "separate", "metrics")
 

@@ -1,0 +1,205 @@
+#!/usr/bin/env python3
+"""Long recordings: memory and time against length, and the speakers' order.
+
+> python benchmarks/long_recordings.py MODEL [--speech FOLDER] [--only WHAT]
+
+MODEL is a packed folder. Two tables are written:
+
+* results/long_length.csv: real-time factor and extra peak memory of
+  ``separate_to_files`` for 1 minute to 2 hours of noise, each in a process of
+  its own;
+* results/long_order.csv: conversations of 10 minutes with turns, overlaps and
+  pauses, by pairs of generated voices, or of FOLDER's speakers (a folder each).
+  A turn is wrong when it comes out where most of that speaker's speech does
+  not. The same network without the memory of voices is beside it.
+
+WHAT is ``length`` or ``order``.
+"""
+
+import argparse
+import csv
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from tqdm import tqdm
+
+from speechbrain_flashformer.chunks import SpeakerOrder
+from speechbrain_flashformer.inference import FlashFormerSeparation
+from speechbrain_flashformer.voices import make_voices
+
+RESULTS = Path(__file__).parent / "results"
+MINUTES = (1, 10, 60, 120)
+PAIRS = 8
+RATE = 8000
+CONVERSATION = 600  # seconds
+TURN, PAUSE = (3, 10), (1, 12)  # seconds, shortest and longest
+
+
+def main():
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--speech", type=Path)
+    parser.add_argument("--only", choices=("length", "order"))
+    parser.add_argument("--minutes", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.minutes:
+        print(json.dumps(measure_length(args.model, args.minutes)))
+        return
+    if args.only != "order":
+        rows = [run_alone(args.model, minutes) for minutes in MINUTES]
+        save("long_length.csv", rows)
+    if args.only != "length":
+        save("long_order.csv", measure_order(args.model, args.speech))
+
+
+def save(name, rows):
+    """Write the rows of a table."""
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / name).open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def run_alone(model, minutes):
+    """``measure_length`` in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, str(model), "--minutes", str(minutes)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    row = json.loads(done.stdout.splitlines()[-1])
+    print(row)
+    return row
+
+
+def measure_length(model, minutes):
+    """Time and memory beyond those of the loaded model."""
+    model = FlashFormerSeparation.from_hparams(model)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "mixture.wav"
+        rng = np.random.default_rng(0)
+        with soundfile.SoundFile(path, "w", RATE, 1, "PCM_16") as file:
+            for _ in range(minutes):
+                file.write(0.1 * rng.standard_normal(60 * RATE))
+        model.separate_audio(torch.randn(1, RATE))  # warm-up
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start = time.perf_counter()
+        model.separate_to_files(path, folder)
+        seconds = time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "minutes": minutes,
+        "threads": torch.get_num_threads(),
+        "rtf": round(seconds / (60 * minutes), 5),
+        "extra peak memory (MB)": round((after - before) / 1024),
+    }
+
+
+# --- order -------------------------------------------------------------------
+
+
+class NoMemory(SpeakerOrder):
+    """An order that goes by the overlaps alone."""
+
+    MOST_DOUBT = 0.0
+
+
+def measure_order(model, speech):
+    """Rows of wrong turns, with and without the memory of voices."""
+    model = FlashFormerSeparation.from_hparams(model)
+    speakers = read_speakers(speech) if speech else speak()
+    rng = np.random.default_rng(0)
+    rows = []
+    for pair in range(PAIRS):
+        names = rng.choice(sorted(speakers), 2, replace=False)
+        sources, turns = converse([speakers[n] for n in names], rng)
+        row = {"pair": pair, "speakers": " ".join(names), "turns": len(turns)}
+        mixture = torch.from_numpy(sources.sum(0, keepdims=True))
+        for what, order in (("", SpeakerOrder), ("overlaps only ", NoMemory)):
+            from speechbrain_flashformer import chunks
+
+            chunks.SpeakerOrder = order
+            out = model.separate_audio(mixture.float(), RATE)[0].T.numpy()
+            row |= {what + k: v for k, v in judge(out, sources, turns).items()}
+        rows.append(row)
+        print(row)
+    return rows
+
+
+def speak():
+    """Sentences of generated voices, by vocal tract."""
+    speakers = {}
+    with tempfile.TemporaryDirectory() as folder:
+        root = make_voices(Path(folder) / "set", sizes=(1, 200, 200), seed=3)
+        for path in sorted(root.glob("wav8k/min/[ct][vt]/s1/*.wav")):
+            name = path.stem.split("_")[1]  # cv00000_SPEAKER_OTHER
+            speakers.setdefault(name, []).append(soundfile.read(path)[0])
+    return {n: signals for n, signals in speakers.items() if len(signals) > 3}
+
+
+def read_speakers(folder):
+    """Recordings by the folder they are in."""
+    speakers = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".wav", ".flac"):
+            signal, rate = soundfile.read(path)
+            assert rate == RATE, f"{path} has {rate} Hz, not {RATE}"
+            speakers.setdefault(path.parent.name, []).append(signal)
+    return speakers
+
+
+def converse(speakers, rng):
+    """A conversation: sources [2, T], turns (speaker, start, stop)."""
+    sources = np.zeros((2, CONVERSATION * RATE))
+    turns, place, who = [], 0, 0
+    while place < CONVERSATION - TURN[1] - PAUSE[1]:
+        both = rng.random() < 0.4
+        who = 1 - who
+        seconds = rng.uniform(*TURN)
+        for s in (0, 1) if both else (who,):
+            start, stop = round(place * RATE), round((place + seconds) * RATE)
+            said, samples = [], 0
+            while samples < stop - start:
+                signal = speakers[s][rng.integers(len(speakers[s]))]
+                said.append(0.05 * signal / np.sqrt(np.mean(signal**2)))
+                samples += len(signal)
+            sources[s, start:stop] = np.concatenate(said)[: stop - start]
+            turns.append((s, start, stop))
+        place += seconds
+        if rng.random() < 0.5:
+            place += rng.uniform(*PAUSE)
+    return sources, turns
+
+
+def judge(out, sources, turns):
+    """Turns that came out in the wrong place."""
+    found = []
+    for s, start, stop in turns:
+        piece = slice(start, stop)
+        likeness = np.abs(out[:, piece] @ sources[s, piece])
+        found.append((s, likeness.argmax()))
+    straight = sum(s == place for s, place in found)
+    wrong = min(straight, len(found) - straight)
+    error = np.minimum(
+        *(np.square(out[order] - sources).sum() for order in ([0, 1], [1, 0]))
+    )
+    snr = 10 * np.log10(np.square(sources).sum() / error)
+    return {"wrong turns": wrong, "SNR (dB)": round(float(snr), 2)}
+
+
+if __name__ == "__main__":
+    tqdm.monitor_interval = 0
+    main()

@@ -1,0 +1,368 @@
+"""The command ``flashformer``: separate, pack, info, export."""
+
+import argparse
+import glob
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+
+# Modules that load torch are imported in the commands: --help is quick.
+
+OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+
+SEPARATE = """\
+Separate recordings: for each INPUT the files DIR/NAME_s1.wav, DIR/NAME_s2.wav,
+... with its length and sampling rate.
+
+INPUT is an audio file, a folder (searched to all depths, which DIR then
+repeats), a quoted glob, or - for an audio file on standard input (NAME is then
+stdin). The paths written go to standard output, all else to standard error.
+A file that fails does not stop the others; the exit status is then 1.
+Under torchrun each process takes its share of the files.
+"""
+
+EXAMPLES = """\
+examples:
+  flashformer separate meeting.wav -o separated --model MODEL
+  flashformer separate recordings/ -o separated --model MODEL --jobs 2
+  sox a.wav -t wav - | flashformer separate - -o separated --model MODEL
+"""
+
+
+def main(arguments=None):
+    """Run the command; returns its exit status.
+
+    0: all done. 1: something failed, and its message tells what. 2: the
+    command line is wrong. 130: interrupted. 143: terminated.
+    """
+    parsed = _parser().parse_args(arguments)
+    # An exit, so that files half written are removed on the way.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        return parsed.run(parsed)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        print(f"flashformer: {error}", file=sys.stderr)
+        return FAILED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="flashformer",
+        description="Speech separation: one recording in, one file per "
+        "speaker out.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name, run, summary, **kwargs):
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **{"description": summary, **kwargs},
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    add = command(
+        "separate",
+        _separate,
+        "separate recordings into one file per speaker",
+        description=SEPARATE,
+        epilog=EXAMPLES,
+    ).add_argument
+    add("inputs", nargs="+", metavar="INPUT")
+    add("-o", "--out", required=True, metavar="DIR", type=Path)
+    add("--model", help="a packed model's folder, or its name on a model hub")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if any)")
+    add("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
+    add(
+        "--channels",
+        default="mix",
+        choices=("mix", "each"),
+        help="separate the mean of the channels (default), or each",
+    )
+    add(
+        "--subtype",
+        default="float",
+        choices=("float", "pcm16", "pcm24"),
+        help="of the files written: float (default) never clips; in PCM one "
+        "gain for all sources brings the peak to 0.99 if any would clip",
+    )
+    add(
+        "--normalize",
+        action="store_true",
+        help="one gain for all sources brings the loudest peak to 0.9",
+    )
+    add(
+        "--mixture-consistency",
+        action="store_true",
+        help="make the sources sum to the mixture",
+    )
+    add(
+        "--chunk",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="longest piece that the model is given at once (default 10)",
+    )
+    add(
+        "--overlap",
+        type=float,
+        default=2.5,
+        metavar="SECONDS",
+        help="what neighbouring pieces share (default 2.5)",
+    )
+    add(
+        "--norm",
+        default="chunk",
+        choices=("chunk", "recording"),
+        help="what the model's input norm is taken over (default chunk)",
+    )
+    add("--overwrite", action="store_true", help="replace existing files")
+    add(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="recordings at a time, each in a process of its own (default 1)",
+    )
+    add("--quiet", action="store_true", help="no progress bar")
+
+    add = command(
+        "pack",
+        _pack,
+        "make a self-contained model folder of a training run",
+    ).add_argument
+    add("run_folder", metavar="RUN_DIR", type=Path)
+    add("out", metavar="OUT_DIR", type=Path)
+    add("--half", action="store_true", help="weights in half precision")
+    add("--overwrite", action="store_true", help="replace OUT_DIR")
+
+    add = command(
+        "info", _info, "show what a model is and how it runs here"
+    ).add_argument
+    add("model", nargs="?", metavar="MODEL")
+
+    add = command(
+        "export",
+        _export,
+        "write a model as ONNX (needs the extra onnx)",
+    ).add_argument
+    add("model", metavar="MODEL")
+    add("out", metavar="OUT.onnx", type=Path)
+    add("--overwrite", action="store_true", help="replace OUT.onnx")
+    return parser
+
+
+# --- separate ---------------------------------------------------------------
+
+
+def _separate(parsed):
+    if parsed.jobs < 1:
+        print("flashformer: --jobs must be 1 or more", file=sys.stderr)
+        return USAGE
+    model, device = _model_folder(parsed.model), _device(parsed.device)
+    with _standard_input(parsed.inputs) as standard_input:
+        tasks = _find_inputs(parsed.inputs, parsed.out, standard_input)
+        rank = int(os.environ.get("RANK", 0))
+        tasks = tasks[rank :: int(os.environ.get("WORLD_SIZE", 1))]
+        options = {
+            name: getattr(parsed, name)
+            for name in (
+                "precision",
+                "channels",
+                "subtype",
+                "normalize",
+                "mixture_consistency",
+                "chunk",
+                "overlap",
+                "norm",
+                "overwrite",
+            )
+        }
+        if parsed.jobs == 1:
+            options["progress"] = not parsed.quiet and sys.stderr.isatty()
+            _load(model, device)
+            outcomes = (_run_task(task, options) for task in tasks)
+            failures = _report(tasks, outcomes)
+        else:
+            threads = max(1, (os.cpu_count() or 1) // parsed.jobs)
+            with ProcessPoolExecutor(
+                min(parsed.jobs, max(1, len(tasks))),
+                get_context("spawn"),
+                _load,
+                (model, device, threads),
+            ) as pool:
+                outcomes = pool.map(_run_task, tasks, [options] * len(tasks))
+                failures = _report(tasks, outcomes)
+    if failures:
+        print(
+            f"flashformer: {len(failures)} of {len(tasks)} failed:",
+            *(f"  {message}" for message in failures),
+            sep="\n",
+            file=sys.stderr,
+        )
+    return FAILED if failures else OK
+
+
+def _find_inputs(inputs, out, standard_input):
+    """The recordings that the command line names: (path, folder, name)."""
+    from speechbrain_flashformer.audio import AUDIO_SUFFIXES
+
+    found = []
+    for word in inputs:
+        if word == "-":
+            found.append((standard_input, out, "stdin"))
+            continue
+        # A name that exists is no pattern, whatever characters it has.
+        names = (
+            [word] if Path(word).exists() else glob.glob(word, recursive=True)
+        )
+        for path in map(Path, sorted(names) or [word]):
+            if not path.is_dir():
+                found.append((path, out, path.stem))
+                continue
+            inside = [
+                file
+                for file in sorted(path.rglob("*"))
+                if file.suffix.lower() in AUDIO_SUFFIXES
+            ]
+            if not inside:
+                raise FileNotFoundError(f"no audio file in {path}")
+            found += [
+                (file, out / file.parent.relative_to(path), file.stem)
+                for file in inside
+            ]
+    taken = {}
+    for path, folder, name in found:
+        other = taken.setdefault((folder, name), path)
+        if other is not path:
+            raise ValueError(
+                f"{other} and {path} would both be written as "
+                f"{folder / name}_s1.wav: separate them into different folders"
+            )
+    return found
+
+
+@contextmanager
+def _standard_input(inputs):
+    """Standard input as a file, if it is asked for: readers have to seek."""
+    if "-" not in inputs:
+        yield None
+        return
+    if inputs.count("-") > 1:
+        raise ValueError("standard input can be given only once")
+    with tempfile.NamedTemporaryFile(suffix=".audio", delete=False) as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+    try:
+        yield Path(file.name)
+    finally:
+        os.unlink(file.name)
+
+
+_MODEL = None
+
+
+def _load(model, device, threads=None):
+    """Load the model of this process."""
+    global _MODEL
+    import torch
+
+    from speechbrain_flashformer.inference import FlashFormerSeparation
+
+    if threads:
+        torch.set_num_threads(threads)
+    _MODEL = FlashFormerSeparation.from_hparams(
+        model, run_opts={"device": device}
+    )
+
+
+def _run_task(task, options):
+    """Separate one recording: (the paths written, or what went wrong)."""
+    path, folder, name = task
+    try:
+        paths = _MODEL.separate_to_files(path, folder, name, **options)
+        return [str(path) for path in paths], None
+    # Whatever it is, the other recordings are still to be separated.
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        return [], reason if str(path) in reason else f"{path}: {reason}"
+
+
+def _report(tasks, outcomes):
+    """Print what was written as it comes; what failed."""
+    failures = []
+    for (path, _, _), (written, failure) in zip(tasks, outcomes):
+        if failure:
+            failures.append(failure)
+            print(f"flashformer: {path} failed", file=sys.stderr)
+        for name in written:
+            print(name, flush=True)
+    return failures
+
+
+def _model_folder(name):
+    if name:
+        return name
+    from speechbrain_flashformer.inference import built_in_model
+
+    return str(built_in_model())
+
+
+def _device(name):
+    """The device asked for; else this process's GPU, else the CPU."""
+    import torch
+
+    if name:
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            first = str(error).splitlines()[0]
+            raise ValueError(f"--device {name}: {first}") from error
+        return name
+    if torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return "cpu"
+
+
+# --- the other commands -----------------------------------------------------
+
+
+def _pack(parsed):
+    from speechbrain_flashformer.pack import pack
+
+    out = pack(parsed.run_folder, parsed.out, parsed.half, parsed.overwrite)
+    print(out)
+    return OK
+
+
+def _info(parsed):
+    from speechbrain_flashformer.inference import FlashFormerSeparation
+
+    model = FlashFormerSeparation.from_hparams(_model_folder(parsed.model))
+    for name, value in model.describe().items():
+        print(f"{name:24}{value}")
+    return OK
+
+
+def _export(parsed):
+    from speechbrain_flashformer.export import export_onnx
+    from speechbrain_flashformer.inference import FlashFormerSeparation
+
+    model = FlashFormerSeparation.from_hparams(_model_folder(parsed.model))
+    print(export_onnx(model, parsed.out, parsed.overwrite))
+    return OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

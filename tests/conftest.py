@@ -1,0 +1,68 @@
+"""What several tests share: a small model, packed as training leaves it."""
+
+import shutil
+
+import pytest
+import torch
+from hyperpyyaml import load_hyperpyyaml, resolve_references
+from speechbrain.utils.checkpoints import Checkpointer
+
+from speechbrain_flashformer.pack import pack
+
+RUN = """\
+num_spks: 2
+sample_rate: 8000
+Encoder: !new:speechbrain.lobes.models.dual_path.Encoder
+    kernel_size: 16
+    out_channels: 16
+MaskNet: !new:speechbrain_flashformer.FlashFormer
+    in_channels: 16
+    d_model: 32
+    num_layers: 1
+    nhead: 2
+    d_ffn: 32
+    d_frame: 16
+    window: !tuple (20, 20)
+    lookback: 4
+    lookahead: 4
+Decoder: !new:speechbrain.lobes.models.dual_path.Decoder
+    in_channels: 16
+    out_channels: 1
+    kernel_size: 16
+    stride: 8
+    bias: False
+modules:
+    encoder: !ref <Encoder>
+    masknet: !ref <MaskNet>
+    decoder: !ref <Decoder>
+"""
+
+
+@pytest.fixture(scope="session")
+def make_run():
+    return _make_run
+
+
+def _make_run(folder, seed, level_db=0.0):
+    """The output folder of a training that took no steps."""
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True)
+    hparams = load_hyperpyyaml(RUN)
+    # As SpeechBrain writes it: with references resolved.
+    resolved = resolve_references(RUN)
+    (folder / "hyperparams.yaml").write_text(resolved.getvalue())
+    checkpointer = Checkpointer(folder / "save", hparams["modules"])
+    checkpointer.save_checkpoint(meta={"si-snr": -9.5, "level_db": level_db})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return pack(_make_run(folder / "run", seed=0), folder / "small")
+
+
+@pytest.fixture
+def packed(packed_once, tmp_path):
+    """A packed model's folder, to do with as one likes."""
+    return shutil.copytree(packed_once, tmp_path / "model")

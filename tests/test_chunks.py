@@ -1,0 +1,309 @@
+"""Long recordings: chunked equals whole, and speakers stay in order."""
+
+import pytest
+import torch
+from speechbrain.lobes.models.dual_path import Decoder, Encoder
+
+from speechbrain_flashformer import FlashFormer
+from speechbrain_flashformer.chunks import (
+    ChunkPlan,
+    SpeakerOrder,
+    separate_long,
+)
+from speechbrain_flashformer.separate import encoder_statistics, separate
+
+RATE = 8000
+PLAN = ChunkPlan(chunk=4 * RATE, overlap=RATE, align=64)
+
+
+def run(mixture, network, plan=PLAN, block=12345, num_spks=2):
+    blocks = mixture.split(block, 1)
+    parts = list(separate_long(blocks, network, RATE, plan, num_spks))
+    return torch.cat(parts, 1)
+
+
+def identity(mixture):
+    return torch.stack([mixture, 0.5 * mixture], 2)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("block", [999, 50000])
+@pytest.mark.parametrize(
+    "samples",
+    [1, 100, 4 * RATE - 1, 4 * RATE, 4 * RATE + 1, 7 * RATE + 40, 123457],
+)
+def test_identity_network_gives_the_input(samples, block, batch):
+    mixture = torch.randn(2, samples)
+    plan = ChunkPlan(PLAN.chunk, PLAN.overlap, 64, batch)
+    out = run(mixture, identity, plan, block)
+    torch.testing.assert_close(out, identity(mixture), rtol=0, atol=1e-6)
+
+
+def test_chunks_in_one_call_are_as_long_as_the_plan_says():
+    sizes = []
+
+    def network(chunks):
+        sizes.append(tuple(chunks.shape))
+        return identity(chunks)
+
+    run(torch.randn(1, 20 * RATE), network, ChunkPlan(32000, 8000, 1, 2))
+    assert sizes[:3] == [(2, 32000), (2, 32000), (2, 32000)]
+    assert all(size[1] == 32000 for size in sizes)
+
+
+def test_nothing_in_gives_nothing_out():
+    assert list(separate_long([], identity, RATE, PLAN, 2)) == []
+
+
+@pytest.mark.parametrize("chunk, overlap", [(100, 50), (100, 0)])
+def test_plan_refuses_chunks_that_do_not_fit(chunk, overlap):
+    with pytest.raises(ValueError, match="more than twice"):
+        ChunkPlan(chunk, overlap)
+
+
+def test_plan_starts_chunks_on_tokens():
+    plan = ChunkPlan(16000, 4000, align=64)
+    assert plan.hop % 64 == 0 and plan.chunk == plan.hop + plan.overlap
+
+
+# --- chunked = whole ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A network with a short reach, so that chunks can hold it."""
+    torch.manual_seed(0)
+    encoder = Encoder(kernel_size=16, out_channels=16)
+    masknet = FlashFormer(
+        16,
+        d_model=32,
+        num_layers=2,
+        nhead=2,
+        d_ffn=32,
+        d_frame=16,
+        window=(8, 8),
+        lookback=4,
+        lookahead=4,
+        dilations=(1, 2),
+    )
+    decoder = Decoder(16, 1, kernel_size=16, stride=8, bias=False)
+    return encoder.eval(), masknet.eval(), decoder.eval()
+
+
+def test_reach_is_what_the_outputs_depend_on(small):
+    _, masknet, _ = small
+    left, right = masknet.reach
+    middle = 1000
+    mix_w = torch.rand(1, 16, 2000, requires_grad=True)
+    # Handed in, or every output would depend on every input.
+    one = torch.ones(1)
+    masks = masknet(mix_w, statistics=(one, 2 * one))
+    masks[..., middle].sum().backward()
+    seen = mix_w.grad.abs().sum((0, 1)).nonzero()
+    first, last = seen.min().item(), seen.max().item()
+    # A token's place within the reach is not its first or last frame only.
+    assert 0 <= first - (middle - left) < 2 * masknet.token_stride
+    assert 0 <= (middle + right) - last < 2 * masknet.token_stride
+
+
+def test_reach_of_an_unbounded_window():
+    assert FlashFormer(16, d_model=32, window=None).reach == (-1, -1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("samples", [100000, 100001, 123456])
+def test_chunks_with_enough_overlap_equal_the_whole(small, samples):
+    encoder, masknet, decoder = small
+    mixture = torch.randn(1, samples) * torch.linspace(0.1, 1, samples)
+    whole = separate(mixture, encoder, masknet, decoder)
+    statistics = encoder_statistics(mixture.split(777, 1), encoder)
+    reach = 8 * max(masknet.reach) + 16
+    plan = ChunkPlan(6 * reach, 2 * reach + 1000, align=64)
+    assert plan.chunk < samples / 3
+
+    def network(chunks):
+        return separate(
+            chunks, encoder, masknet, decoder, statistics=statistics
+        )
+
+    out = run(mixture, network, plan)
+    scale = whole.abs().max().item()
+    torch.testing.assert_close(out, whole, rtol=0, atol=1e-5 * scale)
+
+
+@torch.no_grad()
+def test_chunks_keep_the_loudness_of_the_whole(small):
+    mixture = torch.randn(1, 30 * RATE)
+    out = run(mixture, lambda chunks: separate(chunks, *small))
+    whole = separate(mixture, *small)
+    loudness = 10 * torch.log10(
+        out.square().mean((0, 1)) / whole.square().mean((0, 1))
+    )
+    assert loudness.abs().max() < 0.1
+
+
+@pytest.mark.parametrize("samples", [5, 16, 23, 24, 25, 8000, 8003])
+def test_encoder_statistics_are_those_of_the_whole(small, samples):
+    encoder = small[0]
+    mixture = torch.randn(2, samples)
+    given = []
+
+    def masknet(mix_w):
+        given.append(mix_w)
+        return mix_w[None]
+
+    separate(mixture, encoder, masknet, small[2])
+    mean, power = encoder_statistics(mixture.split(7, 1), encoder)
+    torch.testing.assert_close(mean.float(), given[0].mean((1, 2)))
+    torch.testing.assert_close(power.float(), given[0].square().mean((1, 2)))
+
+
+# --- order of the speakers ---------------------------------------------------
+
+
+def voice(seconds, pitch, tilt, seed):
+    """Something with the pitch and the envelope of one speaker, in words."""
+    generator = torch.Generator().manual_seed(seed)
+    n = round(seconds * RATE)
+    # Melody and loudness move from word to word.
+    steps = -(-n // 2000)
+    melody = 1 + 0.1 * torch.randn(steps, generator=generator)
+    loudness = torch.rand(steps, generator=generator).round() + 0.02
+    melody, loudness = (
+        x.repeat_interleave(2000)[:n] for x in (melody, loudness)
+    )
+    phase = (pitch * melody / RATE).cumsum(0) * 2 * torch.pi
+    harmonics = torch.arange(1, int(3800 / pitch / 1.4))
+    waves = torch.sin(harmonics[:, None] * phase)
+    weights = (harmonics * pitch / 100) ** -tilt
+    return 0.3 * loudness * (weights[:, None] * waves).sum(0)
+
+
+class Oracle:
+    """A network that knows the sources [S, T] and orders them at random."""
+
+    def __init__(self, sources, leak=0.1):
+        self.sources, self.leak = sources, leak
+        self.mixture = sources.sum(0, keepdim=True)
+        self.generator = torch.Generator().manual_seed(3)
+        self.swaps = 0
+
+    def __call__(self, chunks):
+        out = []
+        for chunk in chunks:
+            start = self._find(chunk)
+            true = self.sources[:, start : start + len(chunk)]
+            true = true + self.leak * true.flip(0)
+            order = torch.randperm(len(true), generator=self.generator)
+            self.swaps += bool(order[0])
+            out.append(true[order].T)
+        return torch.stack(out)
+
+    def _find(self, chunk):
+        for start in range(0, self.mixture.shape[1], 32):
+            if torch.equal(self.mixture[0, start:][: len(chunk)], chunk):
+                return start
+        raise AssertionError("not a piece of the mixture")
+
+
+def swapped_share(out, sources):
+    """Share of the speech that came out as another speaker's.
+
+    The first chunk decides which output is whose; after that, all must stay.
+    """
+    loud = 0.05 * sources.square().mean() * RATE
+    places = []
+    for start in range(0, sources.shape[1], RATE):
+        piece = slice(start, start + RATE)
+        for source in sources:
+            energy = source[piece].square().sum()
+            likeness = (out[:, piece] * source[piece]).sum(1)
+            places.append(likeness.argmax().item() if energy > loud else None)
+    # One row per second: where each speaker came out.
+    rows = [places[i :: len(sources)] for i in range(len(sources))]
+    rows = [[place for place in row if place is not None] for row in rows]
+    homes = [max(set(row), key=row.count) for row in rows]
+    assert len(set(homes)) == len(homes), "two speakers came out as one"
+    wrong = sum(p != home for row, home in zip(rows, homes) for p in row)
+    return wrong / sum(map(len, rows))
+
+
+@pytest.fixture
+def sources():
+    return torch.stack(
+        [voice(60, 110, 1.0, seed=1), voice(60, 210, 1.6, seed=2)]
+    )
+
+
+def test_swapped_outputs_come_out_in_order(sources):
+    oracle = Oracle(sources)
+    out = run(oracle.mixture, oracle)[0].T
+    assert oracle.swaps >= 5
+    assert swapped_share(out, sources) == 0
+
+
+def test_order_holds_through_a_pause_of_one_speaker(sources):
+    sources[0, 20 * RATE : 32 * RATE] = 0
+    oracle = Oracle(sources)
+    out = run(oracle.mixture, oracle)[0].T
+    assert oracle.swaps >= 5
+    assert swapped_share(out, sources) == 0
+
+
+def test_order_holds_through_a_pause_of_both(sources):
+    # No overlap has speech in it: only the voices tell.
+    sources[:, 20 * RATE : 32 * RATE] = 0
+    oracle = Oracle(sources)
+    out = run(oracle.mixture, oracle)[0].T
+    assert oracle.swaps >= 5
+    assert swapped_share(out, sources) == 0
+
+
+def test_turns_are_given_to_their_speakers(sources):
+    """Each speaks alone for 7 s, with 3 s of silence between."""
+    for turn in range(6):
+        start = turn * 10 * RATE
+        sources[1 - turn % 2, start : start + 10 * RATE] = 0
+        sources[:, start + 7 * RATE : start + 10 * RATE] = 0
+    oracle = Oracle(sources, leak=0.02)
+    out = run(oracle.mixture, oracle)[0].T
+    assert oracle.swaps >= 5
+    assert swapped_share(out, sources) == 0
+
+
+def test_three_speakers_come_out_in_order(sources):
+    third = voice(60, 150, 0.6, seed=5)
+    sources = torch.cat([sources, third[None]])
+    oracle = Oracle(sources, leak=0)
+    out = run(oracle.mixture, oracle, num_spks=3)[0].T
+    assert oracle.swaps >= 5
+    assert swapped_share(out, sources) == 0
+
+
+def test_channels_are_ordered_apart(sources):
+    mixture = sources.sum(0)
+    other = sources.flip(0)
+    calls = []
+
+    def network(chunks):
+        calls.append(len(chunks))
+        start = PLAN.hop * (len(calls) - 1)
+        pair = [x[:, start:][:, : chunks.shape[1]].T for x in (sources, other)]
+        if len(calls) % 2:
+            pair[1] = pair[1].flip(1)
+        return torch.stack(pair)
+
+    # Ends on a chunk, so that each chunk begins where the plan says.
+    samples = PLAN.hop * 5 + PLAN.chunk
+    two = mixture[None, :samples].repeat(2, 1)
+    out = run(two, network)
+    assert swapped_share(out[0].T, sources[:, :samples]) == 0
+    assert swapped_share(out[1].T, sources[:, :samples]) == 0
+
+
+def test_silence_and_noise_do_not_upset_the_order():
+    order = SpeakerOrder(2, RATE)
+    order.learn(torch.zeros(2, 4000))
+    assert order.arrange(torch.zeros(2, 900), torch.zeros(2, 8000)) == [0, 1]
+    noise = torch.randn(2, 8000)
+    assert order.arrange(noise[:, :900], noise.flip(0)) == [1, 0]

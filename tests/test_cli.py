@@ -1,0 +1,280 @@
+"""The command ``flashformer``, run as users run it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soundfile
+
+from speechbrain_flashformer import cli
+
+
+def flashformer(*arguments, stdin=None, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "speechbrain_flashformer.cli", *arguments],
+        input=stdin,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        timeout=120,
+    )
+
+
+def run(*arguments):
+    """The same in this process, for what needs no process of its own."""
+    return cli.main([str(argument) for argument in arguments])
+
+
+def speak(path, seconds=1.0, rate=8000, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).normal(size=round(seconds * rate))
+    soundfile.write(path, 0.1 * noise, rate)
+    return path
+
+
+def names(folder):
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file()
+    )
+
+
+# --- separate ----------------------------------------------------------------
+
+
+def test_separate_in_a_process(packed, tmp_path):
+    speak(tmp_path / "mix.wav", seconds=1.5, rate=16000)
+    done = flashformer(
+        "separate",
+        str(tmp_path / "mix.wav"),
+        "-o",
+        str(tmp_path / "out"),
+        "--model",
+        str(packed),
+    )
+    assert done.returncode == 0, done.stderr
+    assert names(tmp_path / "out") == ["mix_s1.wav", "mix_s2.wav"]
+    written = done.stdout.decode().split()
+    assert written == [str(tmp_path / "out" / f"mix_s{i}.wav") for i in (1, 2)]
+    info = soundfile.info(written[0])
+    assert (info.frames, info.samplerate) == (24000, 16000)
+
+
+def test_standard_input(packed, tmp_path):
+    recording = speak(tmp_path / "mix.flac").read_bytes()
+    done = flashformer(
+        "separate",
+        "-",
+        "-o",
+        str(tmp_path / "out"),
+        "--model",
+        str(packed),
+        stdin=recording,
+    )
+    assert done.returncode == 0, done.stderr
+    assert names(tmp_path / "out") == ["stdin_s1.wav", "stdin_s2.wav"]
+
+
+def test_help_of_each_command():
+    for command in ("separate", "pack", "info", "export"):
+        with pytest.raises(SystemExit) as ended:
+            run(command, "--help")
+        assert ended.value.code == 0
+
+
+def test_no_command_is_an_error_of_use():
+    with pytest.raises(SystemExit) as ended:
+        run()
+    assert ended.value.code == 2
+
+
+def test_folders_are_repeated_and_globs_are_spread(packed, tmp_path):
+    speak(tmp_path / "in/a.wav")
+    speak(tmp_path / "in/deep/er/b.FLAC".replace("FLAC", "flac"))
+    (tmp_path / "in/notes.txt").write_text("no audio")
+    speak(tmp_path / "more/c1.wav")
+    speak(tmp_path / "more/c2.wav")
+    inputs = [tmp_path / "in", tmp_path / "more/c*.wav"]
+    out = tmp_path / "out"
+    assert run("separate", *inputs, "-o", out, "--model", packed) == 0
+    assert names(out) == [
+        f"{name}_s{i}.wav"
+        for name in ("a", "c1", "c2", "deep/er/b")
+        for i in (1, 2)
+    ]
+
+
+def test_a_name_with_brackets_is_a_file(packed, tmp_path):
+    speak(tmp_path / "take [1].wav")
+    out = tmp_path / "out"
+    path = tmp_path / "take [1].wav"
+    assert run("separate", path, "-o", out, "--model", packed) == 0
+    assert names(out) == ["take [1]_s1.wav", "take [1]_s2.wav"]
+
+
+def test_the_batch_goes_on_past_bad_files(packed, tmp_path, capsys):
+    speak(tmp_path / "in/a.wav")
+    (tmp_path / "in/b.wav").write_text("not audio")
+    speak(tmp_path / "in/c.wav")
+    out = tmp_path / "out"
+    missing = tmp_path / "missing.wav"
+    status = run(
+        "separate", tmp_path / "in", missing, "-o", out, "--model", packed
+    )
+    assert status == 1
+    assert names(out) == ["a_s1.wav", "a_s2.wav", "c_s1.wav", "c_s2.wav"]
+    errors = capsys.readouterr().err
+    assert "2 of 4 failed:" in errors
+    assert "cannot read" in errors and "b.wav" in errors
+    assert f"no file {missing}" in errors
+
+
+def test_existing_outputs_stay_unless_told(packed, tmp_path, capsys):
+    path = speak(tmp_path / "a.wav")
+    arguments = ("separate", path, "-o", tmp_path / "out", "--model", packed)
+    assert run(*arguments) == 0
+    before = (tmp_path / "out/a_s1.wav").read_bytes()
+    speak(path, seed=1)
+    assert run(*arguments) == 1
+    assert "a_s1.wav exists" in capsys.readouterr().err
+    assert (tmp_path / "out/a_s1.wav").read_bytes() == before
+    assert run(*arguments, "--overwrite") == 0
+    assert (tmp_path / "out/a_s1.wav").read_bytes() != before
+
+
+def test_two_inputs_of_one_name_are_refused_before_work(
+    packed, tmp_path, capsys
+):
+    a, b = speak(tmp_path / "x/a.wav"), speak(tmp_path / "y/a.wav")
+    out = tmp_path / "out"
+    assert run("separate", a, b, "-o", out, "--model", packed) == 1
+    assert "would both be written as" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_jobs_give_the_same_files(packed, tmp_path):
+    for i in range(3):
+        speak(tmp_path / f"in/{i}.wav", seed=i)
+    for jobs in (1, 2):
+        out = tmp_path / f"out{jobs}"
+        arguments = ("-o", out, "--model", packed, "--jobs", jobs)
+        assert run("separate", tmp_path / "in", *arguments) == 0
+    for name in names(tmp_path / "out1"):
+        one, two = (
+            soundfile.read(tmp_path / f"out{jobs}" / name)[0] for jobs in (1, 2)
+        )
+        np.testing.assert_allclose(one, two, atol=1e-6)
+    assert len(names(tmp_path / "out2")) == 6
+
+
+def test_torchrun_ranks_share_the_files(packed, tmp_path):
+    for i in range(3):
+        speak(tmp_path / f"in/{i}.wav")
+    found = []
+    for rank in range(2):
+        out = tmp_path / f"out{rank}"
+        done = flashformer(
+            "separate",
+            str(tmp_path / "in"),
+            "-o",
+            str(out),
+            "--model",
+            str(packed),
+            RANK=str(rank),
+            WORLD_SIZE="2",
+        )
+        assert done.returncode == 0, done.stderr
+        found += names(out)
+    assert sorted(found) == [f"{i}_s{s}.wav" for i in range(3) for s in (1, 2)]
+
+
+def test_options_reach_the_separation(packed, tmp_path):
+    path = speak(tmp_path / "a.wav")
+    out = tmp_path / "out"
+    options = ("--subtype", "pcm16", "--normalize", "--channels", "each")
+    assert run("separate", path, "-o", out, "--model", packed, *options) == 0
+    assert names(out) == ["a_c1_s1.wav", "a_c1_s2.wav"]
+    assert soundfile.info(out / "a_c1_s1.wav").subtype == "PCM_16"
+    peaks = [np.abs(soundfile.read(out / n)[0]).max() for n in names(out)]
+    assert abs(max(peaks) - 0.9) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--device", "warp"], "--device warp"),
+        (["--chunk", "4", "--overlap", "2"], "more than twice"),
+        (["--model", "./nowhere"], "no model folder nowhere"),
+    ],
+)
+def test_bad_options_are_named(packed, tmp_path, capsys, options, message):
+    path = speak(tmp_path / "a.wav")
+    arguments = ["separate", path, "-o", tmp_path / "out", "--model", packed]
+    assert run(*arguments, *options) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_model_the_message_says_what_to_give(
+    tmp_path, capsys, monkeypatch
+):
+    from speechbrain_flashformer import inference
+
+    monkeypatch.setattr(inference, "__file__", str(tmp_path / "inference.py"))
+    path = speak(tmp_path / "a.wav")
+    assert run("separate", path, "-o", tmp_path / "out") == 1
+    assert "give one as --model" in capsys.readouterr().err
+
+
+def test_a_folder_without_audio_is_told(packed, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    out = tmp_path / "out"
+    assert run("separate", tmp_path / "in", "-o", out, "--model", packed) == 1
+    assert "no audio file in" in capsys.readouterr().err
+
+
+def test_a_terminated_run_leaves_no_partial_file(packed, tmp_path):
+    path = speak(tmp_path / "long.wav", seconds=1200)
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "speechbrain_flashformer.cli", "separate"]
+        + [str(path), "-o", str(out), "--model", str(packed), "--chunk", "2"]
+        + ["--overlap", "0.5"],
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.time() + 60
+    while not out.exists() or not names(out):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    assert names(out) == []
+
+
+# --- the other commands ------------------------------------------------------
+
+
+def test_info(packed, capsys):
+    assert run("info", packed) == 0
+    printed = capsys.readouterr().out
+    for what in ("speakers", "8000 Hz", "GMAC per second", "sdpa"):
+        assert what in printed
+
+
+def test_pack(make_run, tmp_path, capsys):
+    folder = make_run(tmp_path / "run", seed=0)
+    out = tmp_path / "model"
+    assert run("pack", folder, out, "--half") == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    assert run("pack", folder, out) == 1
+    assert "exists: remove it" in capsys.readouterr().err
+    assert run("pack", folder, out, "--overwrite") == 0
+
+
+def test_export(packed, tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+    assert run("export", packed, tmp_path / "a.onnx") == 0
+    assert names(tmp_path)[0] == "a.onnx"

@@ -1,0 +1,317 @@
+"""FlashFormerSeparation: any input, kept level, long files, safe loading."""
+
+import inspect
+import warnings
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from speechbrain.inference.separation import SepformerSeparation
+from torchaudio.functional import resample
+
+from speechbrain_flashformer.inference import (
+    FlashFormerSeparation,
+    SeparationOptions,
+)
+from speechbrain_flashformer.pack import pack
+
+
+@pytest.fixture(scope="module")
+def model(packed_once):
+    return FlashFormerSeparation.from_hparams(packed_once)
+
+
+@pytest.fixture
+def noise():
+    return torch.randn(1, 24003, generator=torch.Generator().manual_seed(5))
+
+
+def save(path, signal, rate, subtype=None):
+    soundfile.write(path, np.asarray(signal.T), rate, subtype)
+    return path
+
+
+# --- the calls of SpeechBrain ------------------------------------------------
+
+
+def test_calls_are_those_of_speechbrain():
+    for name in ("separate_batch", "separate_file"):
+        theirs = inspect.signature(getattr(SepformerSeparation, name))
+        ours = inspect.signature(getattr(FlashFormerSeparation, name))
+        assert list(ours.parameters)[: len(theirs.parameters)] == list(
+            theirs.parameters
+        )
+
+
+def test_speechbrain_itself_loads_a_packed_folder(packed, model, noise):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        theirs = SepformerSeparation.from_hparams(str(packed))
+    ours = model.mods.state_dict()
+    loaded = theirs.mods.state_dict()
+    assert loaded.keys() == ours.keys()
+    assert all(torch.equal(loaded[key], ours[key]) for key in ours)
+    noise = noise[:, :24000]
+    torch.testing.assert_close(
+        theirs.separate_batch(noise), model.separate_batch(noise)
+    )
+
+
+def test_batch_rows_are_as_alone(model, noise):
+    two = torch.cat([noise, noise.flip(1)])
+    out = model.separate_batch(two)
+    assert out.shape == (2, 24003, 2)
+    torch.testing.assert_close(
+        out[:1], model.separate_batch(noise), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("shape", [(8000,), (1, 0), (1, 2, 8000)])
+def test_batch_of_another_shape_is_refused(model, shape):
+    with pytest.raises(ValueError, match=r"takes \[batch, time\]"):
+        model.separate_batch(torch.zeros(shape))
+
+
+# --- inputs ------------------------------------------------------------------
+
+
+def test_str_path_array_and_tensor_give_the_same(model, noise, tmp_path):
+    path = save(tmp_path / "a.wav", noise, 8000, "FLOAT")
+    expected = model.separate_batch(noise)
+    for out in (
+        model.separate_file(path),
+        model.separate_file(str(path)),
+        model.separate_audio(noise),
+        model.separate_audio(noise[0], 8000),
+        model.separate_audio(noise.numpy(), 8000),
+    ):
+        torch.testing.assert_close(out, expected)
+
+
+def test_integers_are_pcm(model, noise):
+    pcm = (noise * 3000).to(torch.int16)
+    torch.testing.assert_close(
+        model.separate_audio(pcm), model.separate_audio(pcm / 32768)
+    )
+    with pytest.raises(ValueError, match="float, int16 or int32"):
+        model.separate_audio(pcm.to(torch.uint8))
+
+
+@pytest.mark.parametrize("shape", [(0,), (1, 2, 3), ()])
+def test_audio_of_another_shape_is_refused(model, shape):
+    with pytest.raises(ValueError, match="audio is"):
+        model.separate_audio(torch.zeros(shape))
+
+
+def test_audio_with_time_first_is_refused(model):
+    with pytest.raises(ValueError, match="transpose"):
+        model.separate_audio(torch.zeros(8000, 2))
+
+
+def test_nan_in_memory_is_refused(model, noise):
+    noise[0, 7] = torch.nan
+    with pytest.raises(ValueError, match="not finite numbers"):
+        model.separate_audio(noise)
+
+
+def test_channels_are_mixed_down_or_kept_apart(model, noise, tmp_path):
+    stereo = torch.cat([noise, noise.flip(1)])
+    path = save(tmp_path / "stereo.wav", stereo, 8000, "FLOAT")
+    torch.testing.assert_close(
+        model.separate_file(path), model.separate_audio(stereo.mean(0))
+    )
+    each = model.separate_file(path, channels="each")
+    assert each.shape == (2, 24003, 2)
+    for row, channel in zip(each, stereo):
+        torch.testing.assert_close(
+            row, model.separate_audio(channel)[0], rtol=0, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("rate", [44100, 16000, 11025])
+def test_other_rates_come_back_at_their_rate(model, rate, tmp_path):
+    signal = torch.randn(1, 2 * rate + 17)
+    path = save(tmp_path / "a.flac", 0.1 * signal, rate, "PCM_24")
+    heard = torch.from_numpy(soundfile.read(path, dtype="float32")[0])[None]
+    out = model.separate_file(path)
+    sources = model.separate_batch(resample(heard, rate, 8000))
+    expected = resample(sources[0].T, 8000, rate)[:, : heard.shape[1]]
+    assert out.shape == (1, 2 * rate + 17, 2)
+    torch.testing.assert_close(out[0].T, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 15, 16, 17])
+def test_files_shorter_than_the_kernel(model, samples, tmp_path):
+    path = save(tmp_path / "short.wav", torch.full((1, samples), 0.1), 8000)
+    out = model.separate_file(path)
+    assert out.shape == (1, samples, 2) and out.isfinite().all()
+
+
+def test_silence_stays_silent(model, tmp_path):
+    path = save(tmp_path / "silent.wav", torch.zeros(1, 50000), 16000)
+    assert not model.separate_file(path).any()
+    (loud, _) = model.separate_to_files(path, tmp_path / "out", normalize=True)
+    assert not soundfile.read(loud)[0].any()
+
+
+# --- level -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gain", [1e-3, 30.0])
+def test_level_of_the_input_is_that_of_the_output(model, noise, gain):
+    torch.testing.assert_close(
+        model.separate_audio(gain * noise),
+        gain * model.separate_audio(noise),
+        rtol=1e-3,
+        atol=1e-4 * gain,
+    )
+
+
+@pytest.mark.parametrize("chunk", [1.0, 10.0])
+def test_consistent_sources_sum_to_the_mixture(model, noise, chunk):
+    out = model.separate_audio(
+        noise, mixture_consistency=True, chunk=chunk, overlap=0.3
+    )
+    torch.testing.assert_close(out.sum(2), noise, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["chunk", "recording"])
+def test_chunks_keep_loudness(model, norm):
+    mixture = torch.randn(1, 80000)
+    whole = model.separate_audio(mixture)
+    out = model.separate_audio(mixture, chunk=2.0, overlap=0.5, norm=norm)
+    loudness = 10 * torch.log10(
+        out.square().mean((0, 1)) / whole.square().mean((0, 1))
+    )
+    assert loudness.abs().max() < 0.1
+
+
+def test_chunks_with_the_norm_of_the_recording_equal_the_whole(model):
+    mixture = torch.randn(1, 120000) * torch.linspace(0.05, 1, 120000)
+    reach = 8 * max(model.mods.masknet.reach) / 8000
+    whole = model.separate_batch(mixture)
+    out = model.separate_audio(
+        mixture, chunk=6 * reach, overlap=2 * reach + 0.1, norm="recording"
+    )
+    assert 6 * reach < 15 / 3
+    scale = whole.abs().max().item()
+    torch.testing.assert_close(out, whole, rtol=0, atol=1e-5 * scale)
+
+
+# --- options -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["channels", "norm", "precision"])
+def test_unknown_choices_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is one of .*, not 'loud'"):
+        SeparationOptions(**{name: "loud"})
+
+
+def test_half_precision_is_close(model, noise):
+    full = model.separate_audio(noise)
+    half = model.separate_audio(noise, precision="bf16")
+    assert half.dtype == torch.float32
+    assert (half - full).norm() < 0.05 * full.norm()
+    assert not torch.equal(half, full)
+
+
+def test_callback_counts_the_seconds(model):
+    heard = []
+    model.separate_audio(
+        torch.randn(1, 80000),
+        chunk=2.0,
+        overlap=0.5,
+        callback=lambda done, total: heard.append((done, total)),
+    )
+    done = [seconds for seconds, _ in heard]
+    assert len(done) > 3 and done == sorted(done) and done[-1] == 10.0
+    assert {total for _, total in heard} == {10.0}
+
+
+# --- files -------------------------------------------------------------------
+
+
+def test_files_hold_what_memory_gets(model, noise, tmp_path):
+    stereo = torch.cat([noise, noise.flip(1)])
+    path = save(tmp_path / "a.wav", stereo, 11025, "FLOAT")
+    options = {"channels": "each", "chunk": 1.0, "overlap": 0.2}
+    written = model.separate_to_files(path, tmp_path / "out", **options)
+    assert [file.name for file in written] == [
+        "a_c1_s1.wav",
+        "a_c1_s2.wav",
+        "a_c2_s1.wav",
+        "a_c2_s2.wav",
+    ]
+    signals = [soundfile.read(file, dtype="float32") for file in written]
+    assert {rate for _, rate in signals} == {11025}
+    expected = model.separate_file(path, **options).transpose(1, 2)
+    torch.testing.assert_close(
+        torch.from_numpy(np.stack([signal for signal, _ in signals])),
+        expected.flatten(0, 1),
+    )
+
+
+def test_a_bad_file_leaves_no_output(model, noise, tmp_path):
+    noise[0, 20000] = torch.inf
+    path = save(tmp_path / "bad.wav", noise, 1000, "FLOAT")
+    with pytest.raises(ValueError, match=r"bad\.wav .* not finite"):
+        model.separate_to_files(path, tmp_path / "out", chunk=2.0, overlap=0.5)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+# --- loading -----------------------------------------------------------------
+
+
+def test_a_stale_savedir_never_serves_old_weights(
+    make_run, packed, model, tmp_path
+):
+    other = pack(make_run(tmp_path / "run", seed=1), tmp_path / "other")
+    savedir = tmp_path / "savedir"
+    FlashFormerSeparation.from_hparams(other, savedir=savedir)
+    again = FlashFormerSeparation.from_hparams(packed, savedir=savedir)
+    theirs, ours = again.mods.state_dict(), model.mods.state_dict()
+    assert all(torch.equal(theirs[key], ours[key]) for key in ours)
+
+
+def test_a_folder_without_a_checkpoint_is_refused(packed):
+    (packed / "masknet.ckpt").unlink()
+    with pytest.raises(FileNotFoundError, match="no masknet.ckpt in"):
+        FlashFormerSeparation.from_hparams(packed)
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no model folder .*gone"):
+        FlashFormerSeparation.from_hparams(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown"])
+def test_weights_of_another_model_are_refused(packed, change):
+    path = packed / "masknet.ckpt"
+    state = torch.load(path, weights_only=True)
+    value = state.pop("norm_out.bias")
+    if change == "unknown":
+        state |= {"norm_out.bias": value, "another": value}
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="1 keys are missing or unknown"):
+        FlashFormerSeparation.from_hparams(packed)
+
+
+def test_checkpoints_run_no_code(packed, tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    torch.save({"norm_out.bias": Attack()}, packed / "masknet.ckpt")
+    with pytest.raises(Exception, match="[Ww]eights.only"):
+        FlashFormerSeparation.from_hparams(packed)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_description_names_what_counts(model):
+    described = model.describe()
+    assert described["speakers"] == 2
+    assert described["sampling rate"] == "8000 Hz"
+    assert described["attention"] == "sdpa"
+    reach = 8 * model.mods.masknet.reach[0] / 8000
+    assert described["context"].startswith(f"{reach:.1f} s before")

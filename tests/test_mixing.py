@@ -1,0 +1,290 @@
+"""Dynamic mixing: the same for any workers, WSJ0-mix levels, clean targets."""
+
+import itertools
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from speechbrain.dataio.batch import PaddedBatch
+from torch.utils.data import DataLoader
+
+from speechbrain_flashformer.mixing import (
+    DynamicMixtures,
+    EpochSampler,
+    colour,
+    find_recordings,
+    load_mixtures,
+    random_noise,
+    reverberate,
+)
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory):
+    """Four speakers, each with a tone of its own; two rates, wav and flac."""
+    folder = tmp_path_factory.mktemp("speech")
+    for s, (rate, suffix) in enumerate(
+        [(8000, "wav"), (8000, "flac"), (16000, "wav"), (8000, "wav")]
+    ):
+        for take in range(3):
+            path = folder / f"spk{s}" / f"{take}_id{s}.{suffix}"
+            path.parent.mkdir(exist_ok=True)
+            time = np.arange((take + 1) * rate) / rate
+            tone = np.sin(2 * np.pi * 400 * (s + 1) * time)
+            soundfile.write(path, 0.3 * tone, rate)
+    return folder
+
+
+def mixtures(speech, **options):
+    arguments = {"num_spks": 2, "sample_rate": 8000, "samples": 8000, "seed": 1}
+    return DynamicMixtures(find_recordings(speech), **{**arguments, **options})
+
+
+def pitch(signal, rate=8000):
+    """Which speaker a tone is."""
+    spectrum = np.abs(np.fft.rfft(signal, 8 * len(signal)))
+    return spectrum.argmax() * rate / (8 * len(signal)) / 400
+
+
+# --- who speaks --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "speaker, names",
+    [
+        ("folder", {"spk0", "spk1", "spk2", "spk3"}),
+        (r"_(id\d)", {"id0", "id1", "id2", "id3"}),
+        (r"(\d)_id0|(\d)_id[123]", {"0", "1", "2"}),
+    ],
+)
+def test_speaker_from_the_path(speech, speaker, names):
+    found = find_recordings(speech, speaker)
+    assert {name for _, name in found} == names
+    assert found == sorted(found) and len(found) == 12
+
+
+def test_each_file_its_own_speaker(speech):
+    found = find_recordings(speech, "file")
+    assert len({name for _, name in found}) == 12
+
+
+def test_speaker_from_a_csv(speech, tmp_path):
+    listing = speech / "list.csv"
+    listing.write_text("wav,speaker\nspk0/0_id0.wav,ann\nspk1/0_id1.flac,bo\n")
+    assert find_recordings(listing) == [
+        (speech / "spk0/0_id0.wav", "ann"),
+        (speech / "spk1/0_id1.flac", "bo"),
+    ]
+    listing.write_text("wav,who\na.wav,ann\n")
+    with pytest.raises(ValueError, match="no column speaker"):
+        find_recordings(listing)
+
+
+def test_folders_without_speech_or_speakers_are_refused(speech, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no wav or flac file in"):
+        find_recordings(tmp_path)
+    with pytest.raises(ValueError, match="dm_speaker 'x' does not match"):
+        find_recordings(speech, "x")
+    one = find_recordings(speech / "spk0")
+    with pytest.raises(ValueError, match="2 speakers needs as many.*hold 1"):
+        DynamicMixtures(one, 2, 8000, 8000, seed=1)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (np.zeros((100, 2)), "2 channels"),
+        (np.zeros(0), "is empty"),
+        (None, "cannot read"),
+    ],
+)
+def test_recordings_that_cannot_be_used_are_named(tmp_path, content, message):
+    for name in "ab":
+        path = tmp_path / f"{name}.wav"
+        if content is None:
+            path.write_text("text")
+        else:
+            soundfile.write(path, content, 8000)
+    with pytest.raises(ValueError, match=message) as error:
+        DynamicMixtures(find_recordings(tmp_path, "file"), 2, 8000, 100, 1)
+    assert "a.wav" in str(error.value)
+
+
+def test_silent_recordings_are_named(tmp_path):
+    for name in "ab":
+        soundfile.write(tmp_path / f"{name}.wav", np.zeros(100), 8000)
+    silent = DynamicMixtures(find_recordings(tmp_path, "file"), 2, 8000, 100, 1)
+    with pytest.raises(ValueError, match="silent or taken"):
+        silent[0]
+
+
+# --- what a mixture is -------------------------------------------------------
+
+
+def test_number_and_seed_say_all(speech):
+    one, two = mixtures(speech), mixtures(speech)
+    for n in (0, 7, 10**9):
+        a, b = one[n], two[n]
+        assert all(torch.equal(a[k], b[k]) for k in a if k != "id")
+        assert a["id"] == f"dm{n}"
+    assert not torch.equal(one[0]["mix_sig"], one[1]["mix_sig"])
+    other = mixtures(speech, seed=2)
+    assert not torch.equal(one[0]["mix_sig"], other[0]["mix_sig"])
+
+
+@pytest.mark.parametrize(
+    "workers, method", [(1, "fork"), (2, "fork"), (2, "spawn")]
+)
+def test_workers_make_no_difference(speech, workers, method):
+    dataset = mixtures(speech, noise_share=0.5, room_share=0.5, colour_db=6)
+    sampler = EpochSampler(6)
+    sampler.set_epoch(3)
+
+    def load(**options):
+        loader = DataLoader(
+            dataset, 2, sampler=sampler, collate_fn=PaddedBatch, **options
+        )
+        return [batch.mix_sig.data for batch in loader]
+
+    alone = load()
+    shared = load(num_workers=workers, multiprocessing_context=method)
+    assert len(alone) == 3
+    assert all(map(torch.equal, alone, shared))
+
+
+def test_speakers_of_a_mixture_differ_and_all_speak(speech):
+    dataset, heard = mixtures(speech), set()
+    for n in range(60):
+        item = dataset[n]
+        pair = {round(pitch(item[f"s{i}_sig"].numpy())) for i in (1, 2)}
+        assert len(pair) == 2
+        heard |= pair
+    assert heard == {1, 2, 3, 4}
+
+
+def test_mixture_is_the_sum_at_its_peak_and_length(speech):
+    dataset = mixtures(speech, num_spks=3)
+    for n in range(40):
+        item = dataset[n]
+        total = sum(item[f"s{i}_sig"] for i in (1, 2, 3))
+        torch.testing.assert_close(item["mix_sig"], total)
+        assert item["mix_sig"].abs().max() <= 0.9 + 1e-6
+        assert len(total) == 8000
+        assert item["mix_sig"].dtype == torch.float32
+
+
+def test_short_recordings_stand_anywhere(speech):
+    dataset = mixtures(speech, samples=16000)
+    starts = set()
+    for n in range(60):
+        for i in (1, 2):
+            source = dataset[n][f"s{i}_sig"].numpy()
+            spoken = np.flatnonzero(np.abs(source) > 1e-4)
+            if spoken[-1] - spoken[0] < 9000 and len(source) > 9000:
+                starts.add(spoken[0] // 1000)
+    assert len(starts) > 4
+
+
+def test_turns_leave_a_speaker_silent_for_a_part(speech):
+    whole, turns = mixtures(speech), mixtures(speech, turn_share=1.0)
+    spoken = []
+    for n in range(40):
+        assert len(turns[n]["mix_sig"]) == len(whole[n]["mix_sig"])
+        source = turns[n]["s1_sig"]
+        spoken.append((source.abs() > 1e-5).float().mean().item())
+    assert min(spoken) < 0.4 and max(spoken) > 0.8 and min(spoken) > 0.15
+
+
+def test_levels_are_those_of_wsj0_mix(speech):
+    # Not at the peak limit, for which all are turned down.
+    dataset = mixtures(speech)
+    levels = []
+    for n in range(300):
+        item = dataset[n]
+        power = [item[f"s{i}_sig"].square().mean() for i in (1, 2)]
+        levels.append(10 * np.log10(power))
+    first, second = np.array(levels).T
+    assert abs(first.mean() + 27.43) < 0.5 and abs(first.std() - 2.57) < 0.4
+    relative = second - first
+    assert abs(relative.mean() + 2.51) < 0.5
+    assert abs(relative.std() - 2.66) < 0.4
+
+
+def test_speed_moves_the_pitch(speech):
+    fast = mixtures(speech, speeds=(110, 110))
+    pitches = [pitch(fast[n]["s1_sig"].numpy()) for n in range(20)]
+    ratios = np.array(pitches) / np.round(np.array(pitches) / 1.1)
+    np.testing.assert_allclose(ratios, 1.1, rtol=0.01)
+
+
+def test_noise_leaves_the_sources_clean(speech, tmp_path):
+    hum = np.sign(np.sin(2 * np.pi * 50 * np.arange(4000) / 8000))
+    soundfile.write(tmp_path / "hum.wav", 0.1 * hum, 8000)
+    for noise in ((), [tmp_path / "hum.wav"]):
+        dataset = mixtures(speech, noise=noise, noise_share=1.0)
+        snrs = []
+        for n in range(50):
+            item = dataset[n]
+            clean = item["s1_sig"] + item["s2_sig"]
+            rest = item["mix_sig"] - clean
+            snrs.append(
+                10 * torch.log10(clean.square().sum() / rest.square().sum())
+            )
+            assert round(pitch(item["s1_sig"].numpy())) in (1, 2, 3, 4)
+        assert min(snrs) > 4.9 and max(snrs) < 35.1
+        assert max(snrs) - min(snrs) > 15
+
+
+def test_room_adds_a_tail_after_the_sound():
+    rng = np.random.default_rng(0)
+    click = np.zeros(4000)
+    click[1000] = 1
+    room = reverberate(click, 0.3, 8000, rng)
+    assert abs(room[1000] - 1) < 1e-9 and abs(room[:1000]).max() < 1e-9
+    energy = np.square(room[1001:])
+    assert 0 < energy.sum() <= 1 + 1e-6
+    # 60 dB in t60: 20 dB in a third of it.
+    early, late = energy[:400].sum(), energy[800:1200].sum()
+    assert abs(10 * np.log10(early / late) - 20) < 4
+
+
+def test_colour_stays_within_its_range():
+    rng = np.random.default_rng(0)
+    click = np.zeros(4000)
+    click[2000] = 1
+    gains = [
+        20 * np.log10(np.abs(np.fft.rfft(colour(click, 6, rng))))
+        for _ in range(20)
+    ]
+    assert np.max(gains) < 6.5 and np.min(gains) > -6.5
+    assert np.std(gains) > 1
+
+
+def test_noise_is_of_many_colours():
+    rng = np.random.default_rng(0)
+    slopes = []
+    for _ in range(30):
+        power = np.square(np.abs(np.fft.rfft(random_noise(8000, rng))))
+        slopes.append(np.log10(power[10:40].mean() / power[1000:4000].mean()))
+    assert min(slopes) < 0.5 and max(slopes) > 2.5
+
+
+# --- in a recipe -------------------------------------------------------------
+
+
+def test_every_epoch_is_new_and_repeatable():
+    sampler = EpochSampler(5)
+    epochs = []
+    for epoch in (1, 2, 3, 1):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+        assert len(sampler) == 5
+    assert epochs[0] == epochs[3]
+    for a, b in itertools.combinations(epochs[:3], 2):
+        assert not set(a) & set(b)
+
+
+def test_hparams_without_a_folder_are_refused():
+    with pytest.raises(ValueError, match="give their folder as base_folder_dm"):
+        load_mixtures({"base_folder_dm": ""})

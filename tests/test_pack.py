@@ -1,0 +1,105 @@
+"""A run becomes a folder that needs nothing else."""
+
+import re
+
+import pytest
+import torch
+from hyperpyyaml import load_hyperpyyaml
+
+from speechbrain_flashformer.inference import FlashFormerSeparation
+from speechbrain_flashformer.pack import pack
+
+
+def test_packed_folder_is_whole_and_flat(packed_once):
+    assert sorted(path.name for path in packed_once.iterdir()) == [
+        "README.md",
+        "decoder.ckpt",
+        "encoder.ckpt",
+        "hyperparams.yaml",
+        "masknet.ckpt",
+    ]
+    text = (packed_once / "hyperparams.yaml").read_text()
+    assert "!include" not in text and "save" not in text
+    assert load_hyperpyyaml(text)["sample_rate"] == 8000
+
+
+def test_example_of_the_model_card_runs(packed, tmp_path, monkeypatch):
+    import soundfile
+
+    soundfile.write(tmp_path / "mixture.wav", torch.randn(8000) * 0.1, 8000)
+    card = (packed / "README.md").read_text()
+    assert "SI-SNR 9.50 dB" in card
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    # The card names the folder as it was packed.
+    packed.rename(tmp_path / "small")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    assert names["sources"].shape == (1, 8000, 2)
+
+
+def test_the_decoder_brings_the_level_of_the_sources(make_run, tmp_path):
+    mixture = torch.randn(1, 8000)
+    out = {}
+    for level_db in (0.0, 20.0):
+        run = make_run(tmp_path / f"run{level_db}", 0, level_db)
+        folder = pack(run, tmp_path / f"model{level_db}")
+        model = FlashFormerSeparation.from_hparams(folder)
+        out[level_db] = model.separate_batch(mixture)
+    torch.testing.assert_close(out[20.0], out[0.0] / 10)
+
+
+def test_half_precision_halves_the_files(make_run, packed_once, tmp_path):
+    half = pack(
+        make_run(tmp_path / "run", seed=0), tmp_path / "half", half=True
+    )
+    state = torch.load(half / "masknet.ckpt", weights_only=True)
+    assert {value.dtype for value in state.values()} == {torch.float16}
+    mixture = torch.randn(1, 8000)
+    full, short = (
+        FlashFormerSeparation.from_hparams(folder).separate_batch(mixture)
+        for folder in (packed_once, half)
+    )
+    assert short.dtype == torch.float32
+    assert (full - short).norm() < 0.01 * full.norm()
+
+
+def test_weights_from_several_gpus_lose_their_prefix(
+    make_run, tmp_path, packed_once
+):
+    run = make_run(tmp_path / "run", seed=0)
+    (path,) = (run / "save").glob("CKPT*/masknet.ckpt")
+    state = torch.load(path, weights_only=True)
+    torch.save({f"module.{k}": v for k, v in state.items()}, path)
+    out = pack(run, tmp_path / "out") / "masknet.ckpt"
+    expected = torch.load(packed_once / "masknet.ckpt", weights_only=True)
+    assert torch.load(out, weights_only=True).keys() == expected.keys()
+
+
+def test_an_existing_folder_stays_unless_told(make_run, packed, tmp_path):
+    run = make_run(tmp_path / "run", seed=1)
+    before = (packed / "masknet.ckpt").read_bytes()
+    with pytest.raises(FileExistsError, match="exists: remove it"):
+        pack(run, packed)
+    assert (packed / "masknet.ckpt").read_bytes() == before
+    pack(run, packed, overwrite=True)
+    assert (packed / "masknet.ckpt").read_bytes() != before
+
+
+def test_folders_that_are_no_run_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no hyperparams.yaml in"):
+        pack(tmp_path, tmp_path / "out")
+    (tmp_path / "hyperparams.yaml").write_text("num_spks: 2\n")
+    with pytest.raises(FileNotFoundError, match="no validated checkpoint in"):
+        pack(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_leaves_nothing(make_run, tmp_path):
+    run = make_run(tmp_path / "run", seed=0)
+    (path,) = (run / "save").glob("CKPT*/decoder.ckpt")
+    path.write_bytes(b"cut")
+    before = set(tmp_path.iterdir())
+    with pytest.raises(Exception, match=r"."):
+        pack(run, tmp_path / "out")
+    assert set(tmp_path.iterdir()) == before
