@@ -193,7 +193,10 @@ class SpeakerOrder:
         list of int
             ``fresh[order]`` continues ``before``.
         """
-        shared = fresh[:, : before.shape[1]]
+        # In the middle both chunks have heard most of what is around.
+        weight = torch.hann_window(before.shape[1], periodic=False) ** 2
+        shared = weight * fresh[:, : before.shape[1]]
+        before = weight * before
         # |a - b|^2 of every pair, so that each order is a sum.
         errors = (before[:, None] - shared).square().sum(2).double()
         energy = before.square().sum() + shared.square().sum()

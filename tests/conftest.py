@@ -66,3 +66,8 @@ def packed_once(tmp_path_factory):
 def packed(packed_once, tmp_path):
     """A packed model's folder, to do with as one likes."""
     return shutil.copytree(packed_once, tmp_path / "model")
+
+
+@pytest.fixture(autouse=True)
+def _same_every_time():
+    torch.manual_seed(0)

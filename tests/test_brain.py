@@ -155,11 +155,15 @@ def test_broken_validation_is_never_the_best(make):
     brain.on_fit_start()
     brain.train_stats = {"si-snr": 0.0}
     for epoch, score in enumerate((3.0, math.nan, 2.0), 1):
-        row = {"si-snr": score, "si-snr_i": score}
-        brain.rows = [{"si-snr": 20.0, "si-snr_i": 20.0}, row]
+        row = {"si-snr": score, "si-snr_i": score, "level_db": score}
+        brain.rows = [
+            {"si-snr": 20.0, "si-snr_i": 20.0, "level_db": 5.0},
+            row,
+        ]
         brain.on_stage_end(sb.Stage.VALID, torch.tensor(-20.0), epoch)
     best = brain.checkpointer.find_checkpoint(min_key="si-snr")
     assert best.meta["epoch"] == 1
+    assert best.meta["level_db"] == 4.0
 
 
 def test_batches_of_unlike_length_are_tested_item_by_item(make, tmp_path):

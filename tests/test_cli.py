@@ -274,7 +274,13 @@ def test_pack(make_run, tmp_path, capsys):
     assert run("pack", folder, out, "--overwrite") == 0
 
 
-def test_export(packed, tmp_path):
-    pytest.importorskip("onnxruntime", reason="needs the extra onnx")
-    assert run("export", packed, tmp_path / "a.onnx") == 0
-    assert names(tmp_path)[0] == "a.onnx"
+def test_export(packed, tmp_path, monkeypatch, capsys):
+    from speechbrain_flashformer import export
+
+    def export_onnx(model, path, overwrite):
+        assert model.hparams.sample_rate == 8000
+        return f"{path} {overwrite}"
+
+    monkeypatch.setattr(export, "export_onnx", export_onnx)
+    assert run("export", packed, tmp_path / "a.onnx", "--overwrite") == 0
+    assert capsys.readouterr().out.strip() == f"{tmp_path / 'a.onnx'} True"

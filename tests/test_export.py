@@ -49,11 +49,37 @@ def test_an_existing_file_stays(model, graph):
     assert graph.read_bytes() == before
 
 
-def test_a_graph_that_differs_is_not_written(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+def test_a_graph_that_differs_is_refused():
+    class Session:
+        def run(self, _, inputs):
+            return [1.001 * inputs["mixture"]]
+
     with pytest.raises(RuntimeError, match="differs from torch"):
+        export._check(torch.nn.Identity(), Session(), 8000)
+
+
+def test_a_failure_leaves_nothing(model, tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise RuntimeError("differs")
+
+    monkeypatch.setattr(export, "_check", refuse)
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: Program())
+    with pytest.raises(RuntimeError, match="differs"):
         export.export_onnx(model, tmp_path / "a.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+class Program:
+    """What torch.onnx gives, for a graph that does nothing."""
+
+    x = onnx.helper.make_tensor_value_info("mixture", 1, ["B", "T"])
+    y = onnx.helper.make_tensor_value_info("sources", 1, ["B", "T"])
+    node = onnx.helper.make_node("Identity", ["mixture"], ["sources"])
+    model_proto = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "nothing", [x], [y]),
+        opset_imports=[onnx.helper.make_opsetid("", export.OPSET)],
+        ir_version=10,
+    )
 
 
 def test_a_missing_extra_is_named(model, tmp_path, monkeypatch):

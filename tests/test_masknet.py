@@ -145,7 +145,7 @@ def test_keys_do_not_depend_on_options_without_weights():
 def test_windowed_network_hears_a_finite_span():
     masknet = small(window=(2, 2), lookback=3, lookahead=3, dilations=(1,))
     masknet.norm_in = torch.nn.Identity()  # global by design
-    masknet.norm_in.forward = lambda x, keep: x
+    masknet.norm_in.forward = lambda x, *_: x
     x = torch.rand(1, 12, 2000, requires_grad=True)
     masknet(x)[..., 1000].sum().backward()
     heard = x.grad[0].any(0).nonzero().flatten()
