@@ -38,7 +38,7 @@ tags:
 # {name}
 
 Separates single-channel recordings of {num_spks} speakers at {sample_rate} Hz;
-{parameters:.1f} million parameters. Packed by speechbrain-flashformer {version}.
+{parameters:.1f} million parameters. Made by speechbrain-flashformer {version}.
 
 ## Use
 

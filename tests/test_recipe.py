@@ -1,12 +1,14 @@
 """The recipe from end to end: train, stop, resume, test; and its failures."""
 
 import csv
+import os
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -133,6 +135,44 @@ def test_train_stop_resume_and_test(data, tmp_path):
         float(mean["si-snr"]), abs=1e-3
     )
     assert list(epochs(output)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_train_with_dynamic_mixing_then_pack_and_separate(data, tmp_path):
+    output, model = tmp_path / "run", tmp_path / "model"
+    part = data / "wav8k/min/tr"
+    options = ["--data_folder", data, "--N_epochs", 2]
+    options += ["--dynamic_mixing", True, "--base_folder_dm", part / "s1"]
+    # Files are called NAME_SPEAKER_OTHER.wav.
+    options += ["--dm_speaker", "_([^_]+)_", "--dm_noise_share", 0.5]
+    train("flashformer-demo", output, *options)
+    assert list(epochs(output)) == [1, 2]
+
+    # Nothing of the recipe and no network is needed to separate.
+    (mixture, *_) = sorted((data / "wav8k/min/tt/mix").glob("*.wav"))
+
+    def flashformer(*arguments):
+        done = subprocess.run(
+            [sys.executable, "-m", "speechbrain_flashformer.cli", *arguments],
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    flashformer("pack", output, model)
+    written = flashformer("separate", mixture, "-o", tmp_path, "--model", model)
+    for i in "12":
+        tested, _ = soundfile.read(
+            output / "audio_results" / f"{mixture.stem}_s{i}hat.wav"
+        )
+        # The test has put the speakers in the order of the sources.
+        likeness = []
+        for path in written:
+            source, _ = soundfile.read(path)
+            norms = np.linalg.norm(source) * np.linalg.norm(tested)
+            likeness.append(source @ tested / norms)
+        assert max(likeness) > 0.999
 
 
 def test_the_default_makes_the_starter_set_and_says_so(tmp_path):
