@@ -340,9 +340,9 @@ def _sdpa(q, k, v, window, dropout_p):
     if q.shape[1] == 0:
         return q
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    if window != (-1, -1) and torch.compiler.is_exporting():
+    causal = bool(window == (-1, 0) and q.shape[1] == k.shape[1])
+    if window != (-1, -1) and not causal and torch.compiler.is_exporting():
         return _window_blocks(q, k, v, *window)
-    causal = window == (-1, 0) and q.shape[1] == k.shape[1]
     if window != (-1, -1) and not causal:
         rows = zip(q.split(1), k.split(1), v.split(1))
         return torch.cat([_window_row(*row, *window) for row in rows])

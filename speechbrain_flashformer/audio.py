@@ -7,7 +7,9 @@ Axes: C channels, n and T samples, S speakers.
 """
 
 import os
+import re
 import shutil
+import uuid
 from contextlib import suppress
 from math import ceil, gcd
 from pathlib import Path
@@ -19,6 +21,7 @@ from torchaudio.functional import resample
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
 SUBTYPES = {"float": "FLOAT", "pcm16": "PCM_16", "pcm24": "PCM_24"}
 WAV_LIMIT = 2**32 - 2**16  # bytes; longer ones are written as RF64
+UNKNOWN_SIZE = 2**31 - 2**16  # what a pipe's header claims, at least
 LOUDEST = 0.99  # peak of a recording that would have clipped
 NORMAL_PEAK = 0.9
 
@@ -52,6 +55,12 @@ class AudioReader:
         self.frames = info.frames
         if not self.frames:
             raise ValueError(f"{self.path} holds no samples")
+        # libsndfile reads on in silence; a pipe's header has no size at all.
+        cut = re.search(r"data : (\d+) \(should be (\d+)\)", info.extra_info)
+        if cut and int(cut[2]) < int(cut[1]) < UNKNOWN_SIZE:
+            raise ValueError(
+                f"{self.path} is cut short: {cut[2]} of {cut[1]} bytes"
+            )
 
     def blocks(self, seconds=10.0):
         """Yield the samples in order, float32 [C, n]."""
@@ -156,6 +165,11 @@ def resample_blocks(blocks, old, new):
         yield resampler.flush()
 
 
+def partial_prefix(pid):
+    """How the names of the unfinished files of a process begin."""
+    return f".flashformer-{pid}-"
+
+
 class SourceWriter:
     """Writes the sources of one recording, all of them or none.
 
@@ -226,9 +240,10 @@ class SourceWriter:
                 f"{folder} has {free / 1e6:.0f} MB free, the sources need "
                 f"{needed / 1e6:.0f} MB"
             )
+        mark = partial_prefix(os.getpid()) + uuid.uuid4().hex
         self.partial = [
-            path.with_name(f".{path.name}.{os.getpid()}.partial")
-            for path in self.paths
+            path.with_name(f"{mark}-{i}.partial")
+            for i, path in enumerate(self.paths)
         ]
         try:
             self.files = [self._open(path, "FLOAT") for path in self.partial]
@@ -307,6 +322,8 @@ class SourceWriter:
 
     def _check_absent(self):
         for path in self.paths:
+            if path.is_dir():
+                raise IsADirectoryError(f"{path} is a folder")
             if path.exists() and not self.overwrite:
                 raise FileExistsError(
                     f"{path} exists: remove it, or ask to overwrite"

@@ -7,14 +7,15 @@ import shutil
 import signal
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import get_context
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
+
+from speechbrain_flashformer.jobs import exit_on_sigterm, run_jobs
 
 # Modules that load torch are imported in the commands: --help is quick.
 
-OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 SEPARATE = """\
 Separate recordings: for each INPUT the files DIR/NAME_s1.wav, DIR/NAME_s2.wav,
@@ -42,8 +43,7 @@ def main(arguments=None):
     command line is wrong. 130: interrupted. 143: terminated.
     """
     parsed = _parser().parse_args(arguments)
-    # An exit, so that files half written are removed on the way.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    before = exit_on_sigterm()
     try:
         return parsed.run(parsed)
     except KeyboardInterrupt:
@@ -168,46 +168,55 @@ def _parser():
 
 
 def _separate(parsed):
+    wrong = None
     if parsed.jobs < 1:
-        print("flashformer: --jobs must be 1 or more", file=sys.stderr)
+        wrong = "--jobs must be 1 or more"
+    elif not 0 < 2 * parsed.overlap < parsed.chunk:
+        wrong = "--overlap must be more than 0 and less than half of --chunk"
+    elif parsed.inputs.count("-") > 1:
+        wrong = "standard input can be given only once"
+    elif "-" in parsed.inputs and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        wrong = "standard input cannot be shared by several processes"
+    if wrong:
+        print(f"flashformer: {wrong}", file=sys.stderr)
         return USAGE
     model, device = _model_folder(parsed.model), _device(parsed.device)
-    with _standard_input(parsed.inputs) as standard_input:
-        tasks = _find_inputs(parsed.inputs, parsed.out, standard_input)
+    fields = ("precision", "channels", "subtype", "normalize", "chunk")
+    fields += ("mixture_consistency", "overlap", "norm", "overwrite")
+    options = {name: getattr(parsed, name) for name in fields}
+    options["progress"] = (
+        parsed.jobs == 1 and not parsed.quiet and sys.stderr.isatty()
+    )
+    with _standard_input("-" in parsed.inputs) as standard_input:
+        tasks, failures = _find_inputs(
+            parsed.inputs, parsed.out, standard_input
+        )
         rank = int(os.environ.get("RANK", 0))
         tasks = tasks[rank :: int(os.environ.get("WORLD_SIZE", 1))]
-        options = {
-            name: getattr(parsed, name)
-            for name in (
-                "precision",
-                "channels",
-                "subtype",
-                "normalize",
-                "mixture_consistency",
-                "chunk",
-                "overlap",
-                "norm",
-                "overwrite",
-            )
-        }
+        # In this process too when there are workers: what is wrong with the
+        # model is told once, and before work.
+        _load(model, device)
         if parsed.jobs == 1:
-            options["progress"] = not parsed.quiet and sys.stderr.isatty()
-            _load(model, device)
-            outcomes = (_run_task(task, options) for task in tasks)
-            failures = _report(tasks, outcomes)
+            outcomes = ((task, _run_task(task, options)) for task in tasks)
         else:
             threads = max(1, (os.cpu_count() or 1) // parsed.jobs)
-            with ProcessPoolExecutor(
-                min(parsed.jobs, max(1, len(tasks))),
-                get_context("spawn"),
-                _load,
-                (model, device, threads),
-            ) as pool:
-                outcomes = pool.map(_run_task, tasks, [options] * len(tasks))
-                failures = _report(tasks, outcomes)
+            outcomes = run_jobs(
+                tasks,
+                parsed.jobs,
+                partial(_load, model, device, threads),
+                partial(_run_task, options=options),
+                _clean_up,
+            )
+        with closing(outcomes):
+            for (path, _, _), (written, failure) in outcomes:
+                if failure:
+                    failures.append(failure)
+                    print(f"flashformer: {path} failed", file=sys.stderr)
+                for name in written:
+                    print(name, flush=True)
     if failures:
         print(
-            f"flashformer: {len(failures)} of {len(tasks)} failed:",
+            f"flashformer: {len(failures)} failed:",
             *(f"  {message}" for message in failures),
             sep="\n",
             file=sys.stderr,
@@ -216,19 +225,19 @@ def _separate(parsed):
 
 
 def _find_inputs(inputs, out, standard_input):
-    """The recordings that the command line names: (path, folder, name)."""
+    """The recordings named: (path, folder, name) each; what is none."""
     from speechbrain_flashformer.audio import AUDIO_SUFFIXES
 
-    found = []
+    found, failures = [], []
     for word in inputs:
         if word == "-":
             found.append((standard_input, out, "stdin"))
             continue
         # A name that exists is no pattern, whatever characters it has.
-        names = (
-            [word] if Path(word).exists() else glob.glob(word, recursive=True)
-        )
-        for path in map(Path, sorted(names) or [word]):
+        names = [word]
+        if not Path(word).exists():
+            names = sorted(glob.glob(word, recursive=True)) or [word]
+        for path in map(Path, names):
             if not path.is_dir():
                 found.append((path, out, path.stem))
                 continue
@@ -236,38 +245,40 @@ def _find_inputs(inputs, out, standard_input):
                 file
                 for file in sorted(path.rglob("*"))
                 if file.suffix.lower() in AUDIO_SUFFIXES
+                and file.is_file()
+                and not file.name.startswith(".")
+                # What was separated before is no recording.
+                and out.resolve() not in file.resolve().parents
             ]
             if not inside:
-                raise FileNotFoundError(f"no audio file in {path}")
+                failures.append(f"no audio file in {path}")
             found += [
                 (file, out / file.parent.relative_to(path), file.stem)
                 for file in inside
             ]
+    found = list(dict.fromkeys(found))
     taken = {}
     for path, folder, name in found:
         other = taken.setdefault((folder, name), path)
-        if other is not path:
+        if other.resolve() != path.resolve():
             raise ValueError(
                 f"{other} and {path} would both be written as "
                 f"{folder / name}_s1.wav: separate them into different folders"
             )
-    return found
+    return [(path, *place) for place, path in taken.items()], failures
 
 
 @contextmanager
-def _standard_input(inputs):
-    """Standard input as a file, if it is asked for: readers have to seek."""
-    if "-" not in inputs:
+def _standard_input(wanted):
+    """Standard input as a file: readers have to seek."""
+    if not wanted:
         yield None
         return
-    if inputs.count("-") > 1:
-        raise ValueError("standard input can be given only once")
-    with tempfile.NamedTemporaryFile(suffix=".audio", delete=False) as file:
-        shutil.copyfileobj(sys.stdin.buffer, file)
-    try:
-        yield Path(file.name)
-    finally:
-        os.unlink(file.name)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "stdin.audio"
+        with path.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        yield path
 
 
 _MODEL = None
@@ -299,16 +310,14 @@ def _run_task(task, options):
         return [], reason if str(path) in reason else f"{path}: {reason}"
 
 
-def _report(tasks, outcomes):
-    """Print what was written as it comes; what failed."""
-    failures = []
-    for (path, _, _), (written, failure) in zip(tasks, outcomes):
-        if failure:
-            failures.append(failure)
-            print(f"flashformer: {path} failed", file=sys.stderr)
-        for name in written:
-            print(name, flush=True)
-    return failures
+def _clean_up(task, pid, exit_status):
+    """What is left to do for a recording whose process died."""
+    from speechbrain_flashformer.audio import partial_prefix
+
+    path, folder, _ = task
+    for left in folder.glob(f"{partial_prefix(pid)}*"):
+        left.unlink(missing_ok=True)
+    return [], f"{path}: its process died (exit status {exit_status})"
 
 
 def _model_folder(name):

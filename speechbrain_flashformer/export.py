@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from speechbrain_flashformer.separate import separate
+from speechbrain_flashformer.separate import MODULES, separate
 
 OPSET = 18
 # Largest difference from torch that an export may show, relative to the peak.
@@ -69,13 +69,15 @@ def export_onnx(model, path, overwrite=False):
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists: remove it, or ask to overwrite")
     rate = model.hparams.sample_rate
-    parts = (model.mods[name] for name in ("encoder", "masknet", "decoder"))
+    parts = (model.mods[name] for name in MODULES)
     network = WaveformSeparator(*parts).eval().cpu()
     any_size = torch.export.Dim.DYNAMIC
     with torch.no_grad():
         program = torch.onnx.export(
             network,
-            (torch.randn(2, 2 * rate + 1),),
+            # Long enough for several blocks of attention: a size of one
+            # would be taken for a constant.
+            (torch.randn(2, 5 * rate + 1),),
             dynamic_shapes=({0: any_size, 1: any_size},),
             input_names=["mixture"],
             output_names=["sources"],

@@ -20,13 +20,13 @@ from speechbrain_flashformer.audio import (
 from speechbrain_flashformer.chunks import ChunkPlan, separate_long
 from speechbrain_flashformer.metrics import count_macs
 from speechbrain_flashformer.separate import (
+    MODULES,
     encoder_frame,
     encoder_statistics,
     separate,
 )
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-MODULES = ("encoder", "masknet", "decoder")
 
 
 def built_in_model():
@@ -65,7 +65,8 @@ class SeparationOptions:
         with an overlap of twice the network's reach, chunks then give what
         the whole would.
     mixture_consistency : bool
-        Make the sources sum to the mixture, at the model's rate.
+        Make the sources sum to the mixture: what they lack of it is shared
+        equally.
     precision : str
         ``fp32``, ``bf16`` or ``fp16``.
     memory : int
@@ -97,6 +98,11 @@ class SeparationOptions:
                     f"{name} is one of {', '.join(known)}, not "
                     f"{getattr(self, name)!r}"
                 )
+        if not 0 < 2 * self.overlap < self.chunk:
+            raise ValueError(
+                "overlap is more than 0 and less than half of chunk, got "
+                f"{self.overlap} and {self.chunk} seconds"
+            )
 
 
 class FlashFormerSeparation(SepformerSeparation):
@@ -247,6 +253,9 @@ class FlashFormerSeparation(SepformerSeparation):
         audio = _as_float(audio)
         check_finite(audio, "the audio")
         rate = sample_rate or self.hparams.sample_rate
+        if rate != int(rate) or rate < 1:
+            raise ValueError(f"sample_rate is a whole number, not {rate}")
+        rate = int(rate)
 
         def blocks():
             return audio.split(10 * rate, 1)
@@ -263,7 +272,7 @@ class FlashFormerSeparation(SepformerSeparation):
         path : str or Path
             An audio file, or a URL.
         savedir : str or Path, optional
-            Where a file from a URL is kept.
+            Where a file from a URL is kept; needed for one.
         **options
             Fields of ``SeparationOptions``.
 
@@ -356,17 +365,25 @@ class FlashFormerSeparation(SepformerSeparation):
         model_rate = self.hparams.sample_rate
 
         def mixture():
-            blocks = read()
-            if options.channels == "mix":
-                blocks = (block.mean(0, keepdim=True) for block in blocks)
+            for block in read():
+                if options.channels == "mix":
+                    block = block.mean(0, keepdim=True)
+                yield block
+
+        def heard(blocks):
             return resample_blocks(blocks, rate, model_rate)
 
         statistics = None
         if options.norm == "recording":
             with torch.no_grad():
-                statistics = encoder_statistics(mixture(), self.mods.encoder)
+                statistics = encoder_statistics(
+                    heard(mixture()), self.mods.encoder
+                )
+        blocks = mixture()
+        if options.mixture_consistency:
+            blocks = _Kept(blocks)
         parts = separate_long(
-            mixture(),
+            heard(blocks),
             self._forward(options, statistics),
             model_rate,
             self._plan(options),
@@ -383,6 +400,9 @@ class FlashFormerSeparation(SepformerSeparation):
             for part in _resample_sources(parts, model_rate, rate):
                 part = part[:, : frames - done]
                 done += part.shape[1]
+                if options.mixture_consistency:
+                    rest = blocks.take(part.shape[1]) - part.sum(2)
+                    part = part + rest[:, :, None] / part.shape[2]
                 yield part
                 bar.update(part.shape[1] / rate)
                 if options.callback:
@@ -425,13 +445,33 @@ class FlashFormerSeparation(SepformerSeparation):
                 given = tuple(value.repeat(times) for value in given)
             with autocast:
                 sources = separate(chunks, *self._networks(), statistics=given)
-            sources = sources.float()
-            if options.mixture_consistency:
-                rest = chunks - sources.sum(2)
-                sources = sources + rest[:, :, None] / sources.shape[2]
-            return sources.cpu()
+            sources = sources.float().cpu()
+            if not sources.isfinite().all():
+                raise ValueError(
+                    "the model gives no finite numbers for this recording: is "
+                    f"it far too loud, or {options.precision} too narrow?"
+                )
+            return sources
 
         return forward
+
+
+class _Kept:
+    """Blocks [C, n] that are kept until they are taken again."""
+
+    def __init__(self, blocks):
+        self.blocks, self.kept = blocks, []
+
+    def __iter__(self):
+        for block in self.blocks:
+            self.kept.append(block)
+            yield block
+
+    def take(self, samples):
+        """The first samples not taken yet, [C, samples]."""
+        kept = torch.cat(self.kept, 1)
+        self.kept = [kept[:, samples:]]
+        return kept[:, :samples]
 
 
 def _resample_sources(parts, old, new):
@@ -453,12 +493,13 @@ def _resample_sources(parts, old, new):
 def _as_float(audio):
     """An array or tensor [T] or [C, T] as float32 [C, T]."""
     if isinstance(audio, np.ndarray):
-        audio = torch.from_numpy(audio)
+        native = audio.dtype.newbyteorder("=")
+        audio = torch.from_numpy(np.ascontiguousarray(audio, native))
     if audio.ndim not in (1, 2) or not audio.numel():
         raise ValueError(
             f"audio is [time] or [channels, time], got {tuple(audio.shape)}"
         )
-    if audio.ndim == 2 and audio.shape[0] > audio.shape[1]:
+    if audio.ndim == 2 and audio.shape[0] > audio.shape[1] > 1:
         raise ValueError(
             f"audio is [channels, time], got {tuple(audio.shape)}: transpose it"
         )
@@ -473,6 +514,8 @@ def _local(path, savedir):
     """A file on this machine, fetched when the path is a URL."""
     if "://" not in str(path):
         return path
+    if savedir is None:
+        raise ValueError(f"give a savedir for {path}, to keep the file in")
     source, name = str(path).rsplit("/", 1)
     return fetch(
         name,

@@ -225,17 +225,22 @@ class DynamicMixtures(Dataset):
     def __getitem__(self, n):
         """Mixture n: id, mix_sig [T] and s1_sig to sS_sig [T]."""
         rng = np.random.default_rng([self.seed, n])
-        cuts, taken = [], set()
+        in_turns = rng.random() < self.turn_share
+        cuts, taken, length = [], set(), 0
         for _ in range(TRIES):
             pick = np.searchsorted(self.upto, rng.random() * self.upto[-1])
             if self.speakers[pick] in taken:
                 continue
             cut = self._cut(pick, rng)
+            whole = len(cut)
+            if in_turns:
+                cut = cut[: ceil(whole * rng.uniform(SHORTEST_TURN, 1))]
             if _level_db(cut) > SILENCE_DB:
                 taken.add(self.speakers[pick])
                 cuts.append(cut)
+                length = max(length, whole)
             if len(cuts) == self.num_spks:
-                return self._mix(n, cuts, rng)
+                return self._mix(n, cuts, length, rng)
         raise ValueError(
             f"no {self.num_spks} speakers who say something found in {TRIES} "
             f"tries; the last was silent or taken: {self.paths[pick]}"
@@ -262,11 +267,7 @@ class DynamicMixtures(Dataset):
         signal = torch.from_numpy(signal)
         return resample(signal, old // shared, new // shared).numpy()
 
-    def _mix(self, n, cuts, rng):
-        length = max(map(len, cuts))
-        if rng.random() < self.turn_share:
-            parts = rng.uniform(SHORTEST_TURN, 1, len(cuts))
-            cuts = [c[: ceil(len(c) * part)] for c, part in zip(cuts, parts)]
+    def _mix(self, n, cuts, length, rng):
         in_room = rng.random() < self.room_share
         t60 = rng.uniform(*ROOM_T60)
         first = rng.normal(*FIRST_LEVEL_DB)

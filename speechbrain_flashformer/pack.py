@@ -12,8 +12,9 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_flashformer import __version__
+from speechbrain_flashformer.separate import MODULES
 
-MODULES = ("encoder", "masknet", "decoder")
+PACKED = {"hyperparams.yaml", "README.md", *(f"{m}.ckpt" for m in MODULES)}
 
 TAIL = """
 modules:
@@ -81,7 +82,8 @@ def pack(run, out, half=False, overwrite=False):
     half : bool
         Store the weights in half precision; they are used in float32.
     overwrite : bool
-        Whether an existing folder is replaced.
+        Whether an existing packed folder is replaced; one that holds
+        anything else never is.
 
     Returns
     -------
@@ -95,20 +97,29 @@ def pack(run, out, half=False, overwrite=False):
     FileExistsError
         When the folder exists.
     """
-    run, out = Path(run), Path(out)
+    run, out = Path(run).resolve(), Path(out).resolve()
     if not (run / "hyperparams.yaml").is_file():
         raise FileNotFoundError(
             f"no hyperparams.yaml in {run}: give the output folder of a "
             "training"
         )
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists: remove it, or ask to overwrite")
+    if out.exists():
+        if not overwrite:
+            raise FileExistsError(
+                f"{out} exists: remove it, or ask to overwrite"
+            )
+        if not out.is_dir() or {f.name for f in out.iterdir()} - PACKED:
+            raise FileExistsError(
+                f"{out} is more than a packed model and is not replaced: "
+                "choose another folder"
+            )
     best = None
     if (run / "save").is_dir():
         best = Checkpointer(run / "save").find_checkpoint(min_key="si-snr")
     if best is None:
         raise FileNotFoundError(f"no validated checkpoint in {run / 'save'}")
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    old = partial.with_suffix(".old")
     partial.mkdir(parents=True)
     try:
         tree = YAML().load(run / "hyperparams.yaml")
@@ -137,10 +148,11 @@ def pack(run, out, half=False, overwrite=False):
         )
         (partial / "README.md").write_text(card, encoding="utf-8")
         if out.exists():
-            shutil.rmtree(out)
+            os.replace(out, old)
         os.replace(partial, out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for folder in (partial, old):
+            shutil.rmtree(folder, ignore_errors=True)
     return out
 
 

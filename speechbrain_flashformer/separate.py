@@ -7,6 +7,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+# The parts of a model, as SpeechBrain's recipes and interfaces call them.
+MODULES = ("encoder", "masknet", "decoder")
+
 
 def separate(mixture, encoder, masknet, decoder, lengths=None, statistics=None):
     """Separate mixtures of equal or padded length.

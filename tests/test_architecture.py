@@ -25,9 +25,10 @@ MAY_IMPORT = {
     "chunks": set(),
     "audio": set(),
     "inference": {"attention", "audio", "chunks", "metrics", "separate"},
-    "pack": set(),
+    "pack": {"separate"},
+    "jobs": set(),
     "export": {"separate"},
-    "cli": {"audio", "export", "inference", "pack"},
+    "cli": {"audio", "export", "inference", "jobs", "pack"},
 }
 TORCH_ONLY = ("attention", "fsmn", "masknet", "separate", "metrics")
 

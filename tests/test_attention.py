@@ -276,3 +276,26 @@ def test_rotary_positions_are_relative():
     far = rotary_angles(30, 16, offset=450_000)
     late = torch.einsum("bqhd,bkhd->qk", rotate(q, far), rotate(k, far))
     torch.testing.assert_close(late, scores, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "window", [(-1, -1), (-1, 0), (20, 20), (100, 0), (0, 7), (300, 5)]
+)
+def test_exported_attention_is_exact_at_every_length(window):
+    class Attend(torch.nn.Module):
+        def forward(self, q, k, v):
+            return attend(q, k, v, window=window)
+
+    q, k, v = torch.randn(3, 2, 700, 2, 8)
+    any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(
+        Attend(), (q, k, v), dynamic_shapes=(any_size,) * 3
+    ).module()
+    # Shorter ones, of one block, are checked in test_export.py: torch.export
+    # takes a size of one for another program, onnxruntime does not.
+    for B, T in ((1, 301), (2, 512), (3, 777)):
+        q, k, v = torch.randn(3, B, T, 2, 8)
+        expected = attend(q, k, v, window=window, backend="reference")
+        torch.testing.assert_close(
+            program(q, k, v), expected, rtol=0, atol=1e-5
+        )

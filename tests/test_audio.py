@@ -75,6 +75,19 @@ def test_a_truncated_file_is_refused(tmp_path):
         list(AudioReader(path).blocks(seconds=1))
 
 
+def test_a_truncated_wav_is_refused_and_one_from_a_pipe_is_not(tmp_path):
+    path = tmp_path / "cut.wav"
+    soundfile.write(path, np.full(8000, 0.1), 8000)
+    content = path.read_bytes()
+    path.write_bytes(content[:9000])
+    with pytest.raises(ValueError, match=r"cut\.wav is cut short"):
+        AudioReader(path)
+    # A pipe's header cannot know how long the audio will be.
+    size = content.index(b"data") + 4
+    path.write_bytes(content[:size] + b"\xff" * 4 + content[size + 4 :])
+    assert AudioReader(path).frames == 8000
+
+
 @pytest.mark.parametrize(
     "old, new",
     [(44100, 8000), (8000, 44100), (48000, 8000), (8000, 16000), (11025, 8000)],
@@ -236,6 +249,21 @@ def test_long_recordings_get_a_header_that_holds_them(paths, monkeypatch):
     write(paths, torch.ones(500, 2))
     assert soundfile.info(paths[0]).format == "RF64"
     assert read(paths).all()
+
+
+def test_a_folder_in_the_place_of_a_file_is_told(paths):
+    write(paths, torch.ones(10, 2))
+    paths[1].unlink()
+    paths[1].mkdir()
+    with pytest.raises(IsADirectoryError, match="a_s2.wav is a folder"):
+        write(paths, torch.zeros(10, 2), overwrite=True)
+    assert soundfile.read(paths[0])[0].all()
+
+
+def test_the_longest_names_can_be_written(tmp_path):
+    path = tmp_path / ("x" * 248 + "_s1.wav")
+    write([path], torch.ones(10, 1))
+    assert path.is_file()
 
 
 def test_unknown_subtype_is_refused(paths):

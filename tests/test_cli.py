@@ -79,6 +79,18 @@ def test_standard_input(packed, tmp_path):
     assert names(tmp_path / "out") == ["stdin_s1.wav", "stdin_s2.wav"]
 
 
+@pytest.mark.parametrize(
+    "inputs, world, message",
+    [(("-", "-"), "1", "only once"), (("-",), "2", "cannot be shared")],
+)
+def test_standard_input_is_for_one(
+    tmp_path, capsys, monkeypatch, inputs, world, message
+):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    assert run("separate", *inputs, "-o", tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+
+
 def test_help_of_each_command():
     for command in ("separate", "pack", "info", "export"):
         with pytest.raises(SystemExit) as ended:
@@ -128,7 +140,7 @@ def test_the_batch_goes_on_past_bad_files(packed, tmp_path, capsys):
     assert status == 1
     assert names(out) == ["a_s1.wav", "a_s2.wav", "c_s1.wav", "c_s2.wav"]
     errors = capsys.readouterr().err
-    assert "2 of 4 failed:" in errors
+    assert "2 failed:" in errors
     assert "cannot read" in errors and "b.wav" in errors
     assert f"no file {missing}" in errors
 
@@ -204,18 +216,24 @@ def test_options_reach_the_separation(packed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "options, status, message",
     [
-        (["--device", "warp"], "--device warp"),
-        (["--chunk", "4", "--overlap", "2"], "more than twice"),
-        (["--model", "./nowhere"], "no model folder nowhere"),
+        (["--device", "warp"], 1, "--device warp"),
+        (["--model", "./nowhere"], 1, "no model folder nowhere"),
+        (["--jobs", "2", "--model", "./nowhere"], 1, "no model folder"),
+        (["--chunk", "4", "--overlap", "2"], 2, "less than half of --chunk"),
+        (["--overlap", "0"], 2, "--overlap must be more than 0"),
+        (["--jobs", "0"], 2, "--jobs must be 1 or more"),
     ],
 )
-def test_bad_options_are_named(packed, tmp_path, capsys, options, message):
+def test_bad_options_are_named(
+    packed, tmp_path, capsys, options, status, message
+):
     path = speak(tmp_path / "a.wav")
-    arguments = ["separate", path, "-o", tmp_path / "out", "--model", packed]
-    assert run(*arguments, *options) == 1
+    arguments = [path, "-o", tmp_path / "out", "--model", packed]
+    assert run("separate", *arguments, *options) == status
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_a_model_the_message_says_what_to_give(
@@ -230,28 +248,88 @@ def test_without_a_model_the_message_says_what_to_give(
 
 
 def test_a_folder_without_audio_is_told(packed, tmp_path, capsys):
+    path = speak(tmp_path / "a.wav")
     (tmp_path / "in").mkdir()
     out = tmp_path / "out"
-    assert run("separate", tmp_path / "in", "-o", out, "--model", packed) == 1
+    inputs = (tmp_path / "in", path)
+    assert run("separate", *inputs, "-o", out, "--model", packed) == 1
     assert "no audio file in" in capsys.readouterr().err
+    assert names(out) == ["a_s1.wav", "a_s2.wav"]
 
 
-def test_a_terminated_run_leaves_no_partial_file(packed, tmp_path):
-    path = speak(tmp_path / "long.wav", seconds=1200)
-    out = tmp_path / "out"
+def start_long(packed, tmp_path, *options):
+    """A separation of three long recordings, when it has begun to write."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for i in range(3):
+        speak(folder / f"{i}.wav", seconds=1200)
     process = subprocess.Popen(
         [sys.executable, "-m", "speechbrain_flashformer.cli", "separate"]
-        + [str(path), "-o", str(out), "--model", str(packed), "--chunk", "2"]
-        + ["--overlap", "0.5"],
+        + [str(folder), "-o", str(out), "--model", str(packed), *options],
         stderr=subprocess.PIPE,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    deadline = time.time() + 60
+    deadline = time.time() + 100
     while not out.exists() or not names(out):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
-    assert names(out) == []
+    return process, out
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize(
+    "sent, to_group, status",
+    [
+        (signal.SIGTERM, False, 143),
+        (signal.SIGTERM, True, 143),
+        (signal.SIGINT, True, 130),
+    ],
+)
+def test_a_stopped_run_leaves_no_partial_file(
+    packed, tmp_path, jobs, sent, to_group, status
+):
+    process, out = start_long(packed, tmp_path, "--jobs", str(jobs))
+    send = os.killpg if to_group else os.kill
+    send(process.pid, sent)
+    assert process.wait(30) == status
+    # Recordings that were done by then are whole; of the others nothing is.
+    assert len(names(out)) in (0, 2, 4)
+    assert all(name.endswith(("_s1.wav", "_s2.wav")) for name in names(out))
+    for name in names(out):
+        assert soundfile.info(out / name).frames == 1200 * 8000
+
+
+def test_a_worker_that_dies_takes_one_recording_with_it(packed, tmp_path):
+    process, out = start_long(packed, tmp_path, "--jobs", "2")
+    (partial, *_) = names(out)
+    worker = int(partial.split("-")[1])
+    assert worker != process.pid
+    os.kill(worker, signal.SIGKILL)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert b"1 failed:" in errors
+    assert b"its process died (exit status -9)" in errors
+    assert len(names(out)) == 4
+    assert all(name.endswith(("_s1.wav", "_s2.wav")) for name in names(out))
+
+
+def test_outputs_inside_the_input_are_no_recordings(packed, tmp_path):
+    folder = tmp_path / "in"
+    speak(folder / "a.wav")
+    speak(folder / ".hidden.wav")
+    (folder / "folder.wav").mkdir()
+    out = folder / "separated"
+    arguments = ("separate", folder, "-o", out, "--model", packed)
+    assert run(*arguments) == 0
+    assert run(*arguments, "--overwrite") == 0
+    assert names(out) == ["a_s1.wav", "a_s2.wav"]
+
+
+def test_a_recording_named_twice_is_separated_once(packed, tmp_path, capsys):
+    path = speak(tmp_path / "a.wav")
+    out, pattern = tmp_path / "out", tmp_path / "*.wav"
+    assert run("separate", path, pattern, "-o", out, "--model", packed) == 0
+    assert len(capsys.readouterr().out.split()) == 2
 
 
 # --- the other commands ------------------------------------------------------

@@ -176,6 +176,21 @@ def test_consistent_sources_sum_to_the_mixture(model, noise, chunk):
     torch.testing.assert_close(out.sum(2), noise, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("channels", ["mix", "each"])
+def test_consistent_sources_sum_to_the_mixture_at_any_rate(model, channels):
+    stereo = torch.randn(2, 44100 * 5 + 3)
+    out = model.separate_audio(
+        stereo,
+        44100,
+        channels=channels,
+        mixture_consistency=True,
+        chunk=2.0,
+        overlap=0.5,
+    )
+    mixture = stereo if channels == "each" else stereo.mean(0, keepdim=True)
+    torch.testing.assert_close(out.sum(2), mixture, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("norm", ["chunk", "recording"])
 def test_chunks_keep_loudness(model, norm):
     mixture = torch.randn(1, 80000)
@@ -200,6 +215,12 @@ def test_chunks_with_the_norm_of_the_recording_equal_the_whole(model):
 
 
 # --- options -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk, overlap", [(10, 5), (10, 0), (1, 3)])
+def test_chunks_that_do_not_fit_are_refused(chunk, overlap):
+    with pytest.raises(ValueError, match="less than half of chunk"):
+        SeparationOptions(chunk=chunk, overlap=overlap)
 
 
 @pytest.mark.parametrize("name", ["channels", "norm", "precision"])
@@ -258,6 +279,37 @@ def test_a_bad_file_leaves_no_output(model, noise, tmp_path):
     with pytest.raises(ValueError, match=r"bad\.wav .* not finite"):
         model.separate_to_files(path, tmp_path / "out", chunk=2.0, overlap=0.5)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_outputs_that_are_no_numbers_are_never_written(model, tmp_path):
+    path = save(tmp_path / "a.wav", 1e25 * torch.randn(1, 8000), 8000, "FLOAT")
+    with pytest.raises(ValueError, match="gives no finite numbers"):
+        model.separate_to_files(path, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("rate", [-1, 0.5, 44100.5])
+def test_a_rate_that_is_none_is_refused(model, noise, rate):
+    with pytest.raises(ValueError, match="sample_rate is a whole number"):
+        model.separate_audio(noise, rate)
+
+
+def test_arrays_of_any_order_are_read(model, noise):
+    expected = model.separate_audio(noise.flip(1))
+    for array in (
+        noise.numpy()[:, ::-1],
+        noise.flip(1).numpy().astype(">f4"),
+    ):
+        torch.testing.assert_close(model.separate_audio(array), expected)
+
+
+def test_one_sample_of_stereo_is_a_recording(model):
+    assert model.separate_audio(torch.ones(2, 1)).shape == (1, 1, 2)
+
+
+def test_a_url_needs_a_place(model):
+    with pytest.raises(ValueError, match="give a savedir for"):
+        model.separate_file("https://localhost/a.wav")
 
 
 # --- loading -----------------------------------------------------------------

@@ -196,6 +196,18 @@ def test_turns_leave_a_speaker_silent_for_a_part(speech):
     assert min(spoken) < 0.4 and max(spoken) > 0.8 and min(spoken) > 0.15
 
 
+def test_no_turn_is_silent(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        late = rng.normal(size=16000) * (np.arange(16000) > 9000)
+        soundfile.write(tmp_path / f"{name}.wav", 0.1 * late, 8000)
+    turns = DynamicMixtures(
+        find_recordings(tmp_path, "file"), 2, 8000, 16000, 1, turn_share=1.0
+    )
+    for n in range(50):
+        assert turns[n]["s1_sig"].any() and turns[n]["s2_sig"].any()
+
+
 def test_levels_are_those_of_wsj0_mix(speech):
     # Not at the peak limit, for which all are turned down.
     dataset = mixtures(speech)

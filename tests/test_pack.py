@@ -86,6 +86,16 @@ def test_an_existing_folder_stays_unless_told(make_run, packed, tmp_path):
     assert (packed / "masknet.ckpt").read_bytes() != before
 
 
+def test_only_a_packed_folder_is_replaced(make_run, tmp_path):
+    run = make_run(tmp_path / "runs/run", seed=0)
+    (tmp_path / "file").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    for out in (run, tmp_path / "runs", tmp_path / "file"):
+        with pytest.raises(FileExistsError, match="is not replaced"):
+            pack(run, out, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_folders_that_are_no_run_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no hyperparams.yaml in"):
         pack(tmp_path, tmp_path / "out")
