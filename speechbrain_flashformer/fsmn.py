@@ -141,6 +141,23 @@ class FSMN(nn.Module):
         memory = memory.unflatten(0, (B, -1)).transpose(1, 2).flatten(1, 2)
         return x + memory[:, :T]
 
+    def forward_streaming(self, x, past):
+        """Filter the next frames x [B, n, C] of a stream, exactly.
+
+        past [B, lookback * dilation, C] are the frames before, zeros at first.
+        Returns y [B, n, C] and the new past. Only with lookahead = 0.
+        """
+        known = torch.cat([past, x], 1)
+        image = known.transpose(1, 2).unsqueeze(2)
+        memory = F.conv2d(
+            image,
+            self.weight,
+            dilation=(1, self.dilation),
+            groups=self.weight.shape[0],
+        )
+        y = x + memory.squeeze(2).transpose(1, 2)
+        return y, known[:, known.shape[1] - past.shape[1] :]
+
 
 # Frames that a block runs at once when no gradient is asked for. Longer ones
 # spend their time in fresh memory: 300 s took 1.4 times as long per second.
@@ -228,6 +245,21 @@ class GatedFSMN(nn.Module):
             )
             parts.append(part[:, start - first :][:, :SEGMENT])
         return torch.cat(parts, 1)
+
+    def make_past(self, like):
+        """What ``forward_streaming`` begins with; like is any [B, n, C]."""
+        shape = (like.shape[0], 0, self.out.in_features)
+        return [
+            F.pad(like.new_zeros(shape), (0, 0, f.lookback * f.dilation, 0))
+            for f in self.memory
+        ]
+
+    def forward_streaming(self, x, past):
+        """Run on the next frames x [B, n, C] of a stream; changes past."""
+        gate, memory = self.expand(self.norm(x)).chunk(2, dim=-1)
+        for i, fsmn in enumerate(self.memory):
+            memory, past[i] = fsmn.forward_streaming(memory, past[i])
+        return x + self.out(F.silu(gate) * memory)
 
     def _run(self, x, keep):
         gate, memory = self.expand(self.norm(x)).chunk(2, dim=-1)

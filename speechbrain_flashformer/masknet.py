@@ -22,6 +22,9 @@ from speechbrain_flashformer.attention import (
 )
 from speechbrain_flashformer.fsmn import GatedFSMN
 
+# Tokens that the input norm of a causal network remembers: 4 s at 125 a second.
+NORM_TOKENS = 500
+
 
 class GlobalNorm(nn.Module):
     """Norm over all channels and valid frames of a recording (gLN).
@@ -74,6 +77,60 @@ class GlobalNorm(nn.Module):
         gain = scale[:, None, None] * self.weight
         shift = self.bias - mean[:, None, None] * gain
         return torch.addcmul(shift, wide, gain).to(x.dtype)
+
+
+class CumulativeNorm(GlobalNorm):
+    """``GlobalNorm`` over the past: at each frame, over the last ``span``.
+
+    Weights are those of ``GlobalNorm``. A span that ends forgets: a loud word
+    does not quieten the hour after it.
+
+    Arguments
+    ---------
+    channels : int
+        N.
+    span : int
+        Frames.
+
+    Example
+    -------
+    >>> norm = CumulativeNorm(16, span=100)
+    >>> x = torch.randn(2, 50, 16)
+    >>> torch.allclose(norm(x)[:, :20], norm(x[:, :20]), atol=1e-6)
+    True
+    """
+
+    def __init__(self, channels, span, eps=1e-8):
+        super().__init__(channels, eps)
+        self.span = span
+
+    def make_past(self, like):
+        """What ``forward_streaming`` begins with; like is any [B, n, N]."""
+        return like.new_zeros(like.shape[0], 3, self.span, dtype=torch.double)
+
+    def forward(self, x):
+        """Normalise x [B, L, N]."""
+        return self.forward_streaming(x, self.make_past(x))[0]
+
+    def forward_streaming(self, x, past):
+        """Normalise the next frames x [B, n, N]; also the new past.
+
+        past [B, 3, span] holds, for each of the last frames, the sum over its
+        channels, that of their squares, and 1 (0 before the beginning).
+        """
+        # In float64, for the differences of sums over hours stay exact.
+        wide = x.double()
+        one = torch.ones_like(wide[:, :, 0])
+        sums = torch.stack([wide.sum(2), wide.square().sum(2), one], 1)
+        known = torch.cat([past, sums], 2)
+        total = known.cumsum(2)
+        total = total[:, :, self.span :] - total[:, :, : x.shape[1]]
+        mean, power = total[:, :2].div(total[:, 2:] * x.shape[2]).unbind(1)
+        variance = (power - mean.square()).clamp(min=0)
+        scale = (variance + self.eps**2).rsqrt()
+        out = (wide - mean[:, :, None]) * scale[:, :, None]
+        out = out.to(x.dtype) * self.weight + self.bias
+        return out, known[:, :, x.shape[1] :]
 
 
 class LayerScale(nn.Module):
@@ -135,6 +192,24 @@ class Attention(nn.Module):
         )
         return self.out(out.flatten(2))
 
+    def make_past(self, like):
+        """What ``forward_streaming`` begins with; like is any [B, n, C]."""
+        width = self.out.in_features // self.nhead
+        none = like.new_zeros(like.shape[0], 0, self.nhead, width)
+        return [none, none]
+
+    def forward_streaming(self, x, angles, past):
+        """Attend from the next tokens x [B, n, C]; changes past."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.nhead, -1)).unbind(2)
+        k = torch.cat([past[0], rotate(k, angles)], 1)
+        v = torch.cat([past[1], v], 1)
+        window, backend = self.window, self.backend
+        out = attend(rotate(q, angles), k, v, window=window, backend=backend)
+        first = max(0, k.shape[1] - window[0])
+        # Copies, or the whole stream would be kept behind these views.
+        past[:] = k[:, first:].clone(), v[:, first:].clone()
+        return self.out(out.flatten(2))
+
 
 class FeedForward(nn.Module):
     """SwiGLU feed-forward (arXiv:2002.05202, eq. 6), [B, T, C] both ways."""
@@ -194,6 +269,22 @@ class FlashFormerLayer(nn.Module):
         update = self.ffn(self.norm_ffn(x))
         return x + self.dropout(self.scale_ffn(update))
 
+    def make_past(self, like):
+        """What ``forward_streaming`` begins with; like is any [B, n, C]."""
+        return {
+            "attention": self.attention.make_past(like),
+            "fsmn": self.fsmn.make_past(like),
+        }
+
+    def forward_streaming(self, x, angles, past):
+        """Run on the next tokens x [B, n, C]; changes past."""
+        update = self.attention.forward_streaming(
+            self.norm_attention(x), angles, past["attention"]
+        )
+        x = x + self.scale_attention(update)
+        x = self.fsmn.forward_streaming(x, past["fsmn"])
+        return x + self.scale_ffn(self.ffn(self.norm_ffn(x)))
+
 
 class FlashFormer(nn.Module):
     """Mask network for SpeechBrain separation recipes.
@@ -236,6 +327,11 @@ class FlashFormer(nn.Module):
         As in ``attention.attend``.
     checkpointing : bool
         Recompute each module in the backward pass to save memory.
+    causal : bool
+        Nothing is heard beyond the token that a frame is in: the right side of
+        the window and lookahead are 0, the input norm is over the past.
+    future_tokens : int
+        Tokens beyond its own that a causal network hears before it answers.
 
     Example
     -------
@@ -261,11 +357,20 @@ class FlashFormer(nn.Module):
         dropout=0.0,
         attention_backend="auto",
         checkpointing=False,
+        causal=False,
+        future_tokens=0,
     ):
         super().__init__()
         check_backend(attention_backend)
         window = (-1, -1) if window is None else window
         check_window(window)
+        if future_tokens < 0 or (future_tokens and not causal):
+            raise ValueError(
+                "future_tokens is 0 or more, and 0 unless causal, got "
+                f"{future_tokens}"
+            )
+        if causal:
+            window, lookahead = (window[0], 0), 0
         counts = {
             "in_channels": in_channels,
             "num_spks": num_spks,
@@ -296,6 +401,7 @@ class FlashFormer(nn.Module):
         self.token_stride = token_stride
         self.head_width = d_model // nhead
         self.checkpointing = checkpointing
+        self.causal, self.future_tokens = causal, future_tokens
 
         # Widths at each rate, from frames to tokens; those between in
         # multiples of 16, which kernels like.
@@ -308,7 +414,11 @@ class FlashFormer(nn.Module):
             return GatedFSMN(width, width, lookback, lookahead)
 
         pairs = list(zip(widths, widths[1:]))
-        self.norm_in = GlobalNorm(in_channels)
+        if causal:
+            span = NORM_TOKENS * token_stride
+            self.norm_in = CumulativeNorm(in_channels, span)
+        else:
+            self.norm_in = GlobalNorm(in_channels)
         self.project = nn.Linear(in_channels, widths[0])
         self.down = nn.ModuleList(frame_block(width) for width in widths[:-1])
         self.merge = nn.ModuleList(nn.Linear(2 * a, b) for a, b in pairs)
@@ -353,25 +463,37 @@ class FlashFormer(nn.Module):
         Raises
         ------
         ValueError
-            When mix_w is not [B, in_channels, L] with L >= 1, or lengths does
-            not fit it.
+            When mix_w is not [B, in_channels, L] with L >= 1, lengths does
+            not fit it, or a causal network is given statistics.
         """
-        expected = (self.in_channels,)
-        if mix_w.ndim != 3 or mix_w.shape[1:2] != expected or not mix_w.numel():
+        self._check(mix_w)
+        if not mix_w.numel():
             raise ValueError(
-                f"FlashFormer takes [batch, {self.in_channels}, frames], got "
-                f"{tuple(mix_w.shape)}"
+                f"FlashFormer takes [batch, {self.in_channels}, frames], one "
+                f"or more of each, got {tuple(mix_w.shape)}"
             )
         _, N, L = mix_w.shape
         frames = L if lengths is None else self._valid_frames(mix_w, lengths)
-        x = mix_w.transpose(1, 2)
-        x = self.norm_in(x, _keep(frames, x), statistics)
+        if self.causal:
+            if statistics is not None:
+                raise ValueError("a causal network takes no statistics")
+            # Silence follows the end, as at the end of a stream.
+            keep = _keep(frames, mix_w.transpose(1, 2))
+            if keep is not None:
+                mix_w = mix_w * keep.transpose(1, 2)
+            more = self.future_tokens * self.token_stride
+            mix_w = F.pad(mix_w, (0, -L % self.token_stride + more))
+            frames, lengths = mix_w.shape[2], None
+            x = self.norm_in(mix_w.transpose(1, 2))
+        else:
+            x = mix_w.transpose(1, 2)
+            x = self.norm_in(x, _keep(frames, x), statistics)
         # A Linear would first copy its transposed input.
         weight = self.project.weight.t().expand(x.shape[0], -1, -1)
         x = torch.baddbmm(self.project.bias, x, weight)  # [B, L, C]
         # An exported graph is for all lengths.
-        if torch.compiler.is_exporting() or L % self.token_stride:
-            x = F.pad(x, (0, 0, 0, -L % self.token_stride))
+        if torch.compiler.is_exporting() or x.shape[1] % self.token_stride:
+            x = F.pad(x, (0, 0, 0, -x.shape[1] % self.token_stride))
 
         skips = []
         for block, merge in zip(self.down, self.merge):
@@ -392,18 +514,153 @@ class FlashFormer(nn.Module):
             else:
                 x = layer(x, *arguments)
 
+        x = x[:, self.future_tokens :]
         for block, split in zip(reversed(self.up), reversed(self.split)):
             skip, keep = skips.pop()
             x = split(x).unflatten(2, (2, -1)).flatten(1, 2)  # [B, 2T, C]
-            x = block(x + skip, keep)
+            x = block(x + skip[:, : x.shape[1]], keep)
 
+        return self._masks(x[:, :L])
+
+    def _masks(self, x):
+        """The masks [S, B, N, L] that the last features x [B, L, C] say."""
         # Weight times transposed input gives [B, S N, L] as it is needed; a
         # Linear would leave the channels last, and a copy to the decoder.
         weight = self.masks.weight.expand(x.shape[0], -1, -1)
-        x = self.norm_out(x[:, :L]).transpose(1, 2)
+        x = self.norm_out(x).transpose(1, 2)
         masks = torch.baddbmm(self.masks.bias[:, None], weight, x)
-        masks = F.relu(masks, inplace=True).unflatten(1, (self.num_spks, N))
+        size = (self.num_spks, self.in_channels)
+        masks = F.relu(masks, inplace=True).unflatten(1, size)
         return masks.transpose(0, 1)
+
+    # --- streaming ----------------------------------------------------------
+
+    def make_streaming_context(self, batch_size=1):
+        """The state of new streams, for ``forward_streaming``.
+
+        A dict of tensors, numbers and lists of these, of bounded size: it can
+        be copied (``copy.deepcopy``) and saved (``torch.save``).
+
+        Arguments
+        ---------
+        batch_size : int
+            B, streams side by side.
+
+        Raises
+        ------
+        ValueError
+            When the network is not causal or its window is unbounded.
+
+        Example
+        -------
+        >>> masknet = FlashFormer(16, d_model=32, num_layers=1, causal=True)
+        >>> context = masknet.make_streaming_context()
+        >>> masknet.forward_streaming(torch.rand(1, 16, 10), context).shape
+        torch.Size([2, 1, 16, 8])
+        """
+        if (
+            not self.causal
+            or min(a.attention.window[0] for a in self.layers) < 0
+        ):
+            raise ValueError(
+                "streaming needs causal: true and a window with a left side of "
+                "0 or more"
+            )
+        frames = self.project.weight.new_zeros(batch_size, 0, self.in_channels)
+        widths = [block.norm.normalized_shape[0] for block in self.down]
+        skips = [frames.new_zeros(batch_size, 0, width) for width in widths]
+        return {
+            "network": self._signature(),
+            "batch_size": batch_size,
+            "frames": frames.transpose(1, 2),  # of a token not complete yet
+            "norm": self.norm_in.make_past(frames),
+            "down": [block.make_past(frames) for block in self.down],
+            "layers": [layer.make_past(frames) for layer in self.layers],
+            "tokens": 0,  # so far
+            "early": self.future_tokens,  # tokens still to come first
+            "skips": skips,  # of the tokens that wait for their future
+            "up": [block.make_past(frames) for block in self.up],
+        }
+
+    @torch.no_grad()
+    def forward_streaming(self, mix_w, context):
+        """Masks of the frames that are ready: ``forward``, piece by piece.
+
+        Arguments
+        ---------
+        mix_w : torch.Tensor
+            The next frames of the encoder, [B, N, n]; n may be 0.
+        context : dict
+            From ``make_streaming_context``; changed.
+
+        Returns
+        -------
+        torch.Tensor
+            Masks of the next m frames, [S, B, N, m]. They lag by less than
+            ``(1 + future_tokens) * token_stride`` frames.
+
+        Raises
+        ------
+        ValueError
+            When mix_w or the context does not fit.
+        """
+        self._check(mix_w)
+        if context["network"] != self._signature():
+            raise ValueError("this context was made by another network")
+        if mix_w.shape[0] != context["batch_size"]:
+            raise ValueError(
+                f"the context is of {context['batch_size']} streams, got "
+                f"{mix_w.shape[0]}"
+            )
+        frames = torch.cat([context["frames"], mix_w], 2)
+        ready = frames.shape[2] - frames.shape[2] % self.token_stride
+        context["frames"] = frames[:, :, ready:].clone()
+        nothing = mix_w.new_zeros(self.num_spks, *mix_w.shape[:2], 0)
+        if not ready:
+            return nothing
+
+        x = frames[:, :, :ready].transpose(1, 2)
+        x, past = self.norm_in.forward_streaming(x, context["norm"])
+        context["norm"] = past.clone()
+        x = self.project(x)
+        skips = context["skips"]
+        for i, (block, merge) in enumerate(zip(self.down, self.merge)):
+            x = block.forward_streaming(x, context["down"][i])
+            skips[i] = torch.cat([skips[i], x], 1)
+            x = merge(x.unflatten(1, (-1, 2)).flatten(2))
+        angles = rotary_angles(
+            x.shape[1], self.head_width, context["tokens"], device=x.device
+        )
+        context["tokens"] += x.shape[1]
+        for layer, past in zip(self.layers, context["layers"]):
+            x = layer.forward_streaming(x, angles, past)
+        early = min(context["early"], x.shape[1])
+        context["early"] -= early
+        x = x[:, early:]
+        if not x.shape[1]:
+            return nothing
+
+        for i in reversed(range(len(self.up))):
+            x = self.split[i](x).unflatten(2, (2, -1)).flatten(1, 2)
+            skip, skips[i] = skips[i].split(
+                (x.shape[1], skips[i].shape[1] - x.shape[1]), 1
+            )
+            skips[i] = skips[i].clone()
+            x = self.up[i].forward_streaming(x + skip, context["up"][i])
+        return self._masks(x)
+
+    def _signature(self):
+        """What a context must agree with."""
+        shapes = [tuple(p.shape) for p in self.parameters()]
+        layers = [layer.attention.window[0] for layer in self.layers]
+        return str((shapes, layers, self.token_stride, self.future_tokens))
+
+    def _check(self, mix_w):
+        if mix_w.ndim != 3 or mix_w.shape[1] != self.in_channels:
+            raise ValueError(
+                f"FlashFormer takes [batch, {self.in_channels}, frames], got "
+                f"{tuple(mix_w.shape)}"
+            )
 
     @property
     def reach(self):
@@ -426,6 +683,7 @@ class FlashFormer(nn.Module):
                 frames += tokens * self.token_stride
             # A frame sees all frames of its own token.
             sides.append(frames + self.token_stride - 1)
+        sides[1] += self.future_tokens * self.token_stride
         return tuple(sides)
 
     def _valid_frames(self, mix_w, lengths):

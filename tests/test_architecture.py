@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "fsmn": set(),
     "masknet": {"attention", "fsmn"},
     "separate": set(),
+    "streaming": {"separate"},
     "metrics": set(),
     "data": set(),
     "mixing": set(),
@@ -30,7 +31,14 @@ MAY_IMPORT = {
     "export": {"separate"},
     "cli": {"audio", "export", "inference", "jobs", "pack"},
 }
-TORCH_ONLY = ("attention", "fsmn", "masknet", "separate", "metrics")
+TORCH_ONLY = (
+    "attention",
+    "fsmn",
+    "masknet",
+    "separate",
+    "streaming",
+    "metrics",
+)
 
 
 def imports(path):

@@ -1,0 +1,157 @@
+"""Separate a stream block by block, exactly as the whole would be.
+
+Axes: B streams side by side, n and m samples, S speakers.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from speechbrain_flashformer.separate import encoder_frame
+
+
+class StreamingSeparator:
+    """Samples in, separated samples out, as soon as they are known.
+
+    What comes out is, to rounding, what ``separate.separate`` gives for the
+    whole signal, however it is cut into blocks. Samples that are not finite
+    are taken as 0, so that they are over when their block is.
+
+    Arguments
+    ---------
+    encoder, masknet, decoder : torch.nn.Module
+        As in ``separate.separate``; the masknet a causal ``FlashFormer``.
+    batch_size : int
+        B.
+
+    Attributes
+    ----------
+    latency : int
+        Samples that must have come in, from its own on, before a sample comes
+        out, at most: ``((1 + future_tokens) * token_stride - 1) * stride +
+        kernel``.
+    state : dict
+        All that the stream remembers: tensors, numbers and lists of these, of
+        bounded size. It can be copied, saved, and put back.
+
+    Example
+    -------
+    >>> from speechbrain.lobes.models.dual_path import Decoder, Encoder
+    >>> from speechbrain_flashformer import FlashFormer
+    >>> encoder = Encoder(kernel_size=16, out_channels=32)
+    >>> masknet = FlashFormer(32, d_model=64, num_layers=1, causal=True)
+    >>> decoder = Decoder(32, 1, kernel_size=16, stride=8, bias=False)
+    >>> stream = StreamingSeparator(encoder, masknet.eval(), decoder)
+    >>> out = [stream.feed(block) for block in torch.randn(1, 999).split(50, 1)]
+    >>> torch.cat([*out, stream.flush()], 1).shape
+    torch.Size([1, 999, 2])
+    """
+
+    def __init__(self, encoder, masknet, decoder, batch_size=1):
+        self.encoder, self.masknet = encoder, masknet
+        self.decoder = decoder
+        self.kernel, self.stride = encoder_frame(encoder)
+        tokens = (1 + masknet.future_tokens) * masknet.token_stride
+        self.latency = (tokens - 1) * self.stride + self.kernel
+        weight = next(encoder.parameters())
+        rows = masknet.num_spks * batch_size
+        self.state = {
+            "network": masknet.make_streaming_context(batch_size),
+            "samples": weight.new_zeros(batch_size, 0),  # of the next frames
+            "frames": weight.new_zeros(batch_size, masknet.in_channels, 0),
+            "tail": weight.new_zeros(rows, self.kernel - self.stride),
+            "fed": 0,
+            "given": 0,
+            "flushed": False,
+        }
+
+    @torch.no_grad()
+    def feed(self, block):
+        """Take the next samples, give those that are ready.
+
+        Arguments
+        ---------
+        block : torch.Tensor
+            [B, n], floating point; n may be 0.
+
+        Returns
+        -------
+        torch.Tensor
+            [B, m, S].
+
+        Raises
+        ------
+        ValueError
+            When the block is of another shape or type.
+        RuntimeError
+            After ``flush``.
+        """
+        state = self.state
+        if state["flushed"]:
+            raise RuntimeError("the stream was flushed: make a new one")
+        batch_size = state["network"]["batch_size"]
+        if block.ndim != 2 or block.shape[0] != batch_size:
+            raise ValueError(
+                f"a block is [{batch_size}, samples], got {tuple(block.shape)}"
+            )
+        if not block.is_floating_point():
+            raise ValueError(f"a block is floating point, got {block.dtype}")
+        block = block.to(state["samples"])
+        block = torch.where(block.isfinite(), block, 0)
+        state["fed"] += block.shape[1]
+        return self._run(block)
+
+    @torch.no_grad()
+    def flush(self):
+        """End the stream; the rest of its samples, [B, m, S]."""
+        state = self.state
+        if state["flushed"]:
+            raise RuntimeError("the stream was flushed already")
+        state["flushed"] = True
+        fed, first = state["fed"], state["given"]
+        # Silence, to the end of a frame and of a token and for its future.
+        frames = 1 - (-max(fed - self.kernel, 0) // self.stride)
+        samples = self.kernel + (frames - 1) * self.stride
+        parts = [self._run(_zeros(state["samples"], samples - fed, 1))]
+        more = self.masknet.future_tokens * self.masknet.token_stride
+        more += -frames % self.masknet.token_stride
+        parts.append(self._decode(_zeros(state["frames"], more, 2)))
+        B = state["network"]["batch_size"]
+        tail = state["tail"].unflatten(0, (-1, B)).permute(1, 2, 0)
+        return torch.cat([*parts, tail], 1)[:, : fed - first]
+
+    def _run(self, block):
+        """Samples [B, n] to sources [B, m, S]."""
+        state = self.state
+        samples = torch.cat([state["samples"], block], 1)
+        count = max(0, 1 + (samples.shape[1] - self.kernel) // self.stride)
+        state["samples"] = samples[:, count * self.stride :].clone()
+        if not count:
+            return self._decode(_zeros(state["frames"], 0, 2))
+        heard = samples[:, : self.kernel + (count - 1) * self.stride]
+        return self._decode(self.encoder(heard))
+
+    def _decode(self, mix_w):
+        """Frames [B, N, n] to sources [B, m, S]."""
+        state = self.state
+        masks = self.masknet.forward_streaming(mix_w, state["network"])
+        S, B, _, ready = masks.shape
+        mix_w = torch.cat([state["frames"], mix_w], 2)
+        state["frames"] = mix_w[:, :, ready:].clone()
+        if not ready:
+            return mix_w.new_zeros(B, 0, S)
+        sources = self.decoder((mix_w[:, :, :ready] * masks).flatten(0, 1))
+        # The next frame overlaps the end.
+        overlap = self.kernel - self.stride
+        more = sources.shape[1] - overlap
+        sources = sources + F.pad(state["tail"], (0, more))
+        done = ready * self.stride
+        state["tail"] = sources[:, done:].clone()
+        state["given"] += done
+        return sources[:, :done].unflatten(0, (S, B)).permute(1, 2, 0)
+
+
+def _zeros(like, size, dim):
+    """Zeros in the shape of a tensor but for one dimension."""
+    shape = list(like.shape)
+    shape[dim] = size
+    return like.new_zeros(shape)

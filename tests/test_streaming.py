@@ -1,0 +1,292 @@
+"""Streaming is the same network: any cutting gives what the whole gives."""
+
+import copy
+import io
+
+import pytest
+import torch
+from speechbrain.lobes.models.dual_path import Decoder, Encoder
+
+from speechbrain_flashformer import FlashFormer
+from speechbrain_flashformer.masknet import CumulativeNorm
+from speechbrain_flashformer.separate import separate
+from speechbrain_flashformer.streaming import StreamingSeparator
+
+OPTIONS = {
+    "in_channels": 16,
+    "d_model": 32,
+    "num_layers": 2,
+    "nhead": 2,
+    "d_ffn": 32,
+    "d_frame": 16,
+    "token_stride": 4,
+    "window": (12, 12),
+    "lookback": 5,
+    "dilations": (1, 2),
+    "causal": True,
+}
+
+
+def make(kernel=16, **options):
+    torch.manual_seed(1)
+    modules = (
+        Encoder(kernel_size=kernel, out_channels=16),
+        FlashFormer(**{**OPTIONS, **options}),
+        Decoder(16, 1, kernel_size=kernel, stride=kernel // 2, bias=False),
+    )
+    return [module.eval() for module in modules]
+
+
+def stream(modules, mixture, sizes):
+    separator = StreamingSeparator(*modules, batch_size=len(mixture))
+    out, place = [], 0
+    for size in sizes:
+        out.append(separator.feed(mixture[:, place : place + size]))
+        place += size
+    assert place >= mixture.shape[1]
+    return torch.cat([*out, separator.flush()], 1)
+
+
+def cuts(how, samples):
+    generator = torch.Generator().manual_seed(2)
+    if how == "random":
+        sizes = torch.randint(0, 700, (samples,), generator=generator).tolist()
+    else:
+        sizes = [how] * (samples // how + 1)
+    total, chosen = 0, []
+    for size in sizes:
+        if total >= samples:
+            break
+        chosen.append(size)
+        total += size
+    return chosen
+
+
+# --- exactness ---------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", [1, 7, 32, 128, 10**6, "random"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"future_tokens": 2},
+        {"token_stride": 1},
+        {"token_stride": 8, "future_tokens": 1},
+        {"kernel": 32},
+        {"num_spks": 3},
+        {"lookback": 0, "window": (0, 0)},
+    ],
+    ids=str,
+)
+def test_any_cutting_gives_the_whole(options, how):
+    modules = make(**options)
+    samples = 700 if how == 1 else 5003
+    mixture = torch.randn(1, samples)
+    whole = separate(mixture, *modules)
+    out = stream(modules, mixture, cuts(how, samples))
+    scale = whole.abs().max().item()
+    assert out.shape == whole.shape
+    torch.testing.assert_close(out, whole, rtol=0, atol=1e-5 * scale)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("samples", [0, 1, 15, 16, 17, 24, 40, 41, 47, 48, 80])
+def test_streams_of_any_length_are_whole(samples):
+    modules = make(future_tokens=1)
+    mixture = torch.randn(2, samples)
+    out = stream(modules, mixture, [9] * 10)
+    assert out.shape == (2, samples, 2)
+    if samples:
+        whole = separate(mixture, *modules)
+        torch.testing.assert_close(out, whole, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rows_of_unlike_length_are_as_alone():
+    modules = make(future_tokens=1)
+    mixture = torch.randn(2, 3000)
+    lengths = torch.tensor([1.0, 0.63])
+    together = separate(mixture, *modules, lengths)
+    alone = separate(mixture[1:, :1890], *modules)
+    torch.testing.assert_close(together[1:, :1890], alone, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_norm_forgets():
+    """A loud beginning is over when the span is, in both forms."""
+    norm = CumulativeNorm(8, span=50)
+    x = torch.randn(1, 300, 8)
+    loud = x.clone()
+    loud[:, :100] *= 1000
+    torch.testing.assert_close(norm(x)[:, 150:], norm(loud)[:, 150:])
+    past, parts = norm.make_past(x), []
+    for part in loud.split(7, 1):
+        out, past = norm.forward_streaming(part, past)
+        parts.append(out)
+    torch.testing.assert_close(torch.cat(parts, 1), norm(loud))
+
+
+def test_weights_are_those_of_the_offline_network():
+    causal = FlashFormer(**{**OPTIONS, "lookahead": 0})
+    offline = FlashFormer(**{**OPTIONS, "causal": False, "lookahead": 0})
+    causal.load_state_dict(offline.state_dict())
+
+
+# --- causality and latency ---------------------------------------------------
+
+
+@pytest.mark.parametrize("future_tokens", [0, 2])
+@pytest.mark.parametrize("kernel", [16, 32])
+def test_nothing_is_heard_beyond_the_latency(kernel, future_tokens):
+    modules = make(kernel, future_tokens=future_tokens)
+    latency = StreamingSeparator(*modules).latency
+    stride = kernel // 2
+    assert latency == (4 * (1 + future_tokens) - 1) * stride + kernel
+    furthest = 0
+    for place in range(1600, 1600 + 4 * stride):
+        mixture = torch.randn(1, 4000, requires_grad=True)
+        separate(mixture, *modules)[0, place].sum().backward()
+        heard = mixture.grad[0].nonzero().max().item()
+        furthest = max(furthest, heard - place + 1)
+    # It is the least such number: some sample needs all of it.
+    assert furthest == latency
+
+
+@torch.no_grad()
+def test_samples_come_out_within_the_latency():
+    modules = make(future_tokens=1)
+    separator = StreamingSeparator(*modules)
+    given = 0
+    for fed in range(1, 1000):
+        given += separator.feed(torch.randn(1, 1)).shape[1]
+        assert given > fed - separator.latency
+
+
+# --- state -------------------------------------------------------------------
+
+
+def sizes_of(state):
+    if isinstance(state, torch.Tensor):
+        return [state.untyped_storage().nbytes()]
+    if isinstance(state, dict):
+        state = list(state.values())
+    if isinstance(state, list):
+        return [size for part in state for size in sizes_of(part)]
+    return []
+
+
+@torch.no_grad()
+def test_state_does_not_grow():
+    separator = StreamingSeparator(*make(future_tokens=1))
+    block, totals = torch.randn(1, 32), []
+    for _ in range(300):
+        separator.feed(block)
+        totals.append(sum(sizes_of(separator.state)))
+    assert max(totals[50:]) == max(totals[200:]) and totals[-1] < 200_000
+
+
+@torch.no_grad()
+def test_state_can_be_copied_saved_and_put_back():
+    modules = make()
+    mixture = torch.randn(1, 4000)
+    separator = StreamingSeparator(*modules)
+    separator.feed(mixture[:, :1111])
+    file = io.BytesIO()
+    torch.save(separator.state, file)
+    file.seek(0)
+    copied = copy.deepcopy(separator.state)
+    expected = separator.feed(mixture[:, 1111:])
+    for state in (torch.load(file, weights_only=True), copied):
+        again = StreamingSeparator(*modules)
+        again.state = state
+        torch.testing.assert_close(again.feed(mixture[:, 1111:]), expected)
+
+
+@torch.no_grad()
+def test_streams_do_not_hear_each_other():
+    modules = make()
+    mixture = torch.randn(2, 2000)
+    one, other = (StreamingSeparator(*modules) for _ in range(2))
+    out = []
+    for place in range(0, 2000, 100):
+        piece = mixture[:, place : place + 100]
+        out.append(one.feed(piece[:1]))
+        other.feed(piece[1:])
+    expected = stream(modules, mixture[:1], [2000])
+    out = torch.cat([*out, one.flush()], 1)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+
+
+# --- bad input ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "block, message",
+    [
+        (torch.zeros(10), r"a block is \[1, samples\]"),
+        (torch.zeros(2, 10), r"a block is \[1, samples\]"),
+        (torch.zeros(1, 1, 10), r"a block is \[1, samples\]"),
+        (torch.zeros(1, 10, dtype=torch.int16), "floating point"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_refused(block, message):
+    with pytest.raises(ValueError, match=message):
+        StreamingSeparator(*make()).feed(block)
+
+
+def test_a_flushed_stream_is_over():
+    separator = StreamingSeparator(*make())
+    separator.flush()
+    with pytest.raises(RuntimeError, match="flushed"):
+        separator.feed(torch.zeros(1, 10))
+    with pytest.raises(RuntimeError, match="flushed"):
+        separator.flush()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_broken_block_is_taken_as_silence(bad):
+    modules = make()
+    mixture = torch.randn(1, 4000)
+    broken = mixture.clone()
+    broken[:, 1000:1100] = bad
+    mixture[:, 1000:1100] = 0
+    torch.testing.assert_close(
+        stream(modules, broken, [100] * 40), stream(modules, mixture, [4000])
+    )
+
+
+def test_contexts_of_others_are_refused():
+    _, masknet, _ = make()
+    _, other, _ = make(d_ffn=48)
+    mix_w = torch.rand(1, 16, 8)
+    with pytest.raises(ValueError, match="made by another network"):
+        masknet.forward_streaming(mix_w, other.make_streaming_context())
+    with pytest.raises(ValueError, match="of 2 streams, got 1"):
+        masknet.forward_streaming(mix_w, masknet.make_streaming_context(2))
+    with pytest.raises(ValueError, match="takes"):
+        masknet.forward_streaming(mix_w[0], masknet.make_streaming_context())
+
+
+@pytest.mark.parametrize("options", [{"causal": False}, {"window": (-1, 0)}])
+def test_networks_that_cannot_stream_say_so(options):
+    _, masknet, _ = make(**options)
+    with pytest.raises(ValueError, match="streaming needs causal: true"):
+        masknet.make_streaming_context()
+
+
+@pytest.mark.parametrize(
+    "options", [{"future_tokens": -1}, {"causal": False, "future_tokens": 1}]
+)
+def test_a_future_needs_a_causal_network(options):
+    with pytest.raises(ValueError, match="future_tokens"):
+        make(**options)
+
+
+def test_a_causal_network_takes_no_statistics():
+    _, masknet, _ = make()
+    one = torch.ones(1)
+    with pytest.raises(ValueError, match="takes no statistics"):
+        masknet(torch.rand(1, 16, 8), statistics=(one, one))
