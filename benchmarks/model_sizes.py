@@ -23,7 +23,7 @@ def main():
     """Print a row for each size."""
     print("| size | parameters (M) | GMAC per second of 8 kHz audio |")
     print("|---|---|---|")
-    for size in ("tiny", "base", "large"):
+    for size in ("tiny", "streaming", "base", "large"):
         with open(HPARAMS / f"flashformer-{size}.yaml") as file:
             hparams = load_hyperpyyaml(file)
         model = [hparams[part] for part in ("Encoder", "MaskNet", "Decoder")]

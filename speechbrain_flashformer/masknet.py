@@ -440,6 +440,9 @@ class FlashFormer(nn.Module):
         self.up = nn.ModuleList(frame_block(width) for width in widths[:-1])
         self.norm_out = nn.LayerNorm(widths[0])
         self.masks = nn.Linear(widths[0], num_spks * in_channels)
+        # What a streaming context must agree with.
+        shapes = [tuple(p.shape) for p in self.parameters()]
+        self.signature = str((shapes, window, token_stride, future_tokens))
 
     def forward(self, mix_w, lengths=None, statistics=None):
         """Estimate the masks.
@@ -570,7 +573,7 @@ class FlashFormer(nn.Module):
         widths = [block.norm.normalized_shape[0] for block in self.down]
         skips = [frames.new_zeros(batch_size, 0, width) for width in widths]
         return {
-            "network": self._signature(),
+            "network": self.signature,
             "batch_size": batch_size,
             "frames": frames.transpose(1, 2),  # of a token not complete yet
             "norm": self.norm_in.make_past(frames),
@@ -605,7 +608,7 @@ class FlashFormer(nn.Module):
             When mix_w or the context does not fit.
         """
         self._check(mix_w)
-        if context["network"] != self._signature():
+        if context["network"] != self.signature:
             raise ValueError("this context was made by another network")
         if mix_w.shape[0] != context["batch_size"]:
             raise ValueError(
@@ -648,12 +651,6 @@ class FlashFormer(nn.Module):
             skips[i] = skips[i].clone()
             x = self.up[i].forward_streaming(x + skip, context["up"][i])
         return self._masks(x)
-
-    def _signature(self):
-        """What a context must agree with."""
-        shapes = [tuple(p.shape) for p in self.parameters()]
-        layers = [layer.attention.window[0] for layer in self.layers]
-        return str((shapes, layers, self.token_stride, self.future_tokens))
 
     def _check(self, mix_w):
         if mix_w.ndim != 3 or mix_w.shape[1] != self.in_channels:

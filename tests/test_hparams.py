@@ -11,10 +11,11 @@ from hyperpyyaml import load_hyperpyyaml
 from speechbrain_flashformer import FlashFormer
 from speechbrain_flashformer.metrics import count_macs
 from speechbrain_flashformer.separate import separate
+from speechbrain_flashformer.streaming import StreamingSeparator
 
 ROOT = Path(__file__).parent.parent
 # GMAC per second of 8 kHz audio.
-BUDGET = {"tiny": 0.4, "base": 4.0, "large": 20.0}
+BUDGET = {"tiny": 0.4, "streaming": 0.4, "base": 4.0, "large": 20.0}
 
 
 def load(path, overrides=None):
@@ -58,6 +59,8 @@ def test_every_number_can_be_overridden(name):
         "dropout": 0.1,
         "attention_backend": "sdpa",
         "checkpointing": True,
+        "causal": True,
+        "future_tokens": 2,
     }
     hparams = load(size(name), numbers)
     for key, value in numbers.items():
@@ -67,6 +70,13 @@ def test_every_number_can_be_overridden(name):
     # And nothing else is a number of the model.
     plain = {key for key, value in hparams.items() if not callable(value)}
     assert plain == {*numbers, "kernel_stride"}
+
+
+def test_the_streaming_size_answers_within_16_ms():
+    hparams = load(size("streaming"))
+    parts = (hparams[part] for part in ("Encoder", "MaskNet", "Decoder"))
+    latency = StreamingSeparator(*parts).latency
+    assert latency / hparams["sample_rate"] <= 0.016
 
 
 def test_one_include_drops_the_masknet_into_another_recipe(tmp_path):
