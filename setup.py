@@ -23,7 +23,10 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=[PACKAGE, f"{PACKAGE}.hparams"],
     package_dir={f"{PACKAGE}.hparams": "hparams"},
-    package_data={f"{PACKAGE}.hparams": ["*.yaml"]},
+    package_data={
+        PACKAGE: ["pretrained/*"],
+        f"{PACKAGE}.hparams": ["*.yaml"],
+    },
     install_requires=[
         # One minor version of both: torchaudio refuses to import beside a
         # torch of another one, and its own metadata does not say so.

@@ -1,0 +1,78 @@
+#!/usr/bin/env python3
+"""Quality of a packed model on held-out sets.
+
+> python benchmarks/evaluate_model.py MODEL NAME=FOLDER [NAME=FOLDER ...]
+
+FOLDER holds mix/, s1/ and s2/ with files of one name, at the model's rate; the
+NAME voices needs no folder: mixtures of generated voices that occur in no
+training set of seed 0. Writes results/evaluate_model.csv: mean SI-SNRi and its
+5th percentile in dB, and how much louder the outputs are than the sources.
+"""
+
+import csv
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+from speechbrain_flashformer.inference import FlashFormerSeparation
+from speechbrain_flashformer.metrics import best_order, reorder, si_snr
+from speechbrain_flashformer.voices import make_voices
+
+OUT = Path(__file__).parent / "results" / "evaluate_model.csv"
+
+
+def main(model, sets):
+    """Score each set, write the rows."""
+    model = FlashFormerSeparation.from_hparams(model)
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for word in sets:
+            name, _, folder = word.partition("=")
+            if name == "voices" and not folder:
+                made = make_voices(Path(scratch) / "set", sizes=(1, 1, 200))
+                folder = made / "wav8k/min/tt"
+            rows.append({"set": name, **score(model, Path(folder))})
+            print(rows[-1])
+    OUT.parent.mkdir(exist_ok=True)
+    with OUT.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def score(model, folder):
+    """Means over the mixtures of a folder."""
+    gains, levels = [], []
+    for path in sorted((folder / "mix").glob("*.wav")):
+        mixture, *sources = (
+            torch.from_numpy(
+                soundfile.read(folder / part / path.name, dtype="float32")[0]
+            )
+            for part in ("mix", "s1", "s2")
+        )
+        targets = torch.stack(sources, 1)[None]
+        estimates = model.separate_batch(mixture[None])
+        after, order = best_order(targets, estimates)
+        before = si_snr(targets, mixture[None, :, None].expand_as(targets))
+        gains.append((after - before).mean().item())
+        power = reorder(estimates, order).square().mean(
+            1
+        ) / targets.square().mean(1)
+        levels.append(10 * power.log10().mean().item())
+    return {
+        "mixtures": len(gains),
+        "si-snr_i": round(float(np.mean(gains)), 2),
+        "5th percentile": round(float(np.percentile(gains, 5)), 2),
+        "level (dB)": round(float(np.mean(levels)), 2),
+        "level deviation (dB)": round(float(np.std(levels)), 2),
+    }
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    main(sys.argv[1], sys.argv[2:])
