@@ -267,6 +267,8 @@ def start_long(packed, tmp_path, *options):
         + [str(folder), "-o", str(out), "--model", str(packed), *options],
         stderr=subprocess.PIPE,
         start_new_session=True,
+        # Where tests run in the background, Ctrl-C is ignored from the start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     deadline = time.time() + 100
