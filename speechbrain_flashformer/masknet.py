@@ -118,7 +118,7 @@ class CumulativeNorm(GlobalNorm):
         past [B, 3, span] holds, for each of the last frames, the sum over its
         channels, that of their squares, and 1 (0 before the beginning).
         """
-        # In float64, for the differences of sums over hours stay exact.
+        # In float64: a sum is a difference of running totals.
         wide = x.double()
         one = torch.ones_like(wide[:, :, 0])
         sums = torch.stack([wide.sum(2), wide.square().sum(2), one], 1)
