@@ -30,9 +30,9 @@ Under torchrun each process takes its share of the files.
 
 EXAMPLES = """\
 examples:
-  flashformer separate meeting.wav -o separated --model MODEL
+  flashformer separate meeting.wav -o separated
   flashformer separate recordings/ -o separated --model MODEL --jobs 2
-  sox a.wav -t wav - | flashformer separate - -o separated --model MODEL
+  sox a.wav -t wav - | flashformer separate - -o separated
 """
 
 
@@ -82,7 +82,11 @@ def _parser():
     ).add_argument
     add("inputs", nargs="+", metavar="INPUT")
     add("-o", "--out", required=True, metavar="DIR", type=Path)
-    add("--model", help="a packed model's folder, or its name on a model hub")
+    add(
+        "--model",
+        help="a packed model's folder, or its name on a model hub (default: "
+        "the model that comes with the package)",
+    )
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if any)")
     add("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
     add(

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 
@@ -60,7 +61,9 @@ def run_jobs(tasks, jobs, load, run, on_death):
         if waiting:
             task = waiting.pop()
             running[connection] = process, task
-            connection.send(task)
+            # To a worker that died already: receiving will tell.
+            with suppress(OSError):
+                connection.send(task)
         else:
             connection.close()
             process.join()
