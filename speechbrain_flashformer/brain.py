@@ -1,41 +1,68 @@
 """The training loop of separation, on SpeechBrain's own hooks."""
 
-import csv
+import inspect
 import math
-import os
+import shutil
 from pathlib import Path
 
-import soundfile
 import speechbrain as sb
 import torch
 from speechbrain.nnet.schedulers import ReduceLROnPlateau
-from speechbrain.nnet.schedulers import update_learning_rate as set_lr
-from speechbrain.utils.distributed import main_process_only
+from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
+from torch.distributed import (
+    all_gather_object,
+    get_rank,
+    get_world_size,
+    is_initialized,
+)
 
-from speechbrain_flashformer.metrics import best_order, reorder, sdr, si_snr
-from speechbrain_flashformer.separate import separate
+from speechbrain_flashformer.augment import augment
+from speechbrain_flashformer.checkpoints import RandomState, averaged_weights
+from speechbrain_flashformer.scores import (
+    WORST,
+    ResultsWriter,
+    quick_scores,
+    write_example,
+    write_results,
+)
+from speechbrain_flashformer.separate import MODULES, separate
 
 logger = get_logger(__name__)
 
-RESULT_COLUMNS = ["snt_id", "sdr", "sdr_i", "si-snr", "si-snr_i"]
+# Audio of the first and of the worst mixtures of a test.
+AUDIO_FOLDERS = ("audio_results", "audio_worst")
 
 
 class Separation(sb.Brain):
     """Separate, score against the best order of speakers, keep the best.
 
-    Hyperparameters read: ``num_spks``, ``sample_rate``, ``loss``
-    (``loss(targets, predictions, lengths) -> [B]``), ``threshold_byloss`` and
-    ``threshold``, ``lr_scheduler`` (a ``ReduceLROnPlateau``, or a schedule
-    over steps called with optimizer and step, as ``WarmCoolDecayLRSchedule``),
-    ``matrix_optimizer`` (optional: takes the weight matrices of the masknet,
-    ``optimizer`` the rest), ``train_logger``, ``output_folder``,
-    ``save_audio`` and ``n_audio_to_save``.
+    Runs under ``torchrun`` as well: every process trains on, and tests, its
+    own part of the data.
+
+    Hyperparameters read, those in brackets when they are there:
+    ``num_spks``, ``sample_rate``, ``loss`` (``loss(targets, predictions,
+    lengths) -> [B]``), ``threshold_byloss`` and ``threshold``,
+    [``loss_upper_lim``], ``lr_scheduler`` (any of SpeechBrain's),
+    [``warmup_steps`` and ``lr``, before a schedule by epochs],
+    [``matrix_optimizer``: takes the weight matrices of the masknet,
+    ``optimizer`` the rest], [``avg_checkpoints``: tests the mean of so many
+    best checkpoints], ``train_logger``, [``tensorboard_train_logger``],
+    ``output_folder``, ``save_audio`` and ``n_audio_to_save``,
+    [``more_metrics``: ``pesq``, ``stoi``], and those of ``augment``.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.schedule = _schedule_kind(self.hparams.lr_scheduler)
+        if self.checkpointer is not None:
+            self.checkpointer.add_recoverable(
+                "random", RandomState(), optional_load=True
+            )
 
     def compute_forward(self, batch, stage):
         """Estimated sources, [B, T, S]."""
-        mixture, lengths = batch.to(self.device).mix_sig
+        mixture, lengths = batch.mix_sig
         return separate(
             mixture,
             self.modules["encoder"],
@@ -67,46 +94,45 @@ class Separation(sb.Brain):
         With none left the loss is a zero that reaches every weight, so that
         no process waits for gradients of another.
         """
+        keep = loss < getattr(self.hparams, "loss_upper_lim", math.inf)
         if self.hparams.threshold_byloss:
-            hard = (loss > self.hparams.threshold) | ~loss.isfinite()
-            return (loss * hard).sum() / hard.sum().clamp(min=1)
-        return loss.mean()
+            keep &= loss > self.hparams.threshold
+        # A loss that is no number is for Brain to see and to count.
+        keep |= ~loss.isfinite()
+        return (loss * keep).sum() / keep.sum().clamp(min=1)
 
     def score(self, batch, predictions, targets, lengths, stage):
-        """Keep the scores of a batch, and in the test its first audio."""
-        scores, order = best_order(targets, predictions, lengths)
-        predictions = reorder(predictions, order)
-        mixture = batch.mix_sig.data.unsqueeze(2).expand_as(targets)
-        baseline = si_snr(targets, mixture, lengths)
-        samples = (lengths * targets.shape[1]).round().long().tolist()
-        for b, n in enumerate(samples):
-            power = [x[b, :n].square().mean(0) for x in (predictions, targets)]
-            row = {
-                "snt_id": batch.id[b],
-                "level_db": 10 * torch.log10(power[0] / power[1]).mean().item(),
-                "si-snr": scores[b].mean().item(),
-                "si-snr_i": (scores[b] - baseline[b]).mean().item(),
-            }
-            if stage == sb.Stage.TEST:
-                clean, noisy, separated = (
-                    x[b, :n].T.cpu() for x in (targets, mixture, predictions)
-                )
-                row["sdr"] = sdr(clean, separated).mean().item()
-                row["sdr_i"] = row["sdr"] - sdr(clean, noisy).mean().item()
-                if self.hparams.save_audio and len(self.rows) < (
-                    self.hparams.n_audio_to_save
-                ):
-                    self.save_audio(row["snt_id"], noisy, clean, separated)
-            self.rows.append(row)
+        """Keep the scores of a batch; in the test, its first audio too."""
+        rows, signals = quick_scores(
+            batch.id, batch.mix_sig.data, targets, predictions, lengths
+        )
+        if stage == sb.Stage.VALID:
+            self.rows += rows
+            return
+        for row, parts in zip(rows, signals):
+            self.results.add(row, *parts)
+            if self.audio_to_save > 0:
+                self.audio_to_save -= 1
+                self.save_audio(AUDIO_FOLDERS[0], row["snt_id"], parts)
 
-    def make_dataloader(self, dataset, stage, **kwargs):
-        """A loader; Brain tells a given sampler the epoch only under DDP."""
-        loader = super().make_dataloader(dataset, stage, **kwargs)
+    # --- data ---------------------------------------------------------------
+
+    def make_dataloader(self, dataset, stage, **options):
+        """A loader, of this process's part of the data."""
+        # Torch draws a seed for workers from the common generator, even
+        # without workers: a resumed training would draw once more.
+        options["generator"] = torch.Generator()
+        if stage != sb.Stage.TRAIN and is_initialized():
+            options["sampler"] = range(
+                get_rank(), len(dataset), get_world_size()
+            )
+        loader = super().make_dataloader(dataset, stage, **options)
         if stage == sb.Stage.TRAIN and self.train_sampler is None:
-            self.train_sampler = loader.sampler
+            # Brain tells a sampler of ours the epoch only under DDP.
+            self.train_sampler = options.get("batch_sampler", loader.sampler)
         return loader
 
-    # --- optimizers and schedules -------------------------------------------
+    # --- training -----------------------------------------------------------
 
     def init_optimizers(self):
         """One optimizer, or two if ``matrix_optimizer`` is given."""
@@ -128,116 +154,218 @@ class Separation(sb.Brain):
                 self.checkpointer.add_recoverable(name, optimizer)
 
     def on_fit_batch_start(self, batch, should_step):
-        """Set the learning rate of this step, when the schedule is by step."""
-        schedule = self.hparams.lr_scheduler
-        if should_step and not isinstance(schedule, ReduceLROnPlateau):
-            for optimizer in self.optimizers_dict.values():
-                schedule(optimizer, self.optimizer_step + 1)
+        """Change the batch; set the learning rate of this step."""
+        batch.to(self.device)
+        self.batch_ids = batch.id
+        augment(batch, self.hparams)
+        if not should_step:
+            return
+        step = self.optimizer_step + 1
+        warmup = getattr(self.hparams, "warmup_steps", 0)
+        if self.schedule == "step":
+            self.hparams.lr_scheduler(self.optimizer, step)
+        elif self.schedule == "own steps":
+            self.hparams.lr_scheduler(self.optimizer)
+        elif step <= warmup:
+            self._set_lr(self.hparams.lr * step / warmup)
+        self._set_lr(self.optimizer.param_groups[0]["lr"])
+
+    def _set_lr(self, lr):
+        for optimizer in self.optimizers_dict.values():
+            for group in optimizer.param_groups:
+                group["lr"] = lr
 
     def _end_epoch_lr(self, epoch, loss):
-        """Lower the learning rate on a plateau; the rate of this epoch."""
+        """Step a schedule by epochs; the learning rate of this epoch."""
         lr = self.optimizer.param_groups[0]["lr"]
-        if isinstance(self.hparams.lr_scheduler, ReduceLROnPlateau):
+        if self.schedule == "plateau":
             # It counts a bad epoch once for each optimizer that it is given.
             _, next_lr = self.hparams.lr_scheduler(
                 [self.optimizer], epoch, loss
             )
-            for optimizer in self.optimizers_dict.values():
-                set_lr(optimizer, next_lr)
+        elif self.schedule == "epoch":
+            _, next_lr = self.hparams.lr_scheduler(epoch)
+        elif self.schedule == "loss":
+            _, next_lr = self.hparams.lr_scheduler(loss)
+        else:
+            return lr
+        self._set_lr(next_lr)
         return lr
+
+    def check_loss_isfinite(self, loss):
+        """Tell which batch is not finite; Brain counts, and loses patience."""
+        if not loss.isfinite():
+            logger.warning(
+                "Loss of %s is not finite: left out (%d in this epoch)",
+                ", ".join(self.batch_ids),
+                self.nonfinite_count + 1,
+            )
+        super().check_loss_isfinite(loss)
+
+    def _should_save_intra_epoch_ckpt(self, *args):
+        """Brain's decision, but never with gradients half gathered."""
+        gathering = self.step % self.grad_accumulation_factor
+        return super()._should_save_intra_epoch_ckpt(*args) and not gathering
 
     # --- stages -------------------------------------------------------------
 
     def on_stage_start(self, stage, epoch=None):
         """Forget the scores of the stage before."""
         self.rows = []
+        if stage == sb.Stage.TEST:
+            # No audio of an earlier test among that of this one.
+            for folder in AUDIO_FOLDERS:
+                path = Path(self.hparams.output_folder, folder)
+                run_on_main(shutil.rmtree, [path, True])
+            rank = get_rank() if is_initialized() else 0
+            ranks = get_world_size() if is_initialized() else 1
+            # The first mixtures of all are the first of every process.
+            audio = self.hparams.n_audio_to_save - rank
+            self.audio_to_save = math.ceil(audio / ranks)
+            if not self.hparams.save_audio:
+                self.audio_to_save = 0
+            self.results = ResultsWriter(
+                self._growing_results(rank),
+                self.hparams.sample_rate,
+                self.more_metrics,
+            )
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Log, step the schedule, save."""
         if stage == sb.Stage.TRAIN:
-            self.train_stats = {"si-snr": stage_loss}
-            return
-        stats = {
-            name: sum(row[name] for row in self.rows) / max(1, len(self.rows))
-            for name in ("si-snr_i", "sdr_i")
-            if name in self.rows[0]
-        }
-        # Brain's average passes over what is not finite, and a broken model
-        # would look good: take it from all rows.
-        loss = -sum(row["si-snr"] for row in self.rows) / len(self.rows)
-        stats = {"si-snr": loss, **stats}
-        if stage == sb.Stage.VALID:
-            loss = loss if math.isfinite(loss) else math.inf
-            lr = self._end_epoch_lr(epoch, loss)
-            self.hparams.train_logger.log_stats(
-                stats_meta={"epoch": epoch, "lr": lr},
-                train_stats=self.train_stats,
-                valid_stats=stats,
-            )
-            # How much louder the estimates are than the sources; finite rows.
-            levels = [row["level_db"] for row in self.rows]
-            levels = [level for level in levels if math.isfinite(level)]
-            level = sum(levels) / max(1, len(levels))
-            self.checkpointer.save_and_keep_only(
-                meta={"si-snr": loss, "epoch": epoch, "level_db": level},
-                min_keys=["si-snr"],
-            )
+            self.train_stats = {
+                "si-snr": stage_loss,
+                "nonfinite": self.nonfinite_count,
+            }
+        elif stage == sb.Stage.VALID:
+            self._end_validation(_gather(self.rows), epoch)
         else:
-            self.hparams.train_logger.log_stats(
-                stats_meta={"epoch loaded": self.hparams.epoch_counter.current},
-                test_stats=stats,
-            )
             self.save_results()
 
+    def _end_validation(self, rows, epoch):
+        # Brain's average passes over what is not finite, and a broken model
+        # would look good: take it from all rows.
+        loss, gain = (
+            sum(row[name] for row in rows) / len(rows)
+            for name in ("si-snr", "si-snr_i")
+        )
+        stats = {"si-snr": -loss, "si-snr_i": gain}
+        loss = -loss if math.isfinite(loss) else math.inf
+        lr = self._end_epoch_lr(epoch, loss)
+        self.log(
+            stats_meta={"epoch": epoch, "lr": lr},
+            train_stats=self.train_stats,
+            valid_stats=stats,
+        )
+        # How much louder the estimates are than the sources; finite rows.
+        levels = [row["level_db"] for row in rows]
+        levels = [level for level in levels if math.isfinite(level)]
+        level = sum(levels) / max(1, len(levels))
+        self.checkpointer.save_and_keep_only(
+            meta={"si-snr": loss, "epoch": epoch, "level_db": level},
+            num_to_keep=self.avg_checkpoints,
+            min_keys=["si-snr"],
+        )
+
+    def log(self, **stats):
+        """Hand statistics to the loggers, whose main process writes."""
+        self.hparams.train_logger.log_stats(**stats)
+        board = getattr(self.hparams, "tensorboard_train_logger", None)
+        if board is not None:
+            board.log_stats(**stats)
+
     def on_evaluate_start(self, max_key=None, min_key=None):
-        """Load the best checkpoint; without one there is nothing to test."""
-        if self.checkpointer.find_checkpoint(max_key, min_key) is None:
+        """Load the best checkpoint, or the mean of the best ones."""
+        best = self.checkpointer.find_checkpoints(
+            max_key=max_key,
+            min_key=min_key,
+            max_num_checkpoints=self.avg_checkpoints,
+        )
+        if not best:
             raise FileNotFoundError(
                 f"no checkpoint in {self.checkpointer.checkpoints_dir}: train "
                 "first, or give the output_folder of a training"
             )
         super().on_evaluate_start(max_key, min_key)
+        if len(best) > 1:
+            logger.info("Testing the mean of %d checkpoints", len(best))
+            for name in MODULES:
+                module = self.checkpointer.recoverables[name]
+                module.load_state_dict(averaged_weights(best, name))
+
+    @property
+    def avg_checkpoints(self):
+        """How many checkpoints a test takes the mean of."""
+        return getattr(self.hparams, "avg_checkpoints", 1)
+
+    @property
+    def more_metrics(self):
+        """Measures of the test beside SI-SNR and SDR."""
+        return getattr(self.hparams, "more_metrics", [])
 
     # --- outputs ------------------------------------------------------------
 
-    @main_process_only
     def save_results(self):
-        """Write ``test_results.csv``: a row per mixture, then their mean."""
-        mean = {"snt_id": "avg"}
-        for name in RESULT_COLUMNS[1:]:
-            mean[name] = sum(r[name] for r in self.rows) / len(self.rows)
-        path = Path(self.hparams.output_folder) / "test_results.csv"
-        partial = path.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, RESULT_COLUMNS, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows([*self.rows, mean])
-        os.replace(partial, path)
+        """Write ``test_results.csv`` and the audio of the worst mixtures."""
+        rows = _gather(self.results.close())
+        Path(self.results.path).unlink()
+        worst = sorted(rows, key=lambda row: row["si-snr_i"])[:WORST]
+        names = {row["snt_id"] for row in worst}
+        for _, name, parts in self.results.worst:
+            if name in names and self.hparams.save_audio:
+                self.save_audio(AUDIO_FOLDERS[1], name, parts)
+        path = Path(self.hparams.output_folder, "test_results.csv")
+        summary = run_on_main(write_results, [path, rows, self.more_metrics])
+        mean = {k: v for k, v in summary["avg"].items() if k != "snt_id"}
+        self.log(
+            stats_meta={"epoch loaded": self.hparams.epoch_counter.current},
+            test_stats=mean | {"si-snr": -mean["si-snr"]},
+        )
         logger.info(
-            f"{len(self.rows)} test mixtures: SI-SNRi "
-            f"{mean['si-snr_i']:.2f} dB, SDRi {mean['sdr_i']:.2f} dB ({path})"
+            f"{len(rows)} test mixtures: SI-SNRi {mean['si-snr_i']:.2f} dB "
+            f"(median {summary['median']['si-snr_i']:.2f}, 5th percentile "
+            f"{summary['5th percentile']['si-snr_i']:.2f}), "
+            f"SDRi {mean['sdr_i']:.2f} dB ({path})"
         )
 
-    @main_process_only
-    def save_audio(self, name, mixture, targets, predictions):
-        """Write NAME_mix.wav, NAME_s1.wav, NAME_s1hat.wav, ...
+    def save_audio(self, folder, name, signals):
+        """Write the mixture, sources and estimates of one mixture."""
+        write_example(
+            Path(self.hparams.output_folder, folder),
+            name,
+            *signals,
+            self.hparams.sample_rate,
+        )
 
-        Estimates are brought to the level of their source: SI-SNR training
-        leaves the scale free, and a quiet or clipped file tells nothing.
-        """
-        folder = Path(self.hparams.output_folder) / "audio_results"
-        folder.mkdir(parents=True, exist_ok=True)
-        signals = {"mix": mixture[0]}
-        for i, (target, estimate) in enumerate(zip(targets, predictions)):
-            gain = target.norm() / estimate.norm().clamp(min=1e-8)
-            signals[f"s{i + 1}"] = target
-            signals[f"s{i + 1}hat"] = estimate * gain
-        # One gain for all, so that they stay comparable.
-        peak = max(signal.abs().max().item() for signal in signals.values())
-        scale = min(1.0, 0.99 / max(peak, 1e-8))
-        for suffix, signal in signals.items():
-            soundfile.write(
-                folder / f"{name}_{suffix}.wav",
-                (signal * scale).numpy(),
-                self.hparams.sample_rate,
-            )
+    def _growing_results(self, rank):
+        folder = Path(self.hparams.output_folder)
+        return folder / f"test_results.{rank}.growing"
+
+
+def _gather(rows):
+    """The rows of all processes, in every one of them."""
+    if not is_initialized():
+        return rows
+    parts = [None] * get_world_size()
+    all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
+def _schedule_kind(schedule):
+    """How a schedule of SpeechBrain's wants to be called."""
+    if isinstance(schedule, ReduceLROnPlateau):
+        return "plateau"
+    kinds = {
+        ("opt", "num_updates"): "step",
+        ("opt",): "own steps",
+        ("current_epoch",): "epoch",
+        ("metric_value",): "loss",
+    }
+    takes = tuple(inspect.signature(schedule).parameters)
+    if takes not in kinds:
+        raise TypeError(
+            f"lr_scheduler {type(schedule).__name__} is called with {takes}: "
+            "take one of speechbrain.nnet.schedulers that is called with an "
+            "optimizer, an epoch or a loss"
+        )
+    return kinds[takes]

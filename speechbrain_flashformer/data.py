@@ -1,14 +1,22 @@
 """From CSV files to data sets: what a separation recipe reads.
 
+Which mixtures make up an epoch, in what order and cut where, depends on the
+seed and the number of the epoch alone: on nothing that a stop would lose, nor
+on workers or processes.
+
 Every function here stands at module level, so that data workers start with
 any method (Windows and macOS spawn them).
 """
 
 from functools import partial
 
+import numpy as np
 import torch
+from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataio import read_audio
 from speechbrain.dataio.dataset import DynamicItemDataset, set_output_keys
+from speechbrain.dataio.sampler import DynamicBatchSampler
+from torch.utils.data import Sampler
 
 
 def load_datasets(hparams):
@@ -18,13 +26,13 @@ def load_datasets(hparams):
     ---------
     hparams : dict
         Reads ``train_data``, ``valid_data``, ``test_data`` (CSV files with the
-        columns ID, duration, mix_wav, s1_wav, s2_wav, ...), ``num_spks``,
-        ``sample_rate``, ``limit_training_signal_len`` and
-        ``training_signal_len`` (samples).
+        columns ID, duration, mix_wav, s1_wav, s2_wav, ...), ``data_folder``,
+        ``num_spks``, ``sample_rate``, ``seed``,
+        ``limit_training_signal_len`` and ``training_signal_len`` (samples).
 
     Returns
     -------
-    tuple of DynamicItemDataset
+    tuple of EpochDataset
         Items have ``id``, ``mix_sig`` and ``s1_sig`` to ``sS_sig``, each [T].
     """
     crop = None
@@ -37,16 +45,36 @@ def load_datasets(hparams):
     )
 
 
+class EpochDataset(DynamicItemDataset):
+    """Items that may be another in each epoch.
+
+    Index n is item n % len in epoch n // len; the pipeline is given n as
+    ``number``.
+    """
+
+    def __getitem__(self, index):
+        data_id = self.data_ids[index % len(self)]
+        return self.pipeline.compute_outputs(
+            {"id": data_id, "number": index, **self.data[data_id]}
+        )
+
+    def __iter__(self):
+        return (self[index] for index in range(len(self)))
+
+
 def load_dataset(csv_file, hparams, crop=None):
     """Build one set; with ``crop``, items are random cuts of that length."""
-    dataset = DynamicItemDataset.from_csv(
+    dataset = EpochDataset.from_csv(
         csv_file, replacements={"data_root": hparams["data_folder"]}
     )
-    dataset.add_dynamic_item(
-        partial(choose_cut, crop=crop, sample_rate=hparams["sample_rate"]),
-        takes="duration",
-        provides="cut",
+    dataset.pipeline.add_static_keys(["number"])
+    cut = partial(
+        choose_cut,
+        crop=crop,
+        sample_rate=hparams["sample_rate"],
+        seed=hparams["seed"],
     )
+    dataset.add_dynamic_item(cut, takes=["duration", "number"], provides="cut")
     signals = ["mix"] + [f"s{i + 1}" for i in range(hparams["num_spks"])]
     for name in signals:
         dataset.add_dynamic_item(
@@ -56,22 +84,127 @@ def load_dataset(csv_file, hparams, crop=None):
     return dataset
 
 
-def choose_cut(duration, crop, sample_rate):
-    """Pick where a cut begins: (start, stop) in samples.
+def choose_cut(duration, number, crop, sample_rate, seed):
+    """Pick where cut ``number`` begins: (start, stop) in samples.
 
     Example
     -------
-    >>> start, stop = choose_cut("2.0", crop=8000, sample_rate=8000)
+    >>> start, stop = choose_cut("2.0", 7, 8000, sample_rate=8000, seed=1)
     >>> stop - start
     8000
     """
     samples = round(float(duration) * sample_rate)
     if crop is None or samples <= crop:
         return 0, samples
-    start = torch.randint(samples - crop + 1, ()).item()
+    rng = np.random.default_rng([seed, number])
+    start = int(rng.integers(samples - crop + 1))
     return start, start + crop
 
 
 def read_cut(file, cut):
     """Read samples ``cut = (start, stop)`` of a mono file, [T]."""
     return read_audio({"file": file, "start": cut[0], "stop": cut[1]})
+
+
+class EpochSampler(Sampler):
+    """Numbers that never come twice: those of epoch e are from e * size on.
+
+    Arguments
+    ---------
+    size : int
+        Of an epoch.
+    shuffle : bool
+        Whether the numbers of an epoch come in an order of its own.
+    seed : int
+        Of that order.
+    batches : Sampler, optional
+        Makes lists of numbers below ``size`` and has ``set_epoch``, such as
+        SpeechBrain's ``DynamicBatchSampler``; they are moved to the epoch.
+
+    Example
+    -------
+    >>> sampler = EpochSampler(3)
+    >>> sampler.set_epoch(2)
+    >>> list(sampler)
+    [6, 7, 8]
+    """
+
+    def __init__(self, size, shuffle=False, seed=0, batches=None):
+        self.size, self.shuffle, self.seed = size, shuffle, seed
+        self.batches, self.epoch = batches, 0
+
+    def set_epoch(self, epoch):
+        """Say which epoch comes next; SpeechBrain calls it."""
+        self.epoch = epoch
+        if self.batches is not None:
+            self.batches.set_epoch(epoch)
+
+    def __iter__(self):
+        first = self.epoch * self.size
+        if self.batches is not None:
+            return iter([[first + i for i in b] for b in self.batches])
+        if not self.shuffle:
+            return iter(range(first, first + self.size))
+        rng = np.random.default_rng([self.seed, self.epoch])
+        return iter((first + rng.permutation(self.size)).tolist())
+
+    def __len__(self):
+        return self.size if self.batches is None else len(self.batches)
+
+
+def training_loader_options(hparams, dataset, size):
+    """What the loader of training data is given, by a recipe's settings.
+
+    Arguments
+    ---------
+    hparams : dict
+        Reads ``dataloader_opts`` (of which ``shuffle`` is obeyed),
+        ``dynamic_mixing``, ``dynamic_batching`` and for it
+        ``max_batch_length`` (seconds), ``num_buckets``, ``seed``,
+        ``sample_rate``, ``limit_training_signal_len`` and
+        ``training_signal_len``.
+    dataset : EpochDataset
+        The training set that ``load_datasets`` made.
+    size : int
+        Items in an epoch.
+
+    Returns
+    -------
+    dict
+        Keyword arguments of a ``DataLoader``.
+
+    Raises
+    ------
+    ValueError
+        When batches by length are asked of dynamic mixing.
+    """
+    options = {**hparams["dataloader_opts"], "collate_fn": PaddedBatch}
+    shuffle = options.pop("shuffle", False) and not hparams["dynamic_mixing"]
+    seed = hparams["seed"]
+    if not hparams["dynamic_batching"]:
+        return options | {"sampler": EpochSampler(size, shuffle, seed)}
+    if hparams["dynamic_mixing"]:
+        raise ValueError(
+            "dynamic_batching groups recordings of like length, and dynamic "
+            "mixing cuts its own: set one of them to False"
+        )
+    longest = float("inf")
+    if hparams["limit_training_signal_len"]:
+        longest = hparams["training_signal_len"] / hparams["sample_rate"]
+    seconds = [
+        min(float(item["duration"]), longest) for item in dataset.data.values()
+    ]
+    batches = DynamicBatchSampler(
+        dataset,
+        max_batch_length=hparams["max_batch_length"],
+        num_buckets=hparams["num_buckets"],
+        lengths_list=seconds,
+        # Else their number would change from epoch to epoch, which a
+        # distributed sampler does not see. Only their order is shuffled.
+        shuffle=False,
+        batch_ordering="random" if shuffle else "ascending",
+        seed=seed,
+    )
+    for name in ("batch_size", "drop_last"):
+        options.pop(name, None)
+    return options | {"batch_sampler": EpochSampler(size, batches=batches)}

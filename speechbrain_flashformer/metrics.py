@@ -10,6 +10,8 @@ training from Yu et al. (arXiv:1607.00325); SDR as in BSS Eval version 3
 (Vincent et al., 2006), the measure of ``mir_eval.separation``.
 """
 
+import importlib.util
+import math
 from itertools import permutations
 
 import torch
@@ -207,6 +209,72 @@ def sdr(target, estimate, filter_length=512):
     return 10 * torch.log10(
         explained.clamp(min=EPS**2) / rest.clamp(min=EPS**2)
     )
+
+
+def perceptual(name, target, estimate, sample_rate):
+    """PESQ or STOI of each source.
+
+    Arguments
+    ---------
+    name : str
+        ``pesq`` (ITU-T P.862: narrow band at 8000 Hz, wide band at 16000 Hz)
+        or ``stoi`` (Taal et al., 2011).
+    target : torch.Tensor
+        Clean sources, [S, T].
+    estimate : torch.Tensor
+        Their estimates, in the same order, [S, T].
+    sample_rate : int
+        Hz.
+
+    Returns
+    -------
+    list of float
+        S values; NaN where the measure finds no speech.
+
+    Raises
+    ------
+    ImportError
+        When the package of the measure is not installed.
+    ValueError
+        When the name or, for PESQ, the rate is none of these.
+
+    Example
+    -------
+    >>> x = torch.randn(1, 8000)
+    >>> round(perceptual("stoi", x, x, 8000)[0], 3)
+    1.0
+    """
+    check_perceptual([name], sample_rate)
+    pairs = zip(target.double().numpy(), estimate.double().numpy())
+    if name == "stoi":
+        from pystoi import stoi
+
+        return [float(stoi(x, y, sample_rate)) for x, y in pairs]
+    from pesq import PesqError, pesq
+
+    band = {8000: "nb", 16000: "wb"}[sample_rate]
+    values = [
+        pesq(sample_rate, x, y, band, on_error=PesqError.RETURN_VALUES)
+        for x, y in pairs
+    ]
+    return [value if value > 0 else math.nan for value in values]
+
+
+def check_perceptual(names, sample_rate):
+    """Raise what ``perceptual`` would, before anything is computed."""
+    packages = {"pesq": "pesq", "stoi": "pystoi"}
+    for name in names:
+        if name not in packages:
+            raise ValueError(f"no measure {name!r}: there are pesq and stoi")
+        if name == "pesq" and sample_rate not in (8000, 16000):
+            raise ValueError(
+                f"PESQ is defined at 8000 and 16000 Hz, not at {sample_rate}"
+            )
+        if importlib.util.find_spec(packages[name]) is None:
+            raise ImportError(
+                f"{name} needs the package {packages[name]}: pip install "
+                "'speechbrain-flashformer[eval]'"
+            )
 
 
 def count_macs(function, *arguments):

@@ -17,7 +17,7 @@ import numpy as np
 import soundfile
 import torch
 from scipy.signal import fftconvolve, firwin2
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from torchaudio.functional import resample
 from tqdm import tqdm
 
@@ -45,7 +45,8 @@ def load_mixtures(hparams):
     """Build the ``DynamicMixtures`` that a recipe's hyperparameters describe.
 
     Reads ``base_folder_dm``, ``dm_speaker``, ``num_spks``, ``sample_rate``,
-    ``training_signal_len``, ``seed``, ``use_speedperturb``, ``speeds``,
+    ``training_signal_len``, ``seed``, ``use_speedperturb``,
+    ``speed_changes`` (of which the least and the greatest count),
     ``dm_turn_share``, ``dm_noise_folder``, ``dm_noise_share``,
     ``dm_room_share`` and ``dm_colour_db``.
     """
@@ -54,6 +55,9 @@ def load_mixtures(hparams):
             "dynamic_mixing needs single-speaker recordings: give their "
             "folder as base_folder_dm"
         )
+    speeds = (100, 100)
+    if hparams["use_speedperturb"]:
+        speeds = (min(hparams["speed_changes"]), max(hparams["speed_changes"]))
     noise = []
     if hparams["dm_noise_folder"]:
         found = find_recordings(hparams["dm_noise_folder"])
@@ -64,7 +68,7 @@ def load_mixtures(hparams):
         hparams["sample_rate"],
         hparams["training_signal_len"],
         hparams["seed"],
-        hparams["speeds"] if hparams["use_speedperturb"] else (100, 100),
+        speeds,
         hparams["dm_turn_share"],
         noise,
         hparams["dm_noise_share"],
@@ -309,33 +313,6 @@ class DynamicMixtures(Dataset):
         noise, _ = soundfile.read(path, wanted, start, dtype="float32")
         noise = self._resample(noise, rate, self.sample_rate)
         return np.resize(noise, length)
-
-
-class EpochSampler(Sampler):
-    """Every epoch the next ``size`` numbers: 0 .. size - 1, size .. 2 size - 1.
-
-    ``set_epoch``, which SpeechBrain calls, says which.
-
-    Example
-    -------
-    >>> sampler = EpochSampler(3)
-    >>> sampler.set_epoch(2)
-    >>> list(sampler)
-    [6, 7, 8]
-    """
-
-    def __init__(self, size):
-        self.size, self.epoch = size, 0
-
-    def set_epoch(self, epoch):
-        """Choose the epoch that the next pass is of."""
-        self.epoch = epoch
-
-    def __iter__(self):
-        return iter(range(self.epoch * self.size, (self.epoch + 1) * self.size))
-
-    def __len__(self):
-        return self.size
 
 
 def colour(signal, most_db, rng):

@@ -12,6 +12,8 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_flashformer import __version__
+from speechbrain_flashformer.checkpoints import averaged_weights
+from speechbrain_flashformer.scores import SUMMARY
 from speechbrain_flashformer.separate import MODULES
 
 PACKED = {"hyperparams.yaml", "README.md", *(f"{m}.ckpt" for m in MODULES)}
@@ -113,26 +115,28 @@ def pack(run, out, half=False, overwrite=False):
                 f"{out} is more than a packed model and is not replaced: "
                 "choose another folder"
             )
-    best = None
+    tree = YAML().load(run / "hyperparams.yaml")
+    best = []
     if (run / "save").is_dir():
-        best = Checkpointer(run / "save").find_checkpoint(min_key="si-snr")
-    if best is None:
+        best = Checkpointer(run / "save").find_checkpoints(
+            min_key="si-snr",
+            max_num_checkpoints=tree.get("avg_checkpoints", 1),
+        )
+    if not best:
         raise FileNotFoundError(f"no validated checkpoint in {run / 'save'}")
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     old = partial.with_suffix(".old")
     partial.mkdir(parents=True)
     try:
-        tree = YAML().load(run / "hyperparams.yaml")
         with (partial / "hyperparams.yaml").open("w", encoding="utf-8") as file:
             _write_hyperparams(tree, file)
         parameters = 0
         for name in MODULES:
-            path = best.path / f"{name}.ckpt"
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = averaged_weights(best, name)
             # Trained on several GPUs, every key has this in front.
             state = {k.removeprefix("module."): v for k, v in state.items()}
             if name == "decoder":
-                gain = 10 ** (-best.meta.get("level_db", 0.0) / 20)
+                gain = 10 ** (-best[0].meta.get("level_db", 0.0) / 20)
                 state = {k: v * gain for k, v in state.items()}
             parameters += sum(value.numel() for value in state.values())
             if half:
@@ -144,7 +148,7 @@ def pack(run, out, half=False, overwrite=False):
             sample_rate=tree["sample_rate"],
             parameters=parameters / 1e6,
             version=__version__,
-            results=_results(run, best.meta),
+            results=_results(run, best[0].meta),
         )
         (partial / "README.md").write_text(card, encoding="utf-8")
         if out.exists():
@@ -192,9 +196,10 @@ def _results(run, meta):
     file = run / "test_results.csv"
     if file.is_file():
         with file.open(newline="", encoding="utf-8") as rows:
-            *items, mean = csv.DictReader(rows)
+            table = {row["snt_id"]: row for row in csv.DictReader(rows)}
+        mean = table["avg"]
         lines.append(
-            f"- test, {len(items)} mixtures: "
+            f"- test, {len(table) - len(SUMMARY)} mixtures: "
             f"SI-SNRi {float(mean['si-snr_i']):.2f} dB, "
             f"SDRi {float(mean['sdr_i']):.2f} dB"
         )

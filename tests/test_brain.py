@@ -10,7 +10,11 @@ import torch
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.lobes.models.dual_path import Decoder, Encoder
 from speechbrain.nnet.schedulers import (
+    CyclicLRScheduler,
+    LinearWarmupScheduler,
+    NewBobScheduler,
     ReduceLROnPlateau,
+    StepScheduler,
     WarmCoolDecayLRSchedule,
 )
 from speechbrain.utils.checkpoints import Checkpointer
@@ -117,6 +121,9 @@ def test_items_better_than_the_threshold_are_left_out(make):
     kept = brain.drop_easy(loss)
     kept.backward()
     assert kept == -15 and loss.grad.tolist() == [0, 0.5, 0.5]
+    # And those that are hopeless.
+    brain.hparams.loss_upper_lim = -15
+    assert brain.drop_easy(loss) == -20
     # None left: zero, but with a gradient, or other processes would wait.
     loss = torch.tensor([-40.0, -50.0], requires_grad=True)
     brain.drop_easy(loss).backward()
@@ -145,9 +152,58 @@ def test_a_schedule_by_step_reaches_both_optimizers(make):
     brain.on_fit_start()
     for step, lr in ((0, 0.25), (3, 1.0), (5, 1.0), (8, 0.25)):
         brain.optimizer_step = step
-        brain.on_fit_batch_start(None, should_step=True)
+        brain.on_fit_batch_start(batch(100), should_step=True)
         for optimizer in brain.optimizers_dict.values():
             assert optimizer.param_groups[0]["lr"] == pytest.approx(lr)
+
+
+@pytest.mark.parametrize(
+    "schedule, rates",
+    [
+        # Called with an optimizer; counts by itself.
+        (LinearWarmupScheduler(1.0, 4, 8), [0.25, 0.5, 0.75, 1.0, 0.75, 0.5]),
+        # By epochs of three steps.
+        (StepScheduler(1.0, 0.5, 2), [1.0] * 3 + [0.5] * 3),
+        # By the loss of an epoch, which does not get better.
+        (NewBobScheduler(1.0, 0.5, patient=0), [1.0] * 3 + [1.0] * 3),
+        (
+            ReduceLROnPlateau(patience=0, dont_halve_until_epoch=0),
+            [1.0] * 3 + [1.0] * 3,
+        ),
+    ],
+)
+def test_every_kind_of_schedule_reaches_both_optimizers(make, schedule, rates):
+    brain = make(lr_scheduler=schedule)
+    brain.on_fit_start()
+    brain._set_lr(1.0)
+    seen = []
+    for step in range(6):
+        brain.optimizer_step = step
+        brain.on_fit_batch_start(batch(100), should_step=True)
+        one, other = (
+            o.param_groups[0]["lr"] for o in brain.optimizers_dict.values()
+        )
+        assert one == other
+        seen.append(one)
+        if step % 3 == 2:
+            brain._end_epoch_lr(step // 3 + 1, 5.0)
+    assert seen == pytest.approx(rates)
+
+
+def test_a_plateau_may_be_reached_by_a_warm_up(make):
+    brain = make(warmup_steps=4, lr=1.0)
+    brain.on_fit_start()
+    seen = []
+    for step in range(6):
+        brain.optimizer_step = step
+        brain.on_fit_batch_start(batch(100), should_step=True)
+        seen.append(brain.optimizer.param_groups[0]["lr"])
+    assert seen == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_a_schedule_that_nobody_would_step_is_refused(make):
+    with pytest.raises(TypeError, match="CyclicLRScheduler is called with"):
+        make(lr_scheduler=CyclicLRScheduler())
 
 
 def test_broken_validation_is_never_the_best(make):
@@ -167,38 +223,37 @@ def test_broken_validation_is_never_the_best(make):
 
 
 def test_batches_of_unlike_length_are_tested_item_by_item(make, tmp_path):
-    brain = make()
-    brain.on_stage_start(sb.Stage.TEST)
+    brain = make(n_audio_to_save=2)
     brain.modules.eval()
-    with torch.no_grad():
-        brain.evaluate_batch(batch(4000, 2500), sb.Stage.TEST)
-    together = brain.rows
+
+    def test(*batches):
+        brain.on_stage_start(sb.Stage.TEST)
+        for x in batches:
+            brain.evaluate_batch(x, sb.Stage.TEST)
+        brain.save_results()
+        with open(tmp_path / "test_results.csv", newline="") as file:
+            return {row["snt_id"]: row for row in csv.DictReader(file)}
+
+    together = test(batch(4000, 2500))
     alone = []
-    for index in range(2):
+    for index, n in enumerate((4000, 2500)):
         x = batch(4000, 2500)
-        n = (4000, 2500)[index]
         item = {
             key: getattr(x, key).data[index, :n]
             for key in ("mix_sig", "s1_sig", "s2_sig")
         }
-        brain.on_stage_start(sb.Stage.TEST)
-        with torch.no_grad():
-            single = PaddedBatch([{"id": f"x{index}", **item}])
-            brain.evaluate_batch(single, sb.Stage.TEST)
-        alone += brain.rows
-    for a, b in zip(together, alone, strict=True):
-        assert a["snt_id"] == b["snt_id"]
+        alone.append(PaddedBatch([{"id": f"x{index}", **item}]))
+    alone = test(*alone)
+    ends = ["avg", "median", "5th percentile"]
+    assert list(together) == list(alone) == ["x0", "x1", *ends]
+    for name, row in together.items():
         for key in ("si-snr", "si-snr_i", "sdr", "sdr_i"):
-            assert a[key] == pytest.approx(b[key], abs=1e-2)
-    brain.rows = together
-    brain.save_results()
-    with open(tmp_path / "test_results.csv", newline="") as file:
-        assert [r["snt_id"] for r in csv.DictReader(file)] == [
-            "x0",
-            "x1",
-            "avg",
-        ]
+            assert float(row[key]) == pytest.approx(
+                float(alone[name][key]), abs=1e-2
+            )
     assert len(list((tmp_path / "audio_results").glob("*_mix.wav"))) == 2
+    assert len(list((tmp_path / "audio_worst").glob("*_mix.wav"))) == 2
+    assert not list(tmp_path.glob("*.growing"))
 
 
 def test_half_precision_trains_with_a_loss_in_float32(make):
@@ -231,3 +286,49 @@ def test_wrapped_modules_are_the_ones_that_run(make):
     brain.hparams.Encoder = brain.hparams.MaskNet = SimpleNamespace()
     brain.compute_forward(batch(4000), sb.Stage.TRAIN)
     assert ran == ["encoder", "masknet", "decoder"]
+
+
+def test_a_batch_that_is_not_finite_changes_nothing_and_is_told(make, caplog):
+    brain = make({"nonfinite_patience": 2, "skip_nonfinite_grads": True})
+    brain.on_fit_start()
+    brain.modules.train()
+    brain.nonfinite_count = 0
+    brain.fit_batch(batch(4000))
+    before = [p.clone() for p in brain.modules.parameters()]
+    broken = batch(4000)
+    broken.mix_sig.data[0, 7] = math.nan
+    for count in (1, 2):
+        brain.fit_batch(broken)
+        assert brain.nonfinite_count == count
+        assert "x0 is not finite" in caplog.text
+        assert all(map(torch.equal, before, brain.modules.parameters()))
+    brain.on_stage_end(sb.Stage.TRAIN, 1.0)
+    assert brain.train_stats["nonfinite"] == 2
+    with pytest.raises(ValueError, match="patience is exhausted"):
+        brain.fit_batch(broken)
+    brain.fit_batch(batch(4000))
+    assert not torch.equal(before[0], next(brain.modules.parameters()))
+
+
+def test_the_mean_of_the_best_checkpoints_is_tested(make):
+    brain = make(avg_checkpoints=2)
+    brain.on_fit_start()
+    brain.train_stats = {"si-snr": 0.0}
+    weight = brain.checkpointer.recoverables["masknet"].masks.weight
+    for epoch, score in enumerate((3.0, 1.0, 5.0, 2.0), 1):
+        torch.nn.init.constant_(weight, score)
+        row = {"si-snr": score, "si-snr_i": score, "level_db": 0.0}
+        brain.rows = [row]
+        brain.on_stage_end(sb.Stage.VALID, torch.tensor(0.0), epoch)
+    brain.on_evaluate_start(min_key="si-snr")
+    assert weight.unique().tolist() == [4.0]
+
+
+def test_statistics_go_to_the_board_too(make):
+    board = Log()
+    brain = make(tensorboard_train_logger=board)
+    brain.on_fit_start()
+    brain.train_stats = {"si-snr": 0.0}
+    brain.rows = [{"si-snr": 1.0, "si-snr_i": 1.0, "level_db": 0.0}]
+    brain.on_stage_end(sb.Stage.VALID, torch.tensor(0.0), 1)
+    assert board.lines == brain.hparams.train_logger.lines != []

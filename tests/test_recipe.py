@@ -96,9 +96,9 @@ def test_train_stop_resume_and_test(data, tmp_path):
     learning = epochs(output, "train si-snr")
     assert learning[6] < learning[1] - 1
 
-    # Results: a row per test mixture, then their mean.
+    # Results: a row per test mixture, then what sums them up.
     with open(output / "test_results.csv", newline="") as file:
-        *rows, mean = csv.DictReader(file)
+        *rows, mean, _, _ = csv.DictReader(file)
     assert list(mean) == ["snt_id", "sdr", "sdr_i", "si-snr", "si-snr_i"]
     names = {p.stem for p in (data / "wav8k/min/tt/mix").iterdir()}
     assert {row["snt_id"] for row in rows} == names
@@ -122,15 +122,18 @@ def test_train_stop_resume_and_test(data, tmp_path):
             assert rate == 8000 and len(clean) == len(estimate)
             assert clean.std() == pytest.approx(estimate.std(), rel=0.05)
             assert abs(estimate).max() < 1
-    picture = (output / "results.png").read_bytes()
-    assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
+    for name in ("results.png", "evaluation.png"):
+        picture = (output / name).read_bytes()
+        assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+    # Of four mixtures all are among the five worst.
+    assert len(list((output / "audio_worst").glob("*_mix.wav"))) == 4
     assert not list(output.rglob("*.partial"))
 
     # Testing again gives the same from the checkpoint alone.
     (output / "test_results.csv").unlink()
     train(*options, "--N_epochs", 6, "--test_only")
     with open(output / "test_results.csv", newline="") as file:
-        again = list(csv.DictReader(file))[-1]
+        again = list(csv.DictReader(file))[-3]
     assert float(again["si-snr"]) == pytest.approx(
         float(mean["si-snr"]), abs=1e-3
     )
@@ -205,6 +208,9 @@ def test_the_default_makes_the_starter_set_and_says_so(tmp_path):
         (["--num_spks", "3"], "tr/s3 (3 speakers)"),
         (["--n_audio_to_save", "0"], "plot_results draws saved audio"),
         (["--precision", "fp16"], "fp16"),
+        (["--more_metrics", "[mos]"], "no measure 'mos'"),
+        (["--more_metrics", "[pesq]", "--sample_rate", "44100"], "not at 44100"),
+        (["--output_folder", "/dev/null/run"], "/dev/null"),
     ],
 )
 def test_bad_input_stops_before_training(data, tmp_path, options, message):

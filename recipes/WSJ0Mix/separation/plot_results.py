@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Draw a training: its learning curve, and one test mixture taken apart.
+"""Draw a training: its learning curve, its test, one mixture taken apart.
 
 > python plot_results.py results/flashformer-demo/1234
 
-Writes ``results.png`` into the output folder. Needs matplotlib (the extra
-``demo``).
+Writes ``results.png`` and ``evaluation.png`` into the output folder. Needs
+matplotlib (the extra ``demo``).
 """
 
+import csv
+import math
 import os
 import re
 import sys
@@ -73,8 +75,65 @@ def plot_results(output_folder):
             f"speaker {i + 1}, separated",
         )
     figure.suptitle(f"{folder}: {name}", fontsize=9)
-    path = folder / "results.png"
-    partial = path.with_name("results.partial")
+    return _save(figure, folder / "results.png")
+
+
+def plot_evaluation(output_folder):
+    """Draw ``test_results.csv``: SI-SNRi against the SI-SNR of the mixture.
+
+    Arguments
+    ---------
+    output_folder : str or Path
+        Of a finished test.
+
+    Returns
+    -------
+    Path
+        The PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder = Path(output_folder)
+    with open(folder / "test_results.csv", newline="") as file:
+        *rows, mean, median, low = csv.DictReader(file)
+    gains = [float(row["si-snr_i"]) for row in rows]
+    before = [float(row["si-snr"]) - g for row, g in zip(rows, gains)]
+    figure, (cloud, bars) = pyplot.subplots(
+        1,
+        2,
+        sharey=True,
+        figsize=(9, 4.5),
+        width_ratios=(2, 1),
+        layout="constrained",
+    )
+    cloud.scatter(before, gains, s=12, alpha=0.6)
+    cloud.set(xlabel="SI-SNR of the mixture (dB)", ylabel="SI-SNRi (dB)")
+    bars.hist(
+        [gain for gain in gains if math.isfinite(gain)],
+        bins=30,
+        orientation="horizontal",
+    )
+    bars.set(xlabel="mixtures")
+    lines = {"mean": mean, "median": median, "5th percentile": low}
+    for (name, row), style in zip(lines.items(), ("-", "--", ":")):
+        value = float(row["si-snr_i"])
+        bars.axhline(
+            value, color="k", ls=style, lw=1, label=f"{name} {value:.1f} dB"
+        )
+    bars.legend(fontsize=8)
+    for axes in (cloud, bars):
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{folder}: {len(rows)} test mixtures", fontsize=9)
+    return _save(figure, folder / "evaluation.png")
+
+
+def _save(figure, path):
+    from matplotlib import pyplot
+
+    partial = path.with_suffix(".partial")
     figure.savefig(partial, dpi=110, format="png")
     pyplot.close(figure)
     os.replace(partial, path)
@@ -122,3 +181,4 @@ def _draw_spectrogram(axes, path, title):
 
 if __name__ == "__main__":
     print(plot_results(*sys.argv[1:]))
+    print(plot_evaluation(*sys.argv[1:]))

@@ -14,20 +14,25 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
-from plot_results import check_can_plot, plot_results
+from plot_results import check_can_plot, plot_evaluation, plot_results
 from prepare_data import prepare_wsjmix
-from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.nnet.schedulers import WarmCoolDecayLRSchedule
 from speechbrain.utils.distributed import (
     ddp_init_group,
     infer_device,
     run_on_main,
 )
 from speechbrain.utils.logger import get_logger
+from speechbrain.utils.train_logger import TensorboardLogger
 from torch.distributed import get_world_size, is_initialized
 
 from speechbrain_flashformer.brain import Separation
-from speechbrain_flashformer.data import load_datasets
-from speechbrain_flashformer.mixing import EpochSampler, load_mixtures
+from speechbrain_flashformer.data import (
+    load_datasets,
+    training_loader_options,
+)
+from speechbrain_flashformer.metrics import check_perceptual
+from speechbrain_flashformer.mixing import load_mixtures
 from speechbrain_flashformer.voices import make_voices
 
 logger = get_logger(__name__)
@@ -40,6 +45,8 @@ def main():
         hparams = load_hyperpyyaml(file, overrides)
     ddp_init_group(run_opts)
     hparams.setdefault("precision", default_precision(run_opts["device"]))
+    # What would otherwise be raised after the training.
+    check_perceptual(hparams["more_metrics"], hparams["sample_rate"])
     if hparams["plot_results"]:
         check_can_plot(hparams)
     sb.create_experiment_directory(
@@ -80,17 +87,17 @@ def main():
         },
     )
     train_data, valid_data, test_data = load_datasets(hparams)
-    loader_opts = hparams["dataloader_opts"]
-    batches = len(train_data) // hparams["batch_size"]
+    # Dynamic mixing: as many mixtures in an epoch as the data folder has.
+    loader_opts = training_loader_options(hparams, train_data, len(train_data))
     if hparams["dynamic_mixing"]:
-        # As many mixtures in an epoch as the data folder has.
-        loader_opts = {
-            **loader_opts,
-            "sampler": EpochSampler(len(train_data)),
-            "shuffle": False,
-            "collate_fn": PaddedBatch,
-        }
         train_data = load_mixtures(hparams)
+    if hparams["use_tensorboard"]:
+        hparams["tensorboard_train_logger"] = TensorboardLogger(
+            hparams["tensorboard_logs"]
+        )
+    if "pretrained_separator" in hparams:
+        run_on_main(hparams["pretrained_separator"].collect_files)
+        hparams["pretrained_separator"].load_collected()
 
     separator = Separation(
         modules=hparams["modules"],
@@ -99,9 +106,10 @@ def main():
         run_opts=run_opts,
         checkpointer=hparams["checkpointer"],
     )
-    ranks = get_world_size() if is_initialized() else 1
-    steps = batches // ranks // separator.grad_accumulation_factor
-    stretch_schedule(hparams["lr_scheduler"], hparams["N_epochs"] * steps)
+    stretch_schedule(
+        hparams["lr_scheduler"],
+        hparams["N_epochs"] * steps_per_epoch(separator, loader_opts),
+    )
     separator.fit(
         separator.hparams.epoch_counter,
         train_data,
@@ -116,11 +124,22 @@ def main():
     )
     if hparams["plot_results"]:
         run_on_main(plot_results, args=[hparams["output_folder"]])
+        run_on_main(plot_evaluation, args=[hparams["output_folder"]])
+
+
+def steps_per_epoch(separator, loader_opts):
+    """Optimizer steps that each process takes in an epoch."""
+    if "batch_sampler" in loader_opts:
+        batches = len(loader_opts["batch_sampler"])
+    else:
+        batches = len(loader_opts["sampler"]) // loader_opts["batch_size"]
+    ranks = get_world_size() if is_initialized() else 1
+    return batches // ranks // separator.grad_accumulation_factor
 
 
 def stretch_schedule(schedule, steps):
-    """Let a schedule over a number of steps end where the training does."""
-    if hasattr(schedule, "total_steps"):
+    """Let a warm-up and cool-down end where the training does."""
+    if isinstance(schedule, WarmCoolDecayLRSchedule):
         share = schedule.cooldown / schedule.total_steps
         schedule.total_steps = max(1, steps)
         schedule.cooldown = max(1, round(share * steps))

@@ -1,0 +1,113 @@
+"""Checkpoints that are whole or not there, and what they must also hold."""
+
+import shutil
+from functools import partial
+
+import torch
+from speechbrain.utils.checkpoints import (
+    Checkpointer,
+    average_checkpoints,
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
+from speechbrain.utils.distributed import ddp_barrier, if_main_process
+
+PARTIAL = "PARTIAL+"
+
+
+class WholeCheckpointer(Checkpointer):
+    """A ``Checkpointer`` whose checkpoints appear when all is written.
+
+    SpeechBrain's writes into the place where it looks for checkpoints: a
+    training stopped in between would take the torn one for its newest.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> layer = torch.nn.Linear(1, 1)
+    >>> checkpointer = WholeCheckpointer(folder, {"layer": layer})
+    >>> checkpointer.save_checkpoint().path.is_dir()
+    True
+    """
+
+    def save_checkpoint(self, *args, **kwargs):
+        """As SpeechBrain's; an error leaves the checkpoints as they were."""
+        self._remove_partial()
+        try:
+            checkpoint = super().save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError) as error:
+            self._remove_partial()
+            raise OSError(
+                f"cannot write a checkpoint into {self.checkpoints_dir}: "
+                f"{error}; those in it are whole: mend the disk and run the "
+                "same command again"
+            ) from error
+        ddp_barrier()
+        if checkpoint is None:
+            return None
+        partial, name = checkpoint.path, checkpoint.path.name
+        path = partial.with_name(name.removeprefix(PARTIAL))
+        partial.rename(path)
+        files = checkpoint.paramfiles.items()
+        return checkpoint._replace(
+            path=path,
+            paramfiles={name: path / file.name for name, file in files},
+        )
+
+    def _remove_partial(self):
+        if if_main_process():
+            for folder in self.checkpoints_dir.glob(f"{PARTIAL}*"):
+                shutil.rmtree(folder)
+
+    def _new_checkpoint_dirpath(self):
+        path = super()._new_checkpoint_dirpath()
+        return path.with_name(PARTIAL + path.name)
+
+    def _custom_checkpoint_dirpath(self, name):
+        path = super()._custom_checkpoint_dirpath(name)
+        return path.with_name(PARTIAL + path.name)
+
+
+@register_checkpoint_hooks
+class RandomState:
+    """The state of torch's random generators.
+
+    Without it dropout and augmentation would go on otherwise after a stop.
+    The processes of a distributed training draw alike: one state is for all.
+    """
+
+    @mark_as_saver
+    def save(self, path):
+        """Write the states; called by the main process alone."""
+        state = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state()
+        torch.save(state, path)
+
+    @mark_as_loader
+    def load(self, path, end_of_epoch):
+        """Take up the state."""
+        state = torch.load(path, weights_only=True)
+        torch.set_rng_state(state["cpu"])
+        if torch.cuda.is_available() and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"])
+
+
+def averaged_weights(checkpoints, name):
+    """The mean over checkpoints of one module's weights.
+
+    Arguments
+    ---------
+    checkpoints : list of speechbrain.utils.checkpoints.Checkpoint
+        At least one.
+    name : str
+        Of the module, as the checkpointer knows it.
+
+    Returns
+    -------
+    dict
+        A state dict, on the CPU.
+    """
+    load = partial(torch.load, weights_only=True)
+    return average_checkpoints(checkpoints, name, load)

@@ -1,0 +1,208 @@
+"""Scores of a test: computed beside the network, written as they come.
+
+Axes: B batch, T samples, S speakers.
+"""
+
+import csv
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+from speechbrain_flashformer.metrics import (
+    best_order,
+    perceptual,
+    reorder,
+    sdr,
+    si_snr,
+)
+
+# The last rows of a table, which sum it up.
+SUMMARY = {
+    "avg": np.mean,
+    "median": np.median,
+    "5th percentile": lambda values: np.percentile(values, 5),
+}
+COLUMNS = ["snt_id", "sdr", "sdr_i", "si-snr", "si-snr_i"]
+WORST = 5
+# Mixtures waiting for a score, per thread: what bounds the memory.
+WAITING = 4
+
+
+def quick_scores(names, mixture, targets, predictions, lengths):
+    """What every validation needs, of each item of a batch.
+
+    Arguments
+    ---------
+    names : list of str
+        B of them.
+    mixture : torch.Tensor
+        [B, T].
+    targets, predictions : torch.Tensor
+        [B, T, S], in any order of speakers.
+    lengths : torch.Tensor
+        Relative, [B].
+
+    Returns
+    -------
+    tuple
+        Rows (dict) with ``snt_id``, ``si-snr``, ``si-snr_i`` in dB and
+        ``level_db``, how much louder the estimates are; and for each item its
+        signals (mixture [T], targets [S, T], estimates [S, T] in the order of
+        the targets), cut to length.
+    """
+    scores, order = best_order(targets, predictions, lengths)
+    predictions = reorder(predictions, order)
+    mixtures = mixture.unsqueeze(2).expand_as(targets)
+    gains = scores - si_snr(targets, mixtures, lengths)
+    samples = (lengths * targets.shape[1]).round().long().tolist()
+    rows, signals = [], []
+    for b, (name, n) in enumerate(zip(names, samples)):
+        clean, separated = (x[b, :n].T for x in (targets, predictions))
+        power = separated.square().mean(1) / clean.square().mean(1)
+        rows.append(
+            {
+                "snt_id": name,
+                "si-snr": scores[b].mean().item(),
+                "si-snr_i": gains[b].mean().item(),
+                "level_db": 10 * torch.log10(power).mean().item(),
+            }
+        )
+        signals.append((mixture[b, :n], clean, separated))
+    return rows, signals
+
+
+class ResultsWriter:
+    """Adds the slow scores in threads, and writes each row when it is there.
+
+    Arguments
+    ---------
+    path : str or Path
+        Of the table that grows: CSV.
+    sample_rate : int
+        Hz.
+    more : list of str
+        Measures beside SDR: ``pesq``, ``stoi``.
+    """
+
+    def __init__(self, path, sample_rate, more=()):
+        self.path, self.sample_rate = path, sample_rate
+        self.more = list(more)
+        self.rows, self.worst, self.waiting = [], [], []
+        self.file = open(path, "w", newline="", encoding="utf-8")
+        self.table = csv.DictWriter(
+            self.file, COLUMNS + self.more, extrasaction="ignore"
+        )
+        self.table.writeheader()
+        self.threads = os.cpu_count() or 1
+        self.pool = ThreadPoolExecutor(self.threads)
+
+    def add(self, row, mixture, targets, predictions):
+        """Score one mixture: [T], [S, T] and [S, T], any device."""
+        signals = [x.cpu() for x in (mixture, targets, predictions)]
+        self.worst.append((row["si-snr_i"], row["snt_id"], signals))
+        # What is not a number is worse than any.
+        self.worst.sort(key=lambda item: (not math.isnan(item[0]), item[0]))
+        del self.worst[WORST:]
+        self.waiting.append(self.pool.submit(self._score, row, *signals))
+        while len(self.waiting) > WAITING * self.threads:
+            self._take()
+
+    def close(self):
+        """Wait for what is left; the rows."""
+        while self.waiting:
+            self._take()
+        self.pool.shutdown()
+        self.file.close()
+        return self.rows
+
+    def _score(self, row, mixture, targets, predictions):
+        mixtures = mixture.expand_as(targets)
+        after = sdr(targets, predictions).mean().item()
+        before = sdr(targets, mixtures).mean().item()
+        row = {**row, "sdr": after, "sdr_i": after - before}
+        for name in self.more:
+            values = perceptual(name, targets, predictions, self.sample_rate)
+            row[name] = float(np.mean(values))
+        return row
+
+    def _take(self):
+        row = self.waiting.pop(0).result()
+        self.rows.append(row)
+        self.table.writerow(row)
+        self.file.flush()
+
+
+def write_results(path, rows, more=()):
+    """Write the finished table: rows by name, then what sums them up.
+
+    Arguments
+    ---------
+    path : str or Path
+        Written beside and renamed.
+    rows : list of dict
+        At least one.
+    more : list of str
+        Measures beside ``COLUMNS``.
+
+    Returns
+    -------
+    dict
+        ``avg``, ``median`` and ``5th percentile``: row of each.
+    """
+    columns = COLUMNS + list(more)
+    summary = {
+        kind: {"snt_id": kind}
+        | {c: float(f([row[c] for row in rows])) for c in columns[1:]}
+        for kind, f in SUMMARY.items()
+    }
+    path = Path(path)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda row: row["snt_id"]))
+        writer.writerows(summary.values())
+    os.replace(partial, path)
+    return summary
+
+
+def write_example(folder, name, mixture, targets, predictions, sample_rate):
+    """Write NAME_mix.wav, NAME_s1.wav, NAME_s1hat.wav, ...
+
+    Estimates are brought to the level of their source: SI-SNR training leaves
+    the scale free, and a quiet or clipped file tells nothing.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Made when it is not there.
+    name : str
+        Of the mixture.
+    mixture : torch.Tensor
+        [T].
+    targets, predictions : torch.Tensor
+        [S, T].
+    sample_rate : int
+        Hz.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    signals = {"mix": mixture}
+    for i, (target, estimate) in enumerate(zip(targets, predictions), 1):
+        gain = target.norm() / estimate.norm().clamp(min=1e-8)
+        signals[f"s{i}"] = target
+        signals[f"s{i}hat"] = estimate * gain
+    # One gain for all, so that they stay comparable.
+    peak = max(signal.abs().max().item() for signal in signals.values())
+    scale = min(1.0, 0.99 / max(peak, 1e-8))
+    for suffix, signal in signals.items():
+        soundfile.write(
+            folder / f"{name}_{suffix}.wav",
+            (signal * scale).cpu().numpy(),
+            sample_rate,
+        )

@@ -1,0 +1,146 @@
+"""A training that was stopped ends with the weights of one that was not."""
+
+import pytest
+import speechbrain as sb
+import torch
+from prepare_data import prepare_wsjmix
+from speechbrain.augment.time_domain import SpeedPerturb
+from speechbrain.lobes.models.dual_path import Decoder, Encoder
+from speechbrain.nnet.schedulers import ReduceLROnPlateau
+from speechbrain.utils.epoch_loop import EpochCounter
+
+from speechbrain_flashformer import FlashFormer
+from speechbrain_flashformer.brain import Separation
+from speechbrain_flashformer.checkpoints import WholeCheckpointer
+from speechbrain_flashformer.data import EpochSampler, load_dataset
+from speechbrain_flashformer.metrics import pit_si_snr_loss
+from speechbrain_flashformer.voices import make_voices
+
+ITEMS = 14
+
+
+class Stop(BaseException):
+    """As a signal would."""
+
+
+class Stopping(Separation):
+    """Is stopped after so many batches."""
+
+    def fit_batch(self, batch):
+        if self.left == 0:
+            raise Stop
+        self.left -= 1
+        return super().fit_batch(batch)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    voices = make_voices(
+        folder / "voices", sizes=(ITEMS, 2, 2), utterances=1, progressbar=False
+    )
+    prepare_wsjmix(voices, folder)
+    hparams = {
+        "data_folder": str(voices),
+        "num_spks": 2,
+        "sample_rate": 8000,
+        "seed": 5,
+    }
+    return (
+        load_dataset(folder / "wsj_tr.csv", hparams, crop=4000),
+        load_dataset(folder / "wsj_cv.csv", hparams),
+    )
+
+
+@pytest.fixture
+def train(data, tmp_path):
+    def run(name, left=-1, workers=0, **options):
+        torch.manual_seed(0)
+        modules = {
+            "encoder": Encoder(kernel_size=16, out_channels=12),
+            "masknet": FlashFormer(
+                12, d_model=32, num_layers=1, nhead=2, dropout=0.1
+            ),
+            "decoder": Decoder(12, 1, kernel_size=16, stride=8, bias=False),
+        }
+        counter = EpochCounter(2)
+        schedule = ReduceLROnPlateau(patience=0, dont_halve_until_epoch=0)
+        save = tmp_path / name
+        recoverables = {**modules, "counter": counter, "schedule": schedule}
+        brain = Stopping(
+            modules=modules,
+            opt_class=lambda p: torch.optim.AdamW(p, lr=1e-3),
+            hparams={
+                "num_spks": 2,
+                "sample_rate": 8000,
+                "loss": pit_si_snr_loss,
+                "threshold_byloss": True,
+                "threshold": -30,
+                "lr_scheduler": schedule,
+                "warmup_steps": 5,
+                "lr": 1e-3,
+                "matrix_optimizer": lambda p: torch.optim.Muon(p, lr=1e-3),
+                "use_speedperturb": True,
+                "speed_perturb": SpeedPerturb(8000, [90, 100, 110]),
+                "train_logger": Silent(),
+            },
+            run_opts={"device": "cpu", "noprogressbar": True, **options},
+            checkpointer=WholeCheckpointer(save, recoverables),
+        )
+        brain.left = left
+        training, validation = data
+        loader = {
+            "batch_size": 2,
+            "num_workers": workers,
+            "drop_last": True,
+            "sampler": EpochSampler(ITEMS, shuffle=True, seed=1),
+        }
+        try:
+            brain.fit(
+                counter,
+                training,
+                validation,
+                train_loader_kwargs=loader,
+                valid_loader_kwargs={"batch_size": 1},
+            )
+        except Stop:
+            return None
+        return [p.detach().clone() for p in brain.modules.parameters()]
+
+    return run
+
+
+class Silent:
+    def log_stats(self, **stats):
+        pass
+
+
+def test_stopped_at_any_step_it_ends_with_the_same_weights(train):
+    whole = train("whole")
+    # In the first epoch, at its end, in the second: seven steps in each.
+    for stop in (1, 7, 10):
+        name = f"stopped after {stop}"
+        assert train(name, stop, ckpt_interval_steps=2) is None
+        resumed = train(name, ckpt_interval_steps=2)
+        assert all(map(torch.equal, whole, resumed)), name
+
+
+def test_gradients_half_gathered_are_not_lost(train):
+    options = {"grad_accumulation_factor": 3, "ckpt_interval_steps": 1}
+    whole = train("whole", grad_accumulation_factor=3)
+    for stop in (4, 6, 9):
+        assert train(f"stopped after {stop}", stop, **options) is None
+        resumed = train(f"stopped after {stop}", **options)
+        assert all(map(torch.equal, whole, resumed)), stop
+
+
+def test_workers_change_nothing(train):
+    assert train("half", 4, workers=1, ckpt_interval_steps=3) is None
+    assert all(map(torch.equal, train("whole"), train("half", workers=2)))
+
+
+def test_stages_are_those_of_speechbrain():
+    assert issubclass(Separation, sb.Brain)
+    # What a subclass must not have replaced, or Brain's options do nothing.
+    for name in ("fit_batch", "evaluate_batch", "optimizers_step", "fit"):
+        assert getattr(Separation, name) is getattr(sb.Brain, name)

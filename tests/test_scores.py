@@ -1,0 +1,141 @@
+"""Scores of a test: the same in threads, written as they come, summed up."""
+
+import csv
+import importlib.util
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from speechbrain_flashformer.metrics import check_perceptual, perceptual, sdr
+from speechbrain_flashformer.scores import (
+    ResultsWriter,
+    quick_scores,
+    write_example,
+    write_results,
+)
+
+
+def signals(samples, noise=0.3):
+    targets = torch.randn(2, samples)
+    estimates = targets + noise * torch.randn(2, samples)
+    return targets.sum(0), targets, estimates
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_rows_are_those_of_one_after_another_and_grow_on_disk(tmp_path):
+    writer = ResultsWriter(tmp_path / "growing", 8000, ["stoi"])
+    given = []
+    for index in range(30):
+        mixture, targets, estimates = signals(8000, 0.05 * (index + 1))
+        row = {"snt_id": f"x{index:02}", "si-snr": 1.0, "si-snr_i": -index}
+        given.append((targets, mixture, estimates))
+        writer.add(row, mixture, targets, estimates)
+    assert read(tmp_path / "growing"), "nothing there before the end"
+    rows = writer.close()
+    assert [row["snt_id"] for row in rows] == [f"x{i:02}" for i in range(30)]
+    for row, (targets, mixture, estimates) in zip(rows, given):
+        after = sdr(targets, estimates).mean().item()
+        before = sdr(targets, mixture.expand_as(targets)).mean().item()
+        assert row["sdr"] == pytest.approx(after)
+        assert row["sdr_i"] == pytest.approx(after - before)
+        assert 0 < row["stoi"] < 1
+    assert rows[0]["stoi"] > rows[-1]["stoi"]
+    worst = [name for _, name, _ in writer.worst]
+    assert worst == ["x29", "x28", "x27", "x26", "x25"]
+    torch.testing.assert_close(writer.worst[0][2][1], given[29][0])
+
+
+def test_what_is_no_number_is_the_worst(tmp_path):
+    writer = ResultsWriter(tmp_path / "growing", 8000)
+    for index, gain in enumerate([3.0, float("nan"), -1.0, 2.0, 5.0, 4.0]):
+        row = {"snt_id": index, "si-snr": gain, "si-snr_i": gain}
+        writer.add(row, *signals(2000))
+    writer.close()
+    assert [name for _, name, _ in writer.worst] == [1, 2, 3, 0, 5]
+
+
+def test_a_table_ends_with_mean_median_and_percentile(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "snt_id": f"x{i:03}",
+            "sdr": a,
+            "sdr_i": b,
+            "si-snr": c,
+            "si-snr_i": d,
+            "level_db": 0.0,
+        }
+        for i, (a, b, c, d) in enumerate(rng.normal(size=(99, 4)))
+    ]
+    path = tmp_path / "test_results.csv"
+    summary = write_results(path, rows[::-1])
+    *written, mean, median, low = read(path)
+    assert [row["snt_id"] for row in written] == [r["snt_id"] for r in rows]
+    assert list(mean) == ["snt_id", "sdr", "sdr_i", "si-snr", "si-snr_i"]
+    gains = sorted(row["sdr_i"] for row in rows)
+    assert float(mean["sdr_i"]) == pytest.approx(sum(gains) / 99)
+    assert float(median["sdr_i"]) == gains[49]
+    assert gains[4] <= float(low["sdr_i"]) <= gains[5]
+    assert summary["avg"]["sdr"] == float(mean["sdr"])
+
+
+def test_items_of_a_batch_are_scored_on_their_own_length():
+    mixture, targets, estimates = (x[None] for x in signals(4000))
+    targets, estimates = targets.mT.clone(), estimates.mT.clone()
+    one, _ = quick_scores(
+        ["a"],
+        mixture[:, :1000],
+        targets[:, :1000],
+        estimates[:, :1000],
+        torch.ones(1),
+    )
+    (padded,), ((m, clean, separated),) = quick_scores(
+        ["a"], mixture, targets, estimates.flip(2), torch.tensor([0.25])
+    )
+    assert m.shape == (1000,) and clean.shape == separated.shape == (2, 1000)
+    assert torch.equal(separated, estimates[0, :1000].T)
+    for name in ("si-snr", "si-snr_i", "level_db"):
+        assert padded[name] == pytest.approx(one[0][name], abs=1e-3)
+
+
+def test_estimates_are_saved_at_the_level_of_their_source(tmp_path):
+    mixture, targets, estimates = signals(4000)
+    write_example(tmp_path, "a", mixture, targets, 50 * estimates, 8000)
+    clean, rate = soundfile.read(tmp_path / "a_s2.wav")
+    estimate, _ = soundfile.read(tmp_path / "a_s2hat.wav")
+    assert rate == 8000
+    assert estimate.std() == pytest.approx(clean.std(), rel=1e-2)
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+@pytest.mark.parametrize("name", ["stoi", "pesq"])
+def test_perceptual_measures_fall_with_noise(name):
+    package = {"stoi": "pystoi", "pesq": "pesq"}[name]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed (the extra eval)")
+    rng = np.random.default_rng(0)
+    # Noise in bursts, as syllables are: what these measures take for speech.
+    bursts = np.repeat(rng.uniform(0, 1, 40) > 0.5, 400) * 0.3 + 1e-3
+    clean = torch.from_numpy(bursts * rng.normal(size=16000))[None].float()
+    noise = 0.1 * torch.randn(1, 16000)
+    values = [
+        perceptual(name, clean, clean + gain * noise, 8000)[0]
+        for gain in (0, 0.3, 3)
+    ]
+    assert values[0] > values[1] > values[2]
+
+
+def test_what_cannot_be_measured_is_told_first(monkeypatch):
+    with pytest.raises(ValueError, match="no measure 'mos'"):
+        check_perceptual(["mos"], 8000)
+    with pytest.raises(ValueError, match="8000 and 16000 Hz, not at 44100"):
+        check_perceptual(["pesq"], 44100)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"speechbrain-flashformer\[eval\]"):
+        check_perceptual(["stoi"], 8000)
