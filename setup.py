@@ -42,7 +42,7 @@ setup(
     ],
     extras_require={
         "demo": ["espeakng-loader>=0.2.4,<0.3", "matplotlib>=3.8,<4"],
-        "eval": ["mir_eval>=0.7,<0.9"],
+        "eval": ["pesq>=0.0.4,<0.1", "pystoi>=0.4,<0.5"],
         "flash": ["flash-attn>=2.8,<3"],
         "onnx": [
             "onnx>=1.17,<2",
@@ -56,6 +56,7 @@ setup(
             "onnx>=1.17,<2",
             "onnxruntime>=1.20,<2",
             "onnxscript>=0.5,<1",
+            "pystoi>=0.4,<0.5",
             "pytest>=8,<10",
             "ruff>=0.14,<0.18",
         ],

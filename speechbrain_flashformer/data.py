@@ -11,7 +11,6 @@ any method (Windows and macOS spawn them).
 from functools import partial
 
 import numpy as np
-import torch
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataio import read_audio
 from speechbrain.dataio.dataset import DynamicItemDataset, set_output_keys

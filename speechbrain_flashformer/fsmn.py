@@ -44,6 +44,7 @@ class _CpuFilter(torch.autograd.Function):
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx, x, weight, pad):
+        """Filter; keep what the gradients need."""
         ctx.save_for_backward(x, weight)
         ctx.pad = pad
         return depthwise_filter(x, weight, pad)
@@ -52,6 +53,7 @@ class _CpuFilter(torch.autograd.Function):
     @torch.amp.custom_bwd(device_type="cpu")
     @once_differentiable
     def backward(ctx, grad):
+        """Gradients of x and weight."""
         x, weight = ctx.saved_tensors
         channels, _, _, taps = weight.shape
         grad_x = grad_weight = None

@@ -15,6 +15,7 @@ import math
 from itertools import permutations
 
 import torch
+from scipy.fft import next_fast_len
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 EPS = 1e-8
@@ -175,14 +176,15 @@ def sdr(target, estimate, filter_length=512):
     target : torch.Tensor
         Clean sources, [S, T].
     estimate : torch.Tensor
-        Their estimates, in the same order, [S, T].
+        Their estimates, in the same order, [..., S, T]; several at once cost
+        little more than one.
     filter_length : int
         Taps of the filter allowed; 512 is the field's convention.
 
     Returns
     -------
     torch.Tensor
-        dB, float64, [S].
+        dB, float64, [..., S].
 
     Example
     -------
@@ -192,20 +194,23 @@ def sdr(target, estimate, filter_length=512):
     """
     target, estimate = target.double(), estimate.double()
     taps = filter_length
-    size = target.shape[1] + taps - 1
+    # Much faster than a length with a large prime in it.
+    size = next_fast_len(target.shape[1] + taps - 1, real=True)
     spectrum = torch.fft.rfft(target, n=size)
     auto = torch.fft.irfft(spectrum.abs().square(), n=size)[:, :taps]
     cross = torch.fft.irfft(
         spectrum.conj() * torch.fft.rfft(estimate, n=size), n=size
-    )[:, :taps]
+    )[..., :taps]
     lag = torch.arange(taps, device=target.device)
     toeplitz = auto[:, (lag[:, None] - lag).abs()]
     # A silent or very narrow-band target makes the system singular.
     ridge = 1e-10 * auto[:, :1, None] + torch.finfo(torch.float64).tiny
     toeplitz = toeplitz + ridge * torch.eye(taps, device=target.device)
-    filters = torch.linalg.solve(toeplitz, cross)
-    explained = (filters * cross).sum(1)
-    rest = estimate.square().sum(1) - explained
+    # One factorisation for all estimates: [S, taps, K].
+    columns = cross.reshape(-1, *auto.shape).permute(1, 2, 0)
+    filters = torch.linalg.solve(toeplitz, columns)
+    explained = (filters * columns).sum(1).T.reshape(cross.shape[:-1])
+    rest = estimate.square().sum(-1) - explained
     return 10 * torch.log10(
         explained.clamp(min=EPS**2) / rest.clamp(min=EPS**2)
     )

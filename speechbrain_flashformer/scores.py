@@ -121,9 +121,8 @@ class ResultsWriter:
         return self.rows
 
     def _score(self, row, mixture, targets, predictions):
-        mixtures = mixture.expand_as(targets)
-        after = sdr(targets, predictions).mean().item()
-        before = sdr(targets, mixtures).mean().item()
+        both = torch.stack([predictions, mixture.expand_as(targets)])
+        after, before = sdr(targets, both).mean(1).tolist()
         row = {**row, "sdr": after, "sdr_i": after - before}
         for name in self.more:
             values = perceptual(name, targets, predictions, self.sample_rate)

@@ -81,8 +81,12 @@ def test_without_a_crop_files_come_whole(csv_file, hparams):
 def test_every_cut_is_inside_and_both_ends_are_reached():
     cuts = [choose_cut("0.0005", n, 3, 8000, seed=1) for n in range(200)]
     assert set(cuts) == {(0, 3), (1, 4)}
-    assert cuts == [choose_cut("0.0005", n, 3, 8000, seed=1) for n in range(200)]
-    assert cuts != [choose_cut("0.0005", n, 3, 8000, seed=2) for n in range(200)]
+    assert cuts == [
+        choose_cut("0.0005", n, 3, 8000, seed=1) for n in range(200)
+    ]
+    assert cuts != [
+        choose_cut("0.0005", n, 3, 8000, seed=2) for n in range(200)
+    ]
 
 
 def test_workers_can_be_spawned(csv_file, hparams):

@@ -1,6 +1,5 @@
 """Dynamic mixing: the same for any workers, WSJ0-mix levels, clean targets."""
 
-
 import numpy as np
 import pytest
 import soundfile
@@ -11,7 +10,6 @@ from torch.utils.data import DataLoader
 from speechbrain_flashformer.data import EpochSampler
 from speechbrain_flashformer.mixing import (
     DynamicMixtures,
-    
     colour,
     find_recordings,
     load_mixtures,

@@ -29,12 +29,12 @@ SMALL = [
 
 
 def command(yaml, output, *options):
+    output = str(output)
     return [
         sys.executable,
         "train.py",
         f"hparams/{yaml}.yaml",
-        "--output_folder",
-        str(output),
+        *([] if "--output_folder" in options else ["--output_folder", output]),
         *SMALL,
         *map(str, options),
     ]
@@ -209,7 +209,10 @@ def test_the_default_makes_the_starter_set_and_says_so(tmp_path):
         (["--n_audio_to_save", "0"], "plot_results draws saved audio"),
         (["--precision", "fp16"], "fp16"),
         (["--more_metrics", "[mos]"], "no measure 'mos'"),
-        (["--more_metrics", "[pesq]", "--sample_rate", "44100"], "not at 44100"),
+        (
+            ["--more_metrics", "[pesq]", "--sample_rate", "44100"],
+            "not at 44100",
+        ),
         (["--output_folder", "/dev/null/run"], "/dev/null"),
     ],
 )

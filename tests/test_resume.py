@@ -1,5 +1,8 @@
 """A training that was stopped ends with the weights of one that was not."""
 
+import os
+import signal
+
 import pytest
 import speechbrain as sb
 import torch
@@ -8,11 +11,16 @@ from speechbrain.augment.time_domain import SpeedPerturb
 from speechbrain.lobes.models.dual_path import Decoder, Encoder
 from speechbrain.nnet.schedulers import ReduceLROnPlateau
 from speechbrain.utils.epoch_loop import EpochCounter
+from torch.utils.data import get_worker_info
 
 from speechbrain_flashformer import FlashFormer
 from speechbrain_flashformer.brain import Separation
 from speechbrain_flashformer.checkpoints import WholeCheckpointer
-from speechbrain_flashformer.data import EpochSampler, load_dataset
+from speechbrain_flashformer.data import (
+    EpochDataset,
+    EpochSampler,
+    load_dataset,
+)
 from speechbrain_flashformer.metrics import pit_si_snr_loss
 from speechbrain_flashformer.voices import make_voices
 
@@ -137,6 +145,22 @@ def test_gradients_half_gathered_are_not_lost(train):
 def test_workers_change_nothing(train):
     assert train("half", 4, workers=1, ckpt_interval_steps=3) is None
     assert all(map(torch.equal, train("whole"), train("half", workers=2)))
+
+
+def test_a_killed_worker_is_told_and_the_training_can_go_on(train, monkeypatch):
+    whole = train("whole")
+    get = EpochDataset.__getitem__
+
+    def killed(self, index):
+        if index % ITEMS == 3 and get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return get(self, index)
+
+    monkeypatch.setattr(EpochDataset, "__getitem__", killed)
+    with pytest.raises(RuntimeError, match="worker .* killed by signal"):
+        train("killed", workers=1, ckpt_interval_steps=1)
+    monkeypatch.undo()
+    assert all(map(torch.equal, whole, train("killed", workers=1)))
 
 
 def test_stages_are_those_of_speechbrain():

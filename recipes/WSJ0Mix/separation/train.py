@@ -37,6 +37,24 @@ from speechbrain_flashformer.voices import make_voices
 
 logger = get_logger(__name__)
 
+# Where the package reads what is not read here.
+#
+# data.load_datasets: hparams.train_data, hparams.valid_data,
+#   hparams.test_data, hparams.limit_training_signal_len,
+#   hparams.training_signal_len
+# data.training_loader_options: hparams.dataloader_opts,
+#   hparams.dynamic_batching, hparams.max_batch_length, hparams.num_buckets
+# mixing.load_mixtures: hparams.base_folder_dm, hparams.dm_speaker,
+#   hparams.dm_turn_share, hparams.dm_noise_folder, hparams.dm_noise_share,
+#   hparams.dm_room_share, hparams.dm_colour_db
+# augment.augment: hparams.use_speedperturb, hparams.speed_perturb,
+#   hparams.use_rand_shift, hparams.min_shift, hparams.max_shift,
+#   hparams.use_wavedrop, hparams.drop_freq, hparams.drop_chunk
+# brain.Separation: hparams.loss, hparams.threshold_byloss,
+#   hparams.threshold, hparams.loss_upper_lim, hparams.warmup_steps,
+#   hparams.matrix_optimizer, hparams.avg_checkpoints, hparams.train_logger,
+#   hparams.save_audio, hparams.n_audio_to_save
+
 
 def main():
     """Parse, prepare, train, test."""
