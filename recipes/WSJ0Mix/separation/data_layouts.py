@@ -213,7 +213,8 @@ def _list_folders(root, layout, n_spks, parts, mixture, sources):
     if alone and n_spks > 1:
         raise ValueError(
             f"{root / parts[0] / mixture} holds one speaker, but num_spks is "
-            f"{n_spks}: set num_spks: 1, or choose others with data_options: mixture"
+            f"{n_spks}: set num_spks: 1, or choose others with data_options: "
+            "mixture"
         )
     columns = {"mix": mixture}
     for i in range(1, n_spks + 1):
