@@ -1,6 +1,7 @@
 """Where the mixtures are: every layout, and what is taken from it."""
 
 import csv
+import doctest
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import soundfile
 RECIPE = Path(__file__).parent.parent / "recipes/WSJ0Mix/separation"
 sys.path.insert(0, str(RECIPE))
 
+import data_layouts  # noqa: E402
 from data_layouts import find_mixtures  # noqa: E402
 from prepare_data import prepare_wsjmix  # noqa: E402
 
@@ -184,6 +186,13 @@ def test_of_two_layouts_one_is_chosen(tmp_path):
     assert taken(folder, layout="whamr")["tr"]["s1"] == "s1_anechoic"
     # What only one of them has is as good as a choice.
     assert taken(folder, mixture="mix_clean")["cv"]["s1"] == "s1"
+
+
+def test_the_example_runs(request):
+    # Recipes are no package: pytest does not find their examples.
+    names = {"getfixture": request.getfixturevalue}
+    failed, tried = doctest.testmod(data_layouts, extraglobs=names)
+    assert tried and not failed
 
 
 @pytest.mark.parametrize(
