@@ -356,6 +356,16 @@ def test_a_size_that_the_writer_could_not_know_is_no_problem(tmp_path):
     assert read(tmp_path / "save" / "wsj_tr.csv")[0]["duration"] == "0.5"
 
 
+def test_a_dollar_in_the_data_folder_is_no_problem(tmp_path):
+    data = make(tmp_path / "a$b")
+    prepare_wsjmix(data, tmp_path / "save")
+    dataset = DynamicItemDataset.from_csv(
+        tmp_path / "save" / "wsj_tr.csv", replacements={"data_root": data}
+    )
+    dataset.set_output_keys(["mix_wav"])
+    assert Path(dataset[0]["mix_wav"]).is_file()
+
+
 def test_silent_noise_is_no_problem(tmp_path):
     layout = "wav8k/min", ("tr", "cv", "tt"), ("mix_both", "s1", "s2", "noise")
     data = make(tmp_path / "data", layout, num_spks=3)
@@ -422,3 +432,12 @@ def test_an_interrupted_check_ends_soon_and_is_remembered(
     opened = count_reads(monkeypatch)
     prepare_wsjmix(data, save)
     assert len(opened) < 3 * 90
+    # Nor is what was known forgotten by an interruption.
+    monkeypatch.setattr(prepare_data, "_examine_mixture", stop_at_fifth)
+    examined.clear()
+    with pytest.raises(KeyboardInterrupt):
+        prepare_wsjmix(data, save)
+    monkeypatch.undo()
+    opened = count_reads(monkeypatch)
+    prepare_wsjmix(data, save)
+    assert not opened

@@ -24,6 +24,7 @@ logger = get_logger(__name__)
 
 CSV_FILES = ("wsj_tr.csv", "wsj_cv.csv", "wsj_tt.csv")
 REPORT = "data_report.md"
+DATA_ROOT = "$data_root"  # stands for the data folder in the CSV files
 # What the files were when they were last read. Another version reads them all.
 CACHE, VERSION = "data_cache.json", 1
 
@@ -98,9 +99,10 @@ def prepare_wsjmix(
                 f"{part} would be overwritten: choose another output_folder, "
                 "or set skip_prep: True to use it as it is"
             )
+    report = savepath / REPORT
     with _telling(savepath):
         savepath.mkdir(parents=True, exist_ok=True)
-        for path in outputs:
+        for path in (*outputs, report):
             path.unlink(missing_ok=True)
 
     options = (layout, mode, parts, mixture, sources)
@@ -108,11 +110,11 @@ def prepare_wsjmix(
     facts = _examine_all([p.rows for p in found], savepath / CACHE)
     for part in found:
         for row in part.rows:
-            part.problems += _find_problems(row, facts, fs)
+            part.problems += _find_problems(row, facts, fs, datapath)
     problems = [problem for part in found for problem in part.problems]
     table = _describe(found, facts)
     logger.info(f"{text}\n{table}")
-    with _whole(savepath / REPORT) as file:
+    with _whole(report) as file:
         file.write(f"# {text}\n\n{table}\n")
         if problems:
             file.write("\n## Problems\n\n")
@@ -121,7 +123,7 @@ def prepare_wsjmix(
         raise ValueError(
             f"{len(problems)} problems in {datapath}:\n"
             + "\n".join(problems[:TOLD])
-            + f"\nall of them are in {savepath / REPORT}"
+            + f"\nall of them are in {report}"
         )
     for path, part in zip(outputs, found):
         with _whole(path) as file:
@@ -156,9 +158,10 @@ def _examine_all(parts, cache):
             facts.update(zip(paths, some))
     finally:
         pool.shutdown(cancel_futures=True)
-        good = {p: f for p, f in facts.items() if isinstance(f, Facts)}
+        # What was known stays so: an interruption loses nothing.
+        known |= {p: f for p, f in facts.items() if isinstance(f, Facts)}
         with _whole(cache) as file:
-            file.write(json.dumps({"version": VERSION, "files": good}))
+            file.write(json.dumps({"version": VERSION, "files": known}))
     return facts
 
 
@@ -215,7 +218,7 @@ def _promised_size(path):
     return int.from_bytes(head[4:], "little") + 8
 
 
-def _find_problems(row, facts, fs):
+def _find_problems(row, facts, fs, datapath):
     """What is wrong with a mixture, each with its mend."""
     mix = facts[row["mix"]]
     for column, path in list(row.items())[1:]:
@@ -223,7 +226,7 @@ def _find_problems(row, facts, fs):
         if isinstance(file, str):
             yield file
             continue
-        if "$" in path:
+        if "$" in _place(path, datapath).removeprefix(DATA_ROOT):
             yield (
                 f"{path} has a $, which means something in SpeechBrain's CSV "
                 "files: rename it"
@@ -302,13 +305,17 @@ def _write_csv(file, rows, facts, datapath):
         mix = facts[row["mix"]]
         cells = [row["ID"], mix.frames / mix.rate]
         for column in columns:
-            path = Path(row[column])
-            if path.is_relative_to(datapath):
-                place = f"$data_root/{path.relative_to(datapath).as_posix()}"
-            else:
-                place = path.absolute()
-            cells += [place, path.suffix[1:].lower(), None]
+            suffix = Path(row[column]).suffix[1:].lower()
+            cells += [_place(row[column], datapath), suffix, None]
         writer.writerow(cells)
+
+
+def _place(path, datapath):
+    """A path as SpeechBrain's CSV files have it."""
+    path = Path(path)
+    if path.is_relative_to(datapath):
+        return f"{DATA_ROOT}/{path.relative_to(datapath).as_posix()}"
+    return str(path.absolute())
 
 
 @contextmanager
