@@ -1,51 +1,89 @@
-"""Find the mixtures of a folder, check them, and write SpeechBrain's CSVs.
+"""Find the mixtures of a data folder, check them, write SpeechBrain's CSVs.
 
-Two layouts are known, told apart by what is there:
-
-* WSJ0-mix: ``wav8k/min/{tr,cv,tt}/{mix,s1,s2[,s3]}/NAME.wav`` (wav16k for
-  16000 Hz), as the scripts of the corpus write it;
-* custom: ``{train,valid,test}/{mixture,source1,source2[,source3]}/NAME.wav``.
+``data_layouts.py`` knows where they are: WSJ0-mix, WHAM!, WHAMR!, LibriMix,
+the custom layout, or CSV files.
 """
 
 import csv
+import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import soundfile
+from data_layouts import find_mixtures
 from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 
 logger = get_logger(__name__)
 
 CSV_FILES = ("wsj_tr.csv", "wsj_cv.csv", "wsj_tt.csv")
+REPORT = "data_report.md"
+DATA_ROOT = "$data_root"  # stands for the data folder in the CSV files
+# What the files were when they were last read. Another version reads them all.
+CACHE, VERSION = "data_cache.json", 1
+
+TOLD = 10  # problems in the error message; the report has all
+BLOCK = 2**20  # samples read at a time
+
+# A writer that could not know the length leaves a size like this, bytes.
+UNKNOWN_SIZE = 2**31 - 2**16
+
+# Who speaks, from the names of WSJ0-mix (01aa010b_0.97_209a010p_-0.97) and of
+# LibriMix (4077-13754-0001_5142-33396-0065).
+WSJ0_NAME = re.compile(r"(?:[0-9a-z]{8}_-?[\d.]+(?:_|$))+")
+LIBRI_NAME = re.compile(r"(?:\d+-\d+-\d+(?:_|$))+")
 
 
-def prepare_wsjmix(datapath, savepath, n_spks=2, skip_prep=False, fs=8000):
+def prepare_wsjmix(
+    datapath,
+    savepath,
+    n_spks=2,
+    skip_prep=False,
+    fs=8000,
+    layout="auto",
+    mode="min",
+    parts=None,
+    mixture=None,
+    sources=None,
+):
     """Write ``wsj_tr.csv``, ``wsj_cv.csv`` and ``wsj_tt.csv``.
+
+    Every file is opened and read once; later calls read again what has
+    changed. Beside the CSVs, ``data_report.md`` says what was found.
 
     Arguments
     ---------
     datapath : str or Path
-        The data folder, in one of the layouts above.
+        The data folder.
     savepath : str or Path
-        Where the CSV files go; each appears when all are complete.
+        Where the CSV files go; each appears when all mixtures are in order.
     n_spks : int
         Speakers per mixture.
     skip_prep : bool
         Use the CSV files that are there.
     fs : int
         Sampling rate, Hz.
+    layout, mode, parts, mixture, sources
+        Which of the folders are taken, see ``find_mixtures``.
 
     Raises
     ------
     FileNotFoundError
-        When the folder, its layout or a source is missing.
+        When the folder, its layout or a part of it is missing.
     ValueError
-        When a file cannot be read, or has another rate, length or number of
-        channels than it must.
+        When files are missing, cannot be read, hold nothing or what is no
+        sound, or have another rate, length or number of channels than they
+        must: one error for all of them.
+    OSError
+        When ``savepath`` cannot be written.
     """
-    datapath, savepath = Path(datapath), Path(savepath)
+    savepath = Path(savepath)
     if skip_prep:
         for name in CSV_FILES:
             if not (savepath / name).is_file():
@@ -53,114 +91,254 @@ def prepare_wsjmix(datapath, savepath, n_spks=2, skip_prep=False, fs=8000):
                     f"skip_prep, but there is no {savepath / name}"
                 )
         return
-    parts = _find_parts(datapath, n_spks, fs)
-    checked = [_check_part(folders, fs) for folders in parts]
-    savepath.mkdir(parents=True, exist_ok=True)
-    # All written beside, then renamed: files of two data folders, or half a
-    # file, are never taken for a finished preparation.
-    for name in CSV_FILES:
-        (savepath / name).unlink(missing_ok=True)
-    for name, folders, rows in zip(CSV_FILES, parts, checked):
-        partial = savepath / f"{name}.partial"
-        _write_csv(partial, rows, folders, datapath)
-    for name, rows in zip(CSV_FILES, checked):
-        os.replace(savepath / f"{name}.partial", savepath / name)
-        hours = sum(row["duration"] for row in rows) / 3600
-        logger.info(f"{name}: {len(rows)} mixtures, {hours:.2f} h")
-
-
-def _find_parts(datapath, n_spks, fs):
-    """For each part the folders of ``mix``, ``s1``, ``s2``, ..."""
-    if not datapath.is_dir():
-        raise FileNotFoundError(f"no data folder {datapath}")
-    numbers = range(1, n_spks + 1)
-    wsj = datapath / f"wav{fs // 1000}k" / "min"
-    if wsj.is_dir():
-        root, parts = wsj, ("tr", "cv", "tt")
-        names = ["mix", *(f"s{i}" for i in numbers)]
-    elif (datapath / "train" / "mixture").is_dir():
-        root, parts = datapath, ("train", "valid", "test")
-        names = ["mixture", *(f"source{i}" for i in numbers)]
-    else:
-        raise FileNotFoundError(
-            f"{datapath} has neither wav{fs // 1000}k/min/tr/mix (WSJ0-mix) "
-            "nor train/mixture (custom layout); it holds: "
-            + (
-                ", ".join(sorted(p.name for p in datapath.iterdir()))
-                or "nothing"
+    # What an earlier preparation left is never taken for the result of this.
+    outputs = [savepath / name for name in CSV_FILES]
+    for part in parts or ():
+        if Path(datapath, part).resolve() in [p.resolve() for p in outputs]:
+            raise ValueError(
+                f"{part} would be overwritten: choose another output_folder, "
+                "or set skip_prep: True to use it as it is"
             )
-        )
-    columns = ["mix", *(f"s{i}" for i in numbers)]
-    for folder in (root / part / name for part in parts for name in names):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder} ({n_spks} speakers)")
-    more = root / parts[0] / names[-1].replace(str(n_spks), str(n_spks + 1))
-    if more.is_dir():
+    report = savepath / REPORT
+    with _telling(savepath):
+        savepath.mkdir(parents=True, exist_ok=True)
+        for path in (*outputs, report):
+            path.unlink(missing_ok=True)
+
+    options = (layout, mode, parts, mixture, sources)
+    text, found = find_mixtures(datapath, n_spks, fs, *options)
+    facts = _examine_all([p.rows for p in found], savepath / CACHE)
+    for part in found:
+        for row in part.rows:
+            part.problems += _find_problems(row, facts, fs, datapath)
+    problems = [problem for part in found for problem in part.problems]
+    table = _describe(found, facts)
+    logger.info(f"{text}\n{table}")
+    with _whole(report) as file:
+        file.write(f"# {text}\n\n{table}\n")
+        if problems:
+            file.write("\n## Problems\n\n")
+            file.writelines(f"- {problem}\n" for problem in problems)
+    if problems:
         raise ValueError(
-            f"{more} exists, but num_spks is {n_spks}: the mixtures would "
-            "hold a voice that is no target"
+            f"{len(problems)} problems in {datapath}:\n"
+            + "\n".join(problems[:TOLD])
+            + f"\nall of them are in {report}"
         )
-    return [
-        {column: root / part / name for column, name in zip(columns, names)}
-        for part in parts
+    for path, part in zip(outputs, found):
+        with _whole(path) as file:
+            _write_csv(file, part.rows, facts, datapath)
+
+
+# --- files ------------------------------------------------------------------
+
+
+class Facts(NamedTuple):
+    """What there is to know of a file; the first two say if it has changed."""
+
+    size: int
+    mtime_ns: int
+    rate: int
+    channels: int
+    frames: int
+    finite: bool
+    silent: bool
+
+
+def _examine_all(parts, cache):
+    """Path -> ``Facts``, or a problem in words; the cache is brought up."""
+    known = _read_cache(cache)
+    rows = [list(row.values())[1:] for part in parts for row in part]
+    facts = {}
+    pool = ThreadPoolExecutor()
+    try:
+        found = pool.map(partial(_examine_mixture, known=known), rows)
+        bar = tqdm(found, "checking", len(rows), dynamic_ncols=True)
+        for some, paths in zip(bar, rows):
+            facts.update(zip(paths, some))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        # What was known stays so: an interruption loses nothing.
+        known |= {p: f for p, f in facts.items() if isinstance(f, Facts)}
+        with _whole(cache) as file:
+            file.write(json.dumps({"version": VERSION, "files": known}))
+    return facts
+
+
+def _read_cache(path):
+    try:
+        cache = json.loads(path.read_text(encoding="utf-8"))
+        if cache["version"] == VERSION:
+            return {p: Facts(*facts) for p, facts in cache["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # None yet, or not ours: all files are read
+    return {}
+
+
+def _examine_mixture(paths, known):
+    return [_examine(path, known.get(path)) for path in paths]
+
+
+def _examine(path, known):
+    """``Facts`` of a file, from the cache if it is unchanged; or a problem."""
+    try:
+        stat = os.stat(path)
+        if known and known[:2] == (stat.st_size, stat.st_mtime_ns):
+            return known
+        promised = _promised_size(path)
+        # One byte of padding may be left out.
+        if stat.st_size + 1 < promised < UNKNOWN_SIZE:
+            return (
+                f"{path} is truncated: {stat.st_size} bytes of {promised}; "
+                "copy it again"
+            )
+        with soundfile.SoundFile(path) as file:
+            frames, finite, silent = 0, True, True
+            for block in file.blocks(BLOCK, dtype="float32"):
+                frames += len(block)
+                finite = finite and bool(np.isfinite(block).all())
+                silent = silent and not block.any()
+            rate, channels = file.samplerate, file.channels
+    except FileNotFoundError:
+        return f"no file {path}: copy it, or remove the mixture"
+    except soundfile.LibsndfileError as error:
+        return f"cannot read {path} ({error.error_string}): copy it again"
+    except OSError as error:
+        return f"cannot read {path} ({error.strerror}): copy it again"
+    size, mtime = stat.st_size, stat.st_mtime_ns
+    return Facts(size, mtime, rate, channels, frames, finite, silent)
+
+
+def _promised_size(path):
+    """Size in bytes that the header of a wav file gives; 0 for others."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+    if head[:4] != b"RIFF":
+        return 0
+    return int.from_bytes(head[4:], "little") + 8
+
+
+def _find_problems(row, facts, fs, datapath):
+    """What is wrong with a mixture, each with its mend."""
+    mix = facts[row["mix"]]
+    for column, path in list(row.items())[1:]:
+        file = facts[path]
+        if isinstance(file, str):
+            yield file
+            continue
+        if "$" in _place(path, datapath).removeprefix(DATA_ROOT):
+            yield (
+                f"{path} has a $, which means something in SpeechBrain's CSV "
+                "files: rename it"
+            )
+        if file.rate != fs:
+            yield (
+                f"{path} has {file.rate} Hz, sample_rate is {fs}: resample "
+                "the files or set sample_rate"
+            )
+        if file.channels != 1:
+            yield f"{path} has {file.channels} channels: keep one"
+        if not file.finite:
+            yield f"{path} has samples that are NaN or infinite: make it again"
+        if not file.frames:
+            yield f"{path} is empty: copy or make it again"
+        elif file.silent and column != "noise":
+            yield (
+                f"{path} is silent, all samples are 0: make it again, or "
+                "remove the mixture"
+            )
+        if isinstance(mix, Facts) and file.frames != mix.frames:
+            yield (
+                f"{path} has {file.frames} samples, {row['mix']} has "
+                f"{mix.frames}: cut them to one length"
+            )
+
+
+# --- what is written --------------------------------------------------------
+
+
+def _describe(parts, facts):
+    """A table of what was found, a row for each part."""
+    lines = [
+        "| part | mixtures | hours | seconds | speakers | Hz | problems |",
+        "|---|---|---|---|---|---|---|",
     ]
+    for part in parts:
+        mixtures = [facts[row["mix"]] for row in part.rows]
+        readable = [mix for mix in mixtures if isinstance(mix, Facts)]
+        seconds = [mix.frames / mix.rate for mix in readable] or [0]
+        rates = sorted({mix.rate for mix in readable})
+        cells = (
+            part.name,
+            len(mixtures),
+            f"{sum(seconds) / 3600:.2f}",
+            f"{min(seconds):.1f} to {max(seconds):.1f}",
+            _count_speakers(row["ID"] for row in part.rows) or "not told",
+            ", ".join(map(str, rates)),
+            len(part.problems),
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
 
 
-def _check_part(folders, fs):
-    """Rows of one part, sorted by name; each file opened and compared."""
-    files = sorted(folders["mix"].glob("*.wav"))
-    if not files:
-        raise FileNotFoundError(f"no wav file in {folders['mix']}")
-
-    def row(file):
-        paths = {name: folder / file.name for name, folder in folders.items()}
-        return {"ID": file.stem, "duration": _check(paths, fs), **paths}
-
-    with ThreadPoolExecutor() as pool:
-        rows = pool.map(row, files)
-        return list(tqdm(rows, f"checking {folders['mix'].parent}", len(files)))
+def _count_speakers(names):
+    """How many speak in mixtures of these names; 0 if a name does not tell."""
+    speakers = set()
+    for name in names:
+        if WSJ0_NAME.fullmatch(name):
+            speakers.update(said[:3] for said in name.split("_")[::2])
+        elif LIBRI_NAME.fullmatch(name):
+            speakers.update(said.split("-")[0] for said in name.split("_"))
+        else:
+            return 0
+    return len(speakers)
 
 
-def _check(paths, fs):
-    """Seconds of a mixture whose sources are all as they must be."""
-    frames = None
-    for path in paths.values():
-        if not path.is_file():
-            raise FileNotFoundError(f"no file {path} beside {paths['mix']}")
-        try:
-            info = soundfile.info(path)
-        except soundfile.SoundFileError as error:
-            raise ValueError(f"cannot read {path}: {error}") from error
-        if info.samplerate != fs:
-            raise ValueError(
-                f"{path} has {info.samplerate} Hz, sample_rate is {fs}: "
-                "resample the files or set sample_rate"
-            )
-        if info.channels != 1:
-            raise ValueError(f"{path} has {info.channels} channels, not 1")
-        if not info.frames:
-            raise ValueError(f"{path} is empty")
-        if frames not in (None, info.frames):
-            raise ValueError(
-                f"{path} has {info.frames} samples, {paths['mix']} {frames}"
-            )
-        frames = info.frames
-    return frames / fs
-
-
-def _write_csv(path, rows, columns, datapath):
+def _write_csv(file, rows, facts, datapath):
     """One row per mixture, in SpeechBrain's columns."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        header = [
-            f"{column}_{what}"
-            for column in columns
-            for what in ("wav", "wav_format", "wav_opts")
-        ]
-        writer.writerow(["ID", "duration", *header])
-        for row in rows:
-            cells = [row["ID"], row["duration"]]
-            for column in columns:
-                place = row[column].relative_to(datapath).as_posix()
-                cells += [f"$data_root/{place}", "wav", None]
-            writer.writerow(cells)
+    writer = csv.writer(file)
+    columns = list(rows[0])[1:]
+    what = ("wav", "wav_format", "wav_opts")
+    header = [f"{column}_{end}" for column in columns for end in what]
+    writer.writerow(["ID", "duration", *header])
+    for row in rows:
+        mix = facts[row["mix"]]
+        cells = [row["ID"], mix.frames / mix.rate]
+        for column in columns:
+            suffix = Path(row[column]).suffix[1:].lower()
+            cells += [_place(row[column], datapath), suffix, None]
+        writer.writerow(cells)
+
+
+def _place(path, datapath):
+    """A path as SpeechBrain's CSV files have it."""
+    path = Path(path)
+    if path.is_relative_to(datapath):
+        return f"{DATA_ROOT}/{path.relative_to(datapath).as_posix()}"
+    return str(path.absolute())
+
+
+@contextmanager
+def _whole(path):
+    """Open a text file that appears under its name when it is complete."""
+    beside = path.with_name(f"{path.name}.partial")
+    with _telling(path):
+        try:
+            with beside.open("w", newline="", encoding="utf-8") as file:
+                yield file
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _telling(path):
+    """Say what could not be written, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot write {path} ({error.strerror}): make room there, or "
+            "choose another output_folder",
+        ) from error

@@ -1,0 +1,400 @@
+"""Where a data set keeps its mixtures: the layouts that this recipe knows.
+
+A layout is recognised by what is there, never by a path's name.
+"""
+
+import csv
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of a corpus: ``PART/MIXTURE/NAME.wav``, ``PART/SOURCE/NAME.wav``.
+
+    ``train`` and ``mixtures`` hold the names that there may be: of the
+    training parts the first that is there is taken, of the mixtures the first
+    is the usual task. In ``sources`` a star stands for the speaker's number.
+    """
+
+    title: str
+    train: tuple
+    valid: str
+    test: str
+    mixtures: tuple
+    sources: str
+    noise: str = ""
+
+
+LAYOUTS = {
+    "wsj0-mix": Layout("WSJ0-mix", ("tr",), "cv", "tt", ("mix",), "s*"),
+    "wham": Layout(
+        "WHAM!",
+        ("tr",),
+        "cv",
+        "tt",
+        ("mix_both", "mix_clean", "mix_single"),
+        "s*",
+        "noise",
+    ),
+    # As SpeechBrain trains on it: noise and rooms in, both to be removed.
+    "whamr": Layout(
+        "WHAMR!",
+        ("tr",),
+        "cv",
+        "tt",
+        (
+            "mix_both_reverb",
+            "mix_clean_reverb",
+            "mix_single_reverb",
+            "mix_both_anechoic",
+            "mix_clean_anechoic",
+            "mix_single_anechoic",
+        ),
+        "s*_anechoic",
+        "noise",
+    ),
+    "librimix": Layout(
+        "LibriMix",
+        ("train-360", "train-100"),
+        "dev",
+        "test",
+        ("mix_clean", "mix_both", "mix_single"),
+        "s*",
+        "noise",
+    ),
+    "custom": Layout(
+        "custom", ("train",), "valid", "test", ("mixture",), "source*"
+    ),
+}
+
+CSV_PARTS = ("train.csv", "valid.csv", "test.csv")
+
+
+@dataclass
+class Part:
+    """One part of a data set.
+
+    ``rows`` are sorted by ``ID``; each has the paths ``mix``, ``s1``, ``s2``,
+    ... and perhaps ``noise``. ``problems`` says what is wrong with the part.
+    """
+
+    name: str
+    rows: list
+    problems: list = field(default_factory=list)
+
+
+def find_mixtures(
+    datapath,
+    n_spks,
+    fs,
+    layout="auto",
+    mode="min",
+    parts=None,
+    mixture=None,
+    sources=None,
+):
+    """List the mixtures of a data folder, without opening one.
+
+    Arguments
+    ---------
+    datapath : str or Path
+        The folder that holds ``wav8k`` (``wav16k`` for 16000 Hz), or else the
+        parts themselves, or CSV files.
+    n_spks : int
+        Speakers per mixture.
+    fs : int
+        Sampling rate, Hz.
+    layout : str
+        ``auto``, a key of ``LAYOUTS``, or ``csv``.
+    mode : str
+        ``min``: mixtures end with their shortest source; ``max``: with their
+        longest.
+    parts : list of str, optional
+        The folders, or CSV files, for training, validation and test.
+    mixture : str, optional
+        The folder that holds the mixtures.
+    sources : str, optional
+        The folders that hold the sources; a star is the speaker's number.
+
+    Returns
+    -------
+    str
+        What was taken, in words.
+    list of Part
+        For training, validation and test.
+
+    Raises
+    ------
+    FileNotFoundError
+        When the folder, its layout or a part of it is missing.
+    ValueError
+        When the layout is not clear, the parts hold more or fewer speakers
+        than ``n_spks``, or a CSV file lacks a column.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> for part in ("train", "valid", "test"):
+    ...     for name in ("mixture", "source1", "source2"):
+    ...         (folder / part / name).mkdir(parents=True)
+    ...         (folder / part / name / "a.wav").touch()
+    >>> text, parts = find_mixtures(folder, n_spks=2, fs=8000)
+    >>> [part.name for part in parts], list(parts[0].rows[0])
+    (['train', 'valid', 'test'], ['ID', 'mix', 's1', 's2'])
+    """
+    datapath = Path(datapath)
+    if not datapath.is_dir():
+        raise FileNotFoundError(f"no data folder {datapath}")
+    if layout not in ("auto", "csv", *LAYOUTS):
+        raise ValueError(
+            f"layout {layout!r} is none of auto, csv, {', '.join(LAYOUTS)}"
+        )
+    if parts and len(parts) != 3:
+        raise ValueError(
+            f"parts must be those of training, validation and test, not {parts}"
+        )
+    roots = (datapath / f"wav{fs // 1000}k" / mode, datapath)
+    if parts and str(parts[0]).endswith(".csv"):
+        return _read_csvs([datapath / part for part in parts], datapath, n_spks)
+    if layout != "csv":
+        train = parts[0] if parts else None
+        root, known = _recognise(roots, layout, train, mixture)
+        if known:
+            options = (n_spks, parts, mixture, sources)
+            return _list_folders(root, known, *options)
+    files = _find_csvs(datapath, roots, mixture)
+    if files and layout in ("auto", "csv", "librimix"):
+        return _read_csvs(files, datapath, n_spks)
+    raise FileNotFoundError(_what_is_there(datapath, roots[0]))
+
+
+# --- folders ----------------------------------------------------------------
+
+
+def _recognise(roots, layout, train, mixture):
+    """The folder that holds the parts and their ``Layout``, or None twice."""
+    for root in roots:
+        found = {
+            name: known
+            for name, known in LAYOUTS.items()
+            if layout in ("auto", name)
+            and any(
+                (root / part / folder).is_dir()
+                for part in _possible(known.train, train, layout == name)
+                for folder in _possible(known.mixtures, mixture, layout == name)
+            )
+        }
+        if len(found) > 1:
+            raise ValueError(
+                f"{root} is laid out as {' and as '.join(found)}: choose with "
+                "data_options: layout"
+            )
+        if found:
+            return root, *found.values()
+    return None, None
+
+
+def _possible(known, asked, chosen):
+    """Of which names one must be there for a layout to be recognised."""
+    if asked is None:
+        return known
+    return [asked] if chosen or asked in known else []
+
+
+def _list_folders(root, layout, n_spks, parts, mixture, sources):
+    if not parts:
+        train = next(p for p in layout.train if (root / p).is_dir())
+        parts = (train, layout.valid, layout.test)
+    mixture = mixture or layout.mixtures[0]
+    sources = sources or layout.sources
+    alone = mixture.startswith("mix_single")
+    if alone and n_spks > 1:
+        raise ValueError(
+            f"{root / parts[0] / mixture} holds one speaker, but num_spks is "
+            f"{n_spks}: set num_spks: 1, or choose others with data_options: "
+            "mixture"
+        )
+    columns = {"mix": mixture}
+    for i in range(1, n_spks + 1):
+        columns[f"s{i}"] = sources.replace("*", str(i))
+    _check_folders(
+        [root / part / name for part in parts for name in columns.values()],
+        n_spks,
+    )
+    for part in parts:
+        more = root / part / sources.replace("*", str(n_spks + 1))
+        if more.is_dir() and not alone:
+            _refuse_more(more, n_spks)
+    noisy = layout.noise and "clean" not in mixture
+    found = []
+    for part in parts:
+        extra = {}
+        if noisy and (root / part / layout.noise).is_dir():
+            extra = {"noise": layout.noise}
+        found.append(_list_part(root / part, columns | extra))
+    text = (
+        f"{layout.title} in {root}: mixtures in {mixture}, sources in {sources}"
+    )
+    return text, found
+
+
+def _list_part(folder, columns):
+    """Every mixture of a part, and where its files must be."""
+    names = {
+        column: {
+            name
+            for name in os.listdir(folder / place)
+            if name.lower().endswith(".wav")
+        }
+        for column, place in columns.items()
+    }
+    rows = []
+    for name in sorted(names["mix"]):
+        row = {"ID": os.path.splitext(name)[0]}
+        for column, place in columns.items():
+            row[column] = os.path.join(folder, place, name)
+        rows.append(row)
+    problems = [
+        f"no file {folder / columns['mix'] / name} for {folder / place / name}:"
+        " copy it, or remove the other"
+        for column, place in columns.items()
+        for name in sorted(names[column] - names["mix"])
+    ]
+    return Part(folder.name, rows, problems)
+
+
+def _check_folders(folders, n_spks):
+    """Raise one error for all that are missing, or that are empty."""
+    missing = [folder for folder in folders if not folder.is_dir()]
+    text = f"no folder {{}} ({n_spks} speakers)"
+    if not missing:
+        missing = [f for f in folders if not any(f.glob("*.[wW][aA][vV]"))]
+        text = "no wav file in {}"
+    if missing:
+        others = "".join(f", {folder}" for folder in missing[1:])
+        near = missing[0].parent
+        raise FileNotFoundError(
+            f"{text.format(missing[0])}{others}: complete the data set, or "
+            f"see num_spks and data_options; {near} holds: {_names(near)}"
+        )
+
+
+def _refuse_more(what, n_spks):
+    raise ValueError(
+        f"{what} exists, but num_spks is {n_spks}: the mixtures would hold a "
+        "voice that is no target"
+    )
+
+
+def _names(folder):
+    there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else ()
+    return ", ".join(there) or "nothing"
+
+
+def _what_is_there(datapath, root):
+    """Say that no layout was recognised: what was sought, what there is."""
+    below = root.relative_to(datapath).as_posix()
+    sought = [
+        f"{below}/{known.train[0]}/{known.mixtures[0]} ({known.title})"
+        for name, known in LAYOUTS.items()
+        if name != "custom"
+    ]
+    others = sorted(datapath.glob("wav*k/m[ai][nx]"))
+    return (
+        f"{datapath} has neither {', '.join(sought)}, nor train/mixture "
+        f"(custom), nor {CSV_PARTS[0]}; it holds: {_names(datapath)}"
+        + (
+            f"; for {others[0].relative_to(datapath).as_posix()} set "
+            "sample_rate and data_options: mode"
+            if others
+            else ""
+        )
+    )
+
+
+# --- CSV files --------------------------------------------------------------
+
+
+def _find_csvs(datapath, roots, mixture):
+    """Those of the data folder, or LibriMix's metadata; or None."""
+    own = [datapath / name for name in CSV_PARTS]
+    if all(path.is_file() for path in own):
+        return own
+    libri = LAYOUTS["librimix"]
+    mixture = mixture or libri.mixtures[0]
+    for root in roots:
+        for train in libri.train:
+            files = [
+                root / "metadata" / f"mixture_{part}_{mixture}.csv"
+                for part in (train, libri.valid, libri.test)
+            ]
+            if files[0].is_file():
+                return files
+    return None
+
+
+def _read_csvs(files, datapath, n_spks):
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"no file {', '.join(missing)}")
+    text = f"CSV files: {', '.join(map(str, files))}"
+    return text, [_read_csv(path, datapath, n_spks) for path in files]
+
+
+def _read_csv(path, datapath, n_spks):
+    """Rows of a CSV file with SpeechBrain's columns, or with LibriMix's."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, skipinitialspace=True)
+        header = list(reader.fieldnames or ())
+        lines = list(reader)
+    if "mixture_path" in header:
+        name, source, noise = "mixture_ID", "source_{}_path", "noise_path"
+        columns = {"ID": name, "mix": "mixture_path"}
+    else:
+        name, source, noise = "ID", "s{}_wav", "noise_wav"
+        columns = {"ID": name, "mix": "mix_wav"}
+    for i in range(1, n_spks + 1):
+        columns[f"s{i}"] = source.format(i)
+    missing = [column for column in columns.values() if column not in header]
+    if missing:
+        raise ValueError(
+            f"{path} has no column {', '.join(missing)} ({n_spks} speakers); "
+            f"it has: {', '.join(header) or 'none'}"
+        )
+    more = source.format(n_spks + 1)
+    if more in header and any(line[more] for line in lines):
+        _refuse_more(f"column {more} of {path}", n_spks)
+    if not lines:
+        raise ValueError(f"{path} has no rows")
+    if noise in header and all(line[noise] for line in lines):
+        columns["noise"] = noise
+
+    part, taken = Part(path.stem, []), set()
+    for number, line in enumerate(lines, 2):
+        row = {column: line[name] for column, name in columns.items()}
+        empty = [columns[column] for column in row if not row[column]]
+        if empty:
+            part.problems.append(f"{path}, line {number}: no {empty[0]}")
+        elif row["ID"] in taken:
+            part.problems.append(
+                f"{path}, line {number}: the ID {row['ID']} was there before"
+            )
+        else:
+            taken.add(row["ID"])
+            part.rows.append(_resolve(row, path.parent, datapath))
+    part.rows.sort(key=lambda row: row["ID"])
+    return part
+
+
+def _resolve(row, beside, datapath):
+    """Full paths: ``$data_root`` is the data folder, the rest is beside."""
+    found = {"ID": row["ID"]}
+    for column in list(row)[1:]:
+        place = row[column].removeprefix("$data_root")
+        if place == row[column]:
+            found[column] = os.path.join(beside, place)
+        else:
+            found[column] = os.path.join(datapath, place.lstrip("/\\"))
+    return found
