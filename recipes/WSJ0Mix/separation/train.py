@@ -102,7 +102,7 @@ def main():
             "n_spks": hparams["num_spks"],
             "skip_prep": hparams["skip_prep"],
             "fs": hparams["sample_rate"],
-            **hparams.get("data_options", {}),
+            **hparams["data_options"],
         },
     )
     train_data, valid_data, test_data = load_datasets(hparams)

@@ -41,7 +41,7 @@ dm_noise_folder.
         "/path/to/wham_original",
         {
             "data_options": (
-                "# E.g. {mixture: mix_clean}; see README\ndata_options: {}\n"
+                "data_options: {} # e.g. {mixture: mix_clean}, see README\n"
             ),
             "dm_noise_share": (
                 "dm_noise_share: 1.0 # share of the mixtures with noise in "
@@ -61,8 +61,7 @@ cuts are of the same seconds.
         "/path/to/Libri2Mix",
         {
             "data_options": (
-                "# E.g. {parts: [train-100, dev, test], mixture: mix_both}; "
-                "see README\n"
+                "# E.g. {parts: [train-100, dev, test], mixture: mix_both}\n"
                 "data_options: {}\n"
             ),
             "training_signal_len": (
@@ -143,9 +142,6 @@ def _replace_banner(text, banner):
 def _replace_key(text, key, block):
     """Put the text of a key of the first level in place of what is there."""
     there = re.compile(rf"^{key}:.*\n(?:[ \t]+\S.*\n)*", re.MULTILINE)
-    if key == "data_options" and not there.search(text):
-        # Stands after the folder that it is about.
-        return re.sub(r"^data_folder:.*\n", rf"\g<0>{block}", text, flags=re.M)
     text, count = there.subn(lambda _: block, text)
     if count != 1:
         raise ValueError(f"{BASE} has {count} keys {key}, not 1")
