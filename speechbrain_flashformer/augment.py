@@ -38,20 +38,20 @@ def augment(batch, hparams):
     True
     """
 
-    def on(name):
+    def _on(name):
         return getattr(hparams, name, False)
 
     names = ["mix_sig"] + [f"s{i + 1}_sig" for i in range(hparams.num_spks)]
     lengths = batch.mix_sig.lengths
     signals = torch.stack([getattr(batch, name).data for name in names])
-    if on("use_speedperturb") and not on("dynamic_mixing"):
+    if _on("use_speedperturb") and not _on("dynamic_mixing"):
         # One draw for all of them: they stay a mixture and its sources.
         wide = signals.flatten(0, 1)
         signals = hparams.speed_perturb(wide).unflatten(0, signals.shape[:2])
-    if on("use_rand_shift"):
+    if _on("use_rand_shift"):
         signals = _shift(signals, lengths, hparams)
     mixture = signals[0]
-    if on("use_wavedrop"):
+    if _on("use_wavedrop"):
         mixture = hparams.drop_freq(mixture)
         mixture = hparams.drop_chunk(mixture, lengths)
     for name, signal in zip(names, [mixture, *signals[1:]]):

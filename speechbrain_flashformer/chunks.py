@@ -203,13 +203,13 @@ class SpeakerOrder:
         sums, counts = self.profile.measure(fresh)
         distances = self.profile.distances(sums, counts, self.UNKNOWN)
 
-        def cost(order):
+        def _cost(order):
             pairs = [(i, j) for i, j in enumerate(order)]
             error = sum(errors[i, j] for i, j in pairs) / (energy + 1e-20)
             mismatch = 10 * torch.log10(error + 1e-12).item()
             return mismatch, sum(distances[i][j] for i, j in pairs)
 
-        costs = [cost(order) for order in self.orders]
+        costs = [_cost(order) for order in self.orders]
         least = min(voices for _, voices in costs)
         totals = [
             mismatch + min(voices - least, self.MOST_DOUBT)
@@ -321,11 +321,11 @@ class VoiceProfile:
         # Few frames tell little: their mean is wide of the speaker's.
         trust = counts / (counts + 1 / self.WINDOW)
 
-        def distance(i, j):
+        def _distance(i, j):
             if not counts[j]:
                 return 0.0
             far = ((means[i] - news[j]).square() / variance).sum().item()
             far = far if self.counts[i] else unknown
             return far * trust[j].item()
 
-        return [[distance(i, j) for j in range(S)] for i in range(S)]
+        return [[_distance(i, j) for j in range(S)] for i in range(S)]

@@ -13,12 +13,12 @@ PATIENCE = 10  # seconds that a terminated worker has to clean up
 def exit_on_sigterm():
     """Make SIGTERM an exit, so that what is open is closed; once."""
 
-    def leave(*_):
+    def _leave(*_):
         # A second one would break off the cleaning up.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sys.exit(TERMINATED)
 
-    return signal.signal(signal.SIGTERM, leave)
+    return signal.signal(signal.SIGTERM, _leave)
 
 
 def run_jobs(tasks, jobs, load, run, on_death):
@@ -50,14 +50,14 @@ def run_jobs(tasks, jobs, load, run, on_death):
     waiting = list(reversed(tasks))
     running = {}  # connection -> (process, task)
 
-    def start():
+    def _start():
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, load, run))
         process.start()
         theirs.close()
-        give(ours, process)
+        _give(ours, process)
 
-    def give(connection, process):
+    def _give(connection, process):
         if waiting:
             task = waiting.pop()
             running[connection] = process, task
@@ -70,7 +70,7 @@ def run_jobs(tasks, jobs, load, run, on_death):
 
     try:
         for _ in range(min(jobs, len(tasks))):
-            start()
+            _start()
         while running:
             for connection in wait(list(running)):
                 process, task = running.pop(connection)
@@ -80,10 +80,10 @@ def run_jobs(tasks, jobs, load, run, on_death):
                     process.join()
                     yield task, on_death(task, process.pid, process.exitcode)
                     if waiting:
-                        start()
+                        _start()
                     continue
                 yield task, result
-                give(connection, process)
+                _give(connection, process)
     finally:
         for process, _ in running.values():
             process.terminate()

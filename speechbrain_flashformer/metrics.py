@@ -75,11 +75,11 @@ def si_snr(targets, predictions, lengths=None):
     keep = valid_samples(targets, lengths)
     count = keep.sum(1, keepdim=True).clamp(min=1)
 
-    def centred(x):
+    def _centred(x):
         x = x.float() * keep
         return (x - x.sum(1, keepdim=True) / count) * keep
 
-    targets, predictions = centred(targets), centred(predictions)
+    targets, predictions = _centred(targets), _centred(predictions)
     energy = targets.square().sum(1, keepdim=True)
     gain = (targets * predictions).sum(1, keepdim=True) / (energy + EPS)
     wanted = gain * targets
@@ -306,11 +306,13 @@ def count_macs(function, *arguments):
     600
     """
 
-    def attention(q, k, v, *_, **__):
+    def _attention(q, k, v, *_, **__):
         return sdpa_flop_count(q, k, v)
 
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    counter = FlopCounterMode(display=False, custom_mapping={kernel: attention})
+    counter = FlopCounterMode(
+        display=False, custom_mapping={kernel: _attention}
+    )
     with counter, torch.no_grad():
         function(*arguments)
     return counter.get_total_flops() // 2

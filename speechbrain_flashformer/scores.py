@@ -171,7 +171,7 @@ def write_results(path, rows, more=()):
 
 
 def write_example(folder, name, mixture, targets, predictions, sample_rate):
-    """Write NAME_mix.wav, NAME_s1.wav, NAME_s1hat.wav, ...
+    """Write NAME_mix.wav, and NAME_s1.wav and NAME_s1hat.wav of each source.
 
     Estimates are brought to the level of their source: SI-SNR training leaves
     the scale free, and a quiet or clipped file tells nothing.

@@ -102,7 +102,7 @@ def encoder_statistics(blocks, encoder):
     device = next(encoder.parameters()).device
     total, squares, count, rest = 0, 0, 0, None
 
-    def add(samples):
+    def _add(samples):
         nonlocal total, squares, count
         mix_w = encoder(samples.to(device)).double()
         total = total + mix_w.sum((1, 2))
@@ -112,14 +112,14 @@ def encoder_statistics(blocks, encoder):
     for block in blocks:
         samples = block if rest is None else torch.cat([rest, block], 1)
         if samples.shape[1] >= kernel:
-            add(samples)
+            _add(samples)
             frames = 1 + (samples.shape[1] - kernel) // stride
             samples = samples[:, frames * stride :]
         rest = samples
     # What a last frame covers that only the padding fills.
     covered = kernel - stride if count else 0
     if rest.shape[1] > covered:
-        add(F.pad(rest, (0, kernel - rest.shape[1])))
+        _add(F.pad(rest, (0, kernel - rest.shape[1])))
     return total / count, squares / count
 
 
