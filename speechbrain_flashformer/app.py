@@ -77,7 +77,7 @@ def serve(model, host="127.0.0.1", port=None, max_minutes=60, max_mb=500):
         # gradio reads it when it is imported, too.
         os.environ["GRADIO_TEMP_DIR"] = folder
         gradio = _gradio()
-        page = build_page(model, folder, max_minutes, max_mb)
+        page = _build_page(model, folder, max_minutes, max_mb)
         try:
             _, url, _ = page.launch(
                 server_name=host,
@@ -102,7 +102,7 @@ def serve(model, host="127.0.0.1", port=None, max_minutes=60, max_mb=500):
             del os.environ["GRADIO_TEMP_DIR"]
 
 
-def build_page(model, folder, max_minutes, max_mb):
+def _build_page(model, folder, max_minutes, max_mb):
     """The page as ``gradio.Blocks``; what it makes goes into the folder."""
     gradio = _gradio()
     num_spks, rate = model.hparams.num_spks, model.hparams.sample_rate
@@ -120,7 +120,7 @@ def build_page(model, folder, max_minutes, max_mb):
             progress(done / total, f"{_clock(done)} of {_clock(total)}")
 
         try:
-            check_length(path, max_minutes)
+            _check_length(path, max_minutes)
             made = Path(tempfile.mkdtemp(dir=folder))
             sources = model.separate_to_files(
                 path, made, subtype="pcm16", callback=tell
@@ -198,7 +198,7 @@ def _clock(seconds):
     return f"{int(seconds // 60)}:{int(seconds % 60):02}"
 
 
-def check_length(path, max_minutes):
+def _check_length(path, max_minutes):
     """Raise a ValueError if a recording is longer than the page takes."""
     reader = AudioReader(path)
     minutes = reader.frames / reader.sample_rate / 60
@@ -226,6 +226,15 @@ def draw_spectrograms(paths, folder, model_rate):
     -------
     list of str
         The PNG files.
+
+    Example
+    -------
+    >>> import soundfile
+    >>> folder = getfixture("tmp_path")
+    >>> soundfile.write(folder / "a.wav", torch.randn(8000).numpy(), 8000)
+    >>> [picture] = draw_spectrograms([folder / "a.wav"], folder, 8000)
+    >>> Path(picture).name
+    'a_spectrogram.png'
     """
     from matplotlib.figure import Figure
 
@@ -272,6 +281,14 @@ def spectrogram(reader, top):
     torch.Tensor
         [K, L]; of long recordings about 1200 columns, each the mean power of
         its part.
+
+    Example
+    -------
+    >>> import soundfile
+    >>> path = getfixture("tmp_path") / "a.wav"
+    >>> soundfile.write(path, torch.randn(8000).numpy(), 8000)
+    >>> spectrogram(AudioReader(path), top=4000).shape
+    torch.Size([129, 126])
     """
     size = max(16, round(0.032 * reader.sample_rate))
     window = torch.hann_window(size)
