@@ -5,6 +5,7 @@ name. Commands that install, train or serve are not run; that their files and
 options exist is checked.
 """
 
+import doctest
 import io
 import re
 import shlex
@@ -82,7 +83,9 @@ def test_what_a_page_shows_runs(page, here, capsys):
 
 
 def run_block(page, language, code, names):
-    if language == "python":
+    if language == "python" and code.startswith(">>>"):
+        _session(page, code, names)
+    elif language == "python":
         exec(compile(code, str(page), "exec"), names)
     elif language == "sh":
         for words in commands(code):
@@ -97,6 +100,16 @@ def run_block(page, language, code, names):
     else:
         # Figures drawn in letters; code says what it is.
         assert language == "", language
+
+
+def _session(page, code, names):
+    """Run what was typed, compare what was answered."""
+    test = doctest.DocTestParser().get_doctest(code, names, page.name, None, 0)
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    said = io.StringIO()
+    result = runner.run(test, out=said.write, clear_globs=False)
+    names.update(test.globs)
+    assert not result.failed, said.getvalue()
 
 
 def _flashformer(words):
@@ -137,6 +150,7 @@ def _yaml(code):
     "language, code",
     [
         ("python", "import torch\nassert torch.rand(1) > 2\n"),
+        ("python", ">>> 1 + 1\n3\n"),
         ("sh", "flashformer separate meeting.wav --out x --loudness 3\n"),
         ("sh", "cd x && flashformer separate no.wav -o separated\n"),
         ("sh", "python train.py hparams/flashformer.yaml --no_key 1\n"),
