@@ -41,6 +41,7 @@ setup(
         "tqdm>=4.64,<5",
     ],
     extras_require={
+        "app": ["gradio>=6,<7", "matplotlib>=3.8,<4"],
         "demo": ["espeakng-loader>=0.2.4,<0.3", "matplotlib>=3.8,<4"],
         "eval": ["pesq>=0.0.4,<0.1", "pystoi>=0.4,<0.5"],
         "flash": ["flash-attn>=2.8,<3"],
@@ -51,6 +52,7 @@ setup(
         ],
         "dev": [
             "espeakng-loader>=0.2.4,<0.3",
+            "gradio>=6,<7",
             "matplotlib>=3.8,<4",
             "mir_eval>=0.7,<0.9",
             "onnx>=1.17,<2",
@@ -59,6 +61,7 @@ setup(
             "pystoi>=0.4,<0.5",
             "pytest>=8,<10",
             "ruff>=0.14,<0.18",
+            "selenium>=4.20,<5",
         ],
     },
     entry_points={

@@ -1,4 +1,4 @@
-"""The command ``flashformer``: separate, pack, info, export."""
+"""The command ``flashformer``: separate, app, pack, info, export."""
 
 import argparse
 import glob
@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -141,6 +142,35 @@ def _parser():
         help="recordings at a time, each in a process of its own (default 1)",
     )
     add("--quiet", action="store_true", help="no progress bar")
+
+    add = command(
+        "app",
+        _app,
+        "serve a page to try a model in a browser (needs the extra app)",
+    ).add_argument
+    add("--model", help="as for separate")
+    add("--device", help="as for separate")
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen at (default 127.0.0.1: this machine alone). "
+        "Any other lets in whoever reaches it: there is no password",
+    )
+    add("--port", type=int, help="default: the first free one from 7860")
+    add(
+        "--max-minutes",
+        type=float,
+        default=60,
+        metavar="MINUTES",
+        help="longest recording that the page takes (default 60)",
+    )
+    add(
+        "--max-mb",
+        type=int,
+        default=500,
+        metavar="MB",
+        help="largest file that the page takes (default 500)",
+    )
 
     add = command(
         "pack",
@@ -349,6 +379,25 @@ def _device(name):
 
 
 # --- the other commands -----------------------------------------------------
+
+
+def _app(parsed):
+    if parsed.max_minutes <= 0 or parsed.max_mb < 1:
+        print(
+            "flashformer: --max-minutes must be more than 0, --max-mb 1 or "
+            "more",
+            file=sys.stderr,
+        )
+        return USAGE
+    from speechbrain_flashformer.app import serve
+
+    model, device = _model_folder(parsed.model), _device(parsed.device)
+    _load(model, device)
+    limits = parsed.max_minutes, parsed.max_mb
+    with serve(_MODEL, parsed.host, parsed.port, *limits) as url:
+        print(url, flush=True)
+        while True:
+            time.sleep(1)
 
 
 def _pack(parsed):

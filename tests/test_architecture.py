@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "pack": {"checkpoints", "scores", "separate"},
     "jobs": set(),
     "export": {"separate"},
-    "cli": {"audio", "export", "inference", "jobs", "pack"},
+    "app": {"audio"},
+    "cli": {"app", "audio", "export", "inference", "jobs", "pack"},
 }
 # Imported where they are needed, if they are there.
 LAZY = {"flash_attn", "pesq", "pystoi"}
