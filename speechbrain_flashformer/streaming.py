@@ -9,6 +9,48 @@ import torch.nn.functional as F
 from speechbrain_flashformer.separate import encoder_frame
 
 
+def lookahead_tokens(lookahead_ms, sample_rate, kernel_stride, token_stride):
+    """The ``future_tokens`` of a network that hears so much ahead.
+
+    Arguments
+    ---------
+    lookahead_ms : float
+        Milliseconds beyond the token that a sample is in, which the latency
+        grows by: a multiple of a token.
+    sample_rate : int
+        Hz.
+    kernel_stride : int
+        Samples from one frame of the encoder to the next.
+    token_stride : int
+        Frames per token.
+
+    Returns
+    -------
+    int
+        Tokens.
+
+    Raises
+    ------
+    ValueError
+        When that is no whole number of tokens, of 0 or more.
+
+    Example
+    -------
+    >>> lookahead_tokens(24, 8000, kernel_stride=16, token_stride=4)
+    3
+    """
+    token_ms = 1000 * kernel_stride * token_stride / sample_rate
+    tokens = round(lookahead_ms / token_ms)
+    # Written in decimals, thirds of a millisecond are near misses.
+    if tokens < 0 or abs(tokens * token_ms - lookahead_ms) > 0.01:
+        below = max(0, int(lookahead_ms // token_ms))
+        raise ValueError(
+            f"lookahead_ms is {lookahead_ms:g}, but a token is {token_ms:g} "
+            f"ms: take {below * token_ms:g} or {(below + 1) * token_ms:g}"
+        )
+    return tokens
+
+
 class StreamingSeparator:
     """Samples in, separated samples out, as soon as they are known.
 
@@ -52,10 +94,11 @@ class StreamingSeparator:
         self.kernel, self.stride = encoder_frame(encoder)
         tokens = (1 + masknet.future_tokens) * masknet.token_stride
         self.latency = (tokens - 1) * self.stride + self.kernel
-        weight = next(encoder.parameters())
+        weight = next(encoder.parameters()).detach()
         rows = masknet.num_spks * batch_size
         self.state = {
             "network": masknet.make_streaming_context(batch_size),
+            "frame": [self.kernel, self.stride],
             "samples": weight.new_zeros(batch_size, 0),  # of the next frames
             "frames": weight.new_zeros(batch_size, masknet.in_channels, 0),
             "tail": weight.new_zeros(rows, self.kernel - self.stride),
@@ -64,7 +107,6 @@ class StreamingSeparator:
             "flushed": False,
         }
 
-    @torch.no_grad()
     def feed(self, block):
         """Take the next samples, give those that are ready.
 
@@ -81,43 +123,52 @@ class StreamingSeparator:
         Raises
         ------
         ValueError
-            When the block is of another shape or type.
+            When the block is of another shape or type, or the state that was
+            put back is of another model.
         RuntimeError
             After ``flush``.
         """
-        state = self.state
-        if state["flushed"]:
-            raise RuntimeError("the stream was flushed: make a new one")
-        batch_size = state["network"]["batch_size"]
+        self._check_state()
+        batch_size = self.state["network"]["batch_size"]
         if block.ndim != 2 or block.shape[0] != batch_size:
             raise ValueError(
                 f"a block is [{batch_size}, samples], got {tuple(block.shape)}"
             )
         if not block.is_floating_point():
             raise ValueError(f"a block is floating point, got {block.dtype}")
-        block = block.to(state["samples"])
-        block = torch.where(block.isfinite(), block, 0)
-        state["fed"] += block.shape[1]
-        return self._run(block)
+        # A tenth faster than no_grad.
+        with torch.inference_mode():
+            block = block.to(self.state["samples"])
+            block = torch.where(block.isfinite(), block, 0)
+            self.state["fed"] += block.shape[1]
+            sources = self._run(block)
+        # What is made in that mode cannot be used in training.
+        return sources.clone()
 
-    @torch.no_grad()
     def flush(self):
         """End the stream; the rest of its samples, [B, m, S]."""
+        self._check_state()
         state = self.state
-        if state["flushed"]:
-            raise RuntimeError("the stream was flushed already")
         state["flushed"] = True
-        fed, first = state["fed"], state["given"]
-        # Silence, to the end of a frame and of a token and for its future.
-        frames = 1 - (-max(fed - self.kernel, 0) // self.stride)
-        samples = self.kernel + (frames - 1) * self.stride
-        parts = [self._run(_zeros(state["samples"], samples - fed, 1))]
-        more = self.masknet.future_tokens * self.masknet.token_stride
-        more += -frames % self.masknet.token_stride
-        parts.append(self._decode(_zeros(state["frames"], more, 2)))
-        B = state["network"]["batch_size"]
-        tail = state["tail"].unflatten(0, (-1, B)).permute(1, 2, 0)
-        return torch.cat([*parts, tail], 1)[:, : fed - first]
+        with torch.inference_mode():
+            fed, first = state["fed"], state["given"]
+            # Silence, to the end of a frame and of a token and for its future.
+            frames = 1 - (-max(fed - self.kernel, 0) // self.stride)
+            samples = self.kernel + (frames - 1) * self.stride
+            parts = [self._run(_zeros(state["samples"], samples - fed, 1))]
+            more = self.masknet.future_tokens * self.masknet.token_stride
+            more += -frames % self.masknet.token_stride
+            parts.append(self._decode(_zeros(state["frames"], more, 2)))
+            B = state["network"]["batch_size"]
+            tail = state["tail"].unflatten(0, (-1, B)).permute(1, 2, 0)
+            rest = torch.cat([*parts, tail], 1)[:, : fed - first]
+        return rest.clone()
+
+    def _check_state(self):
+        if self.state["flushed"]:
+            raise RuntimeError("the stream was flushed: make a new one")
+        if self.state["frame"] != [self.kernel, self.stride]:
+            raise ValueError("this state was made by another model")
 
     def _run(self, block):
         """Samples [B, n] to sources [B, m, S]."""
