@@ -8,6 +8,9 @@ import torch.nn.functional as F
 
 from speechbrain_flashformer.separate import encoder_frame
 
+# Squares of samples beyond this would not be finite for long.
+TOO_LOUD = 1e10
+
 
 def lookahead_tokens(lookahead_ms, sample_rate, kernel_stride, token_stride):
     """The ``future_tokens`` of a network that hears so much ahead.
@@ -55,8 +58,9 @@ class StreamingSeparator:
     """Samples in, separated samples out, as soon as they are known.
 
     What comes out is, to rounding, what ``separate.separate`` gives for the
-    whole signal, however it is cut into blocks. Samples that are not finite
-    are taken as 0, so that they are over when their block is.
+    whole signal, however it is cut into blocks. Samples that are not finite,
+    or beyond ``TOO_LOUD``, are taken as 0, so that they are over when their
+    block is.
 
     Arguments
     ---------
@@ -139,7 +143,7 @@ class StreamingSeparator:
         # A tenth faster than no_grad.
         with torch.inference_mode():
             block = block.to(self.state["samples"])
-            block = torch.where(block.isfinite(), block, 0)
+            block = torch.where(block.abs() < TOO_LOUD, block, 0)
             self.state["fed"] += block.shape[1]
             sources = self._run(block)
         # What is made in that mode cannot be used in training.

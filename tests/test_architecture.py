@@ -25,11 +25,19 @@ MAY_IMPORT = {
     "voices": set(),
     "chunks": set(),
     "audio": set(),
-    "inference": {"attention", "audio", "chunks", "metrics", "separate"},
+    "inference": {
+        "attention",
+        "audio",
+        "chunks",
+        "metrics",
+        "separate",
+        "streaming",
+    },
+    "live": {"audio", "streaming"},
     "pack": {"separate"},
     "jobs": set(),
     "export": {"separate"},
-    "cli": {"audio", "export", "inference", "jobs", "pack"},
+    "cli": {"audio", "export", "inference", "jobs", "live", "pack"},
 }
 TORCH_ONLY = (
     "attention",

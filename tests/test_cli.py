@@ -92,7 +92,7 @@ def test_standard_input_is_for_one(
 
 
 def test_help_of_each_command():
-    for command in ("separate", "pack", "info", "export"):
+    for command in ("separate", "stream", "pack", "info", "export"):
         with pytest.raises(SystemExit) as ended:
             run(command, "--help")
         assert ended.value.code == 0
@@ -213,6 +213,17 @@ def test_options_reach_the_separation(packed, tmp_path):
     assert soundfile.info(out / "a_c1_s1.wav").subtype == "PCM_16"
     peaks = [np.abs(soundfile.read(out / n)[0]).max() for n in names(out)]
     assert abs(max(peaks) - 0.9) < 1e-3
+
+
+def test_separate_streaming(packed, packed_causal, tmp_path, capsys):
+    path, out = speak(tmp_path / "a.wav"), tmp_path / "out"
+    arguments = ("separate", path, "-o", out, "--streaming", "--model")
+    assert run(*arguments, packed) == 1
+    assert (
+        "cannot stream: give one that is as --model" in capsys.readouterr().err
+    )
+    assert run(*arguments, packed_causal) == 0
+    assert names(out) == ["a_s1.wav", "a_s2.wav"]
 
 
 @pytest.mark.parametrize(
