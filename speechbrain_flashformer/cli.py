@@ -224,6 +224,17 @@ def _parser():
     ).add_argument
     add("model", metavar="MODEL")
     add("out", metavar="OUT.onnx", type=Path)
+    add(
+        "--streaming",
+        action="store_true",
+        help="one step of a stream, with its state; needs a causal model",
+    )
+    add(
+        "--block",
+        type=float,
+        metavar="MS",
+        help="milliseconds of a step with --streaming (default 16)",
+    )
     add("--overwrite", action="store_true", help="replace OUT.onnx")
     return parser
 
@@ -522,11 +533,19 @@ def _info(parsed):
 
 
 def _export(parsed):
-    from speechbrain_flashformer.export import export_onnx
+    if parsed.block is not None and not parsed.streaming:
+        print("flashformer: --block needs --streaming", file=sys.stderr)
+        return USAGE
+    from speechbrain_flashformer import export
     from speechbrain_flashformer.inference import FlashFormerSeparation
 
     model = FlashFormerSeparation.from_hparams(_model_folder(parsed.model))
-    print(export_onnx(model, parsed.out, parsed.overwrite))
+    arguments = model, parsed.out, parsed.overwrite
+    if parsed.streaming:
+        path = export.export_streaming_onnx(*arguments, parsed.block or 16.0)
+    else:
+        path = export.export_onnx(*arguments)
+    print(path)
     return OK
 
 

@@ -4,6 +4,7 @@ Axes: B streams side by side, n and m samples, S speakers.
 """
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from speechbrain_flashformer.separate import encoder_frame
@@ -79,6 +80,12 @@ class StreamingSeparator:
         All that the stream remembers: tensors, numbers and lists of these, of
         bounded size. It can be copied, saved, and put back.
 
+    Raises
+    ------
+    ValueError
+        When the masknet cannot stream, or the decoder has a bias, which
+        overlapping frames would add twice.
+
     Example
     -------
     >>> from speechbrain.lobes.models.dual_path import Decoder, Encoder
@@ -93,6 +100,8 @@ class StreamingSeparator:
     """
 
     def __init__(self, encoder, masknet, decoder, batch_size=1):
+        if getattr(decoder, "bias", None) is not None:
+            raise ValueError("streaming needs a decoder without bias")
         self.encoder, self.masknet = encoder, masknet
         self.decoder = decoder
         self.kernel, self.stride = encoder_frame(encoder)
@@ -195,14 +204,117 @@ class StreamingSeparator:
         if not ready:
             return mix_w.new_zeros(B, 0, S)
         sources = self.decoder((mix_w[:, :, :ready] * masks).flatten(0, 1))
-        # The next frame overlaps the end.
-        overlap = self.kernel - self.stride
-        more = sources.shape[1] - overlap
-        sources = sources + F.pad(state["tail"], (0, more))
         done = ready * self.stride
-        state["tail"] = sources[:, done:].clone()
+        sources, tail = _join(sources, state["tail"], done)
+        state["tail"] = tail.clone()
         state["given"] += done
-        return sources[:, :done].unflatten(0, (S, B)).permute(1, 2, 0)
+        return sources.unflatten(0, (S, B)).permute(1, 2, 0)
+
+
+class StreamingStep(nn.Module):
+    """``StreamingSeparator`` for blocks of whole tokens, as a function.
+
+    Arguments are those of ``StreamingSeparator``.
+
+    Example
+    -------
+    >>> from speechbrain.lobes.models.dual_path import Decoder, Encoder
+    >>> from speechbrain_flashformer import FlashFormer
+    >>> encoder = Encoder(kernel_size=16, out_channels=32)
+    >>> masknet = FlashFormer(32, d_model=64, num_layers=1, causal=True)
+    >>> decoder = Decoder(32, 1, kernel_size=16, stride=8, bias=False)
+    >>> step = StreamingStep(encoder, masknet.eval(), decoder)
+    >>> state = step.make_state(3)
+    >>> sources, *new = step(torch.randn(3, 128), *state.values())
+    >>> sources.shape, len(new) == len(state)
+    (torch.Size([3, 128, 2]), True)
+    """
+
+    def __init__(self, encoder, masknet, decoder):
+        super().__init__()
+        self.encoder, self.masknet = encoder, masknet
+        self.decoder = decoder
+        self.kernel, self.stride = encoder_frame(encoder)
+        self.token = masknet.token_stride * self.stride
+        self.delay = masknet.future_tokens * self.token
+
+    def make_state(self, batch_size):
+        """The state of new streams: tensors by name, all zeros."""
+        masknet, overlap = self.masknet, self.kernel - self.stride
+        weight = next(self.encoder.parameters()).detach()
+        frames = masknet.future_tokens * masknet.token_stride
+        state = {
+            "samples": (overlap,),
+            "frames": (masknet.in_channels, frames),
+            "tail": (masknet.num_spks, overlap),
+        }
+        state = {k: weight.new_zeros(batch_size, *v) for k, v in state.items()}
+        context = masknet.make_streaming_context(batch_size)
+        state["tokens"] = torch.zeros(1, dtype=torch.long)
+        state |= _flat({part: context[part] for part in PARTS})
+        # What holds nothing needs no name.
+        return {k: tensor for k, tensor in state.items() if tensor.numel()}
+
+    def forward(self, mixture, *state):
+        """Sources [B, n, S] of mixtures [B, n], and the new state."""
+        names = self.make_state(1)
+        given = dict(zip(names, state))
+        context = self.masknet.make_streaming_context(mixture.shape[0])
+        context["tokens"] = given["tokens"]
+        _fill(context, given)
+        samples = torch.cat([given["samples"], mixture], 1)
+        samples = torch.where(samples.abs() < TOO_LOUD, samples, 0)
+        mix_w = self.encoder(samples)
+        masks = self.masknet.step(mix_w, context)
+        n = mix_w.shape[2]
+        if self.delay:
+            mix_w = torch.cat([given["frames"], mix_w], 2)
+        sources = self.decoder((mix_w[:, :, :n] * masks).flatten(0, 1))
+        sources = sources.unflatten(0, (self.masknet.num_spks, -1))
+        sources, tail = _join(
+            sources.transpose(0, 1), given["tail"], n * self.stride
+        )
+        new = {
+            **_flat({part: context[part] for part in PARTS}),
+            "samples": samples[:, n * self.stride :],
+            "frames": mix_w[:, :, n:],
+            "tail": tail,
+            "tokens": context["tokens"],
+        }
+        return sources.transpose(1, 2), *(new[name] for name in names)
+
+
+# Of a streaming context, what changes from step to step.
+PARTS = ("norm", "down", "layers", "skips", "up")
+
+
+def _flat(tree, name=""):
+    """The tensors of nested dicts and lists, by the names on the way."""
+    if isinstance(tree, torch.Tensor):
+        return {name: tree}
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    flat = {}
+    for key, part in pairs:
+        flat |= _flat(part, f"{name}_{key}" if name else str(key))
+    return flat
+
+
+def _fill(tree, flat, name=""):
+    """Put tensors back where ``_flat`` found them."""
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    for key, part in list(pairs):
+        place = f"{name}_{key}" if name else str(key)
+        if isinstance(part, (dict, list)):
+            _fill(part, flat, place)
+        elif place in flat:
+            tree[key] = flat[place]
+
+
+def _join(sources, tail, done):
+    """Add the last frames' overlap; the samples that are done, and the rest."""
+    more = sources.shape[-1] - tail.shape[-1]
+    sources = sources + F.pad(tail, (0, more))
+    return sources[..., :done], sources[..., done:]
 
 
 def _zeros(like, size, dim):

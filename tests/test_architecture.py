@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "live": {"audio", "streaming"},
     "pack": {"separate"},
     "jobs": set(),
-    "export": {"separate"},
+    "export": {"separate", "streaming"},
     "cli": {"audio", "export", "inference", "jobs", "live", "pack"},
 }
 TORCH_ONLY = (

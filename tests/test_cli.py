@@ -368,10 +368,16 @@ def test_pack(make_run, tmp_path, capsys):
 def test_export(packed, tmp_path, monkeypatch, capsys):
     from speechbrain_flashformer import export
 
-    def export_onnx(model, path, overwrite):
+    def asked(model, path, *options):
         assert model.hparams.sample_rate == 8000
-        return f"{path} {overwrite}"
+        return f"{path} {options}"
 
-    monkeypatch.setattr(export, "export_onnx", export_onnx)
-    assert run("export", packed, tmp_path / "a.onnx", "--overwrite") == 0
-    assert capsys.readouterr().out.strip() == f"{tmp_path / 'a.onnx'} True"
+    monkeypatch.setattr(export, "export_onnx", asked)
+    monkeypatch.setattr(export, "export_streaming_onnx", asked)
+    path = tmp_path / "a.onnx"
+    assert run("export", packed, path, "--overwrite") == 0
+    assert run("export", packed, path, "--streaming", "--block", 32) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [f"{path} (True,)", f"{path} (False, 32.0)"]
+    assert run("export", packed, path, "--block", 32) == 2
+    assert "--block needs --streaming" in capsys.readouterr().err
