@@ -375,7 +375,7 @@ def _window_row(q, k, v, left, right):
         stop = min(start + block, tq)
         k0, k1 = max(0, start + shift - left), min(tk, stop + shift + right)
         mask = _band(q, stop - start, k1 - k0, start + shift - k0, left, right)
-        return _masked(q[:, start:stop], k[:, k0:k1], v[:, k0:k1], mask)
+        return attend_masked(q[:, start:stop], k[:, k0:k1], v[:, k0:k1], mask)
 
     parts = [edge(i * block) for i in range(first)]
     if last > first:
@@ -388,7 +388,7 @@ def _window_row(q, k, v, left, right):
         queries = q[0, first * block : last * block]
         queries = queries.unflatten(0, (last - first, block))
         mask = _band(q, block, span, left, left, right)
-        parts.append(_masked(queries, *spans, mask).flatten(0, 1)[None])
+        parts.append(attend_masked(queries, *spans, mask).flatten(0, 1)[None])
     parts += [edge(start) for start in range(last * block, tq, block)]
     return torch.cat(parts, 1)
 
@@ -428,7 +428,8 @@ def _window_blocks(q, k, v, left, right):
     return out[:, :T]
 
 
-def _masked(q, k, v, mask):
+def attend_masked(q, k, v, mask):
+    """``attend`` under an additive mask [Tq, Tk]: torch's kernel, no checks."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with _no_dense_kernel(q):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -440,6 +441,36 @@ def _band(q, rows, columns, offset, left, right):
     mask = torch.zeros(rows, columns, dtype=q.dtype, device=q.device)
     hidden = _hidden(rows, columns, offset, left, right, q.device)
     return mask.masked_fill(hidden, -math.inf)
+
+
+def stream_mask(queries, left, seen, like):
+    """The mask [n, left + n] of the next n queries of a stream.
+
+    The keys before them are the last ``left``, of which only those exist that
+    the stream has had.
+
+    Arguments
+    ---------
+    queries : int
+        n.
+    left : int
+        Keys seen to the left of each query.
+    seen : int or torch.Tensor
+        Tokens that the stream has had; a tensor [1] in an exported graph.
+    like : torch.Tensor
+        The mask has its dtype and device.
+
+    Example
+    -------
+    >>> stream_mask(2, left=3, seen=1, like=torch.zeros(1))
+    tensor([[-inf, -inf, 0., 0., -inf],
+            [-inf, -inf, 0., 0., 0.]])
+    """
+    hidden = _hidden(queries, left + queries, left, left, 0, like.device)
+    # Not a branch: an exported graph has it for all tokens.
+    absent = torch.arange(left + queries, device=like.device) < left - seen
+    mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+    return mask.masked_fill(hidden | absent, -math.inf)
 
 
 def _hidden(rows, columns, offset, left, right, device):
@@ -505,8 +536,8 @@ def rotary_angles(length, head_width, offset=0, base=10000.0, device=None):
         Number of tokens, T.
     head_width : int
         D, even.
-    offset : int
-        Position of the first token.
+    offset : int or torch.Tensor
+        Position of the first token; a tensor [1] in an exported graph.
     base : float
         The longest wavelength is about ``2 pi base`` tokens.
     device : torch.device, optional
@@ -528,11 +559,14 @@ def rotary_angles(length, head_width, offset=0, base=10000.0, device=None):
         )
     # In float64: an hour of audio has 450,000 positions, too many for the
     # phase to survive in float32.
-    # An exported graph is for chunks; few runtimes have a float64 cosine.
-    dtype = torch.float32 if torch.compiler.is_exporting() else torch.float64
-    half = torch.arange(0, head_width, 2, dtype=dtype, device=device)
-    place = torch.arange(offset, offset + length, dtype=dtype, device=device)
+    wide = {"dtype": torch.float64, "device": device}
+    half = torch.arange(0, head_width, 2, **wide)
+    place = torch.arange(length, **wide) + offset
     angles = place[:, None, None] * base ** (-half / head_width)
+    if torch.compiler.is_exporting():
+        # Few runtimes have a float64 cosine.
+        turns = angles / math.tau
+        angles = (turns - turns.floor()).float() * math.tau
     return angles.cos().float(), angles.sin().float()
 
 

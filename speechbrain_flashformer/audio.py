@@ -16,7 +16,7 @@ from pathlib import Path
 
 import soundfile
 import torch
-from torchaudio.functional import resample
+from torchaudio.transforms import Resample
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
 SUBTYPES = {"float": "FLOAT", "pcm16": "PCM_16", "pcm24": "PCM_24"}
@@ -103,8 +103,14 @@ class Resampler:
     new : int
         Sampling rate of what comes out.
 
+    Attributes
+    ----------
+    latency : float
+        Seconds after its own time in which a sample comes out, at most.
+
     Example
     -------
+    >>> from torchaudio.functional import resample
     >>> whole = torch.randn(1, 44100)
     >>> resampler = Resampler(44100, 8000)
     >>> parts = [resampler.feed(part) for part in whole.split(1000, 1)]
@@ -114,18 +120,21 @@ class Resampler:
     True
     """
 
-    # Zero crossings and roll-off of torchaudio's filter.
-    ZEROS, ROLLOFF = 6, 0.99
-
     def __init__(self, old, new):
         shared = gcd(old, new)
         self.old, self.new = old // shared, new // shared
-        # `old` samples in give `new` out: a period. The filter reaches so
-        # many periods to each side.
-        reach = self.ZEROS * self.old / (min(self.old, self.new) * self.ROLLOFF)
-        self.reach = ceil(reach / self.old) + 1
-        self.left = 0  # periods of the past that lead the buffer
         self.buffer = None
+        self.latency = 0.0
+        if self.old == self.new:
+            return
+        # Made once, and as the function would make it in float32.
+        self.resample = Resample(self.old, self.new, dtype=torch.float32)
+        # Samples that the filter reaches to each side, and one for rounding.
+        self.reach = self.resample.width + 1
+        # `old` samples in give `new` out: a period.
+        self.periods = ceil(self.reach / self.old)
+        self.given = 0  # of what the buffer gives
+        self.latency = (self.reach + 1) / old + 1 / new
 
     def feed(self, block):
         """Take samples [C, n], return those that are ready, [C, m]."""
@@ -133,24 +142,21 @@ class Resampler:
             return block
         if self.buffer is not None:
             block = torch.cat([self.buffer, block], 1)
-        ready = block.shape[1] // self.old - self.reach
-        if ready <= self.left:
-            self.buffer = block
+        self.buffer = block
+        ready = max(0, block.shape[1] - self.reach) * self.new // self.old
+        if ready <= self.given:
             return block[:, :0]
-        known = block[:, : (ready + self.reach) * self.old]
-        out = resample(known, self.old, self.new)
-        out = out[:, self.left * self.new : ready * self.new]
-        left = min(ready, self.reach)
-        self.buffer = block[:, (ready - left) * self.old :]
-        self.left = left
+        out = self.resample(block)[:, self.given : ready]
+        over = max(0, ready // self.new - self.periods)
+        self.buffer = block[:, over * self.old :]
+        self.given = ready - over * self.new
         return out
 
     def flush(self):
         """Return the rest, [C, m]."""
         if self.buffer is None:
             return torch.zeros(1, 0)
-        out = resample(self.buffer, self.old, self.new)
-        return out[:, self.left * self.new :]
+        return self.resample(self.buffer)[:, self.given :]
 
 
 def resample_blocks(blocks, old, new):
@@ -184,8 +190,8 @@ class SourceWriter:
         S files, which must not exist unless overwrite.
     sample_rate : int
         Hz.
-    frames : int
-        Samples that each will have.
+    frames : int, optional
+        Samples that each will have, where that is known.
     subtype : str
         ``float`` (32 bit), ``pcm16`` or ``pcm24``.
     normalize : bool
@@ -206,7 +212,7 @@ class SourceWriter:
         self,
         paths,
         sample_rate,
-        frames,
+        frames=None,
         subtype="float",
         normalize=False,
         overwrite=False,
@@ -220,6 +226,7 @@ class SourceWriter:
         self.sample_rate, self.frames = sample_rate, frames
         self.subtype, self.normalize = SUBTYPES[subtype], normalize
         self.overwrite = overwrite
+        self.written = 0
         self.peak = 0.0
         self.gain = 1.0
         self.files = []
@@ -234,7 +241,7 @@ class SourceWriter:
             free = shutil.disk_usage(folder).free
         except OSError as error:
             raise OSError(f"cannot write in {folder}: {error}") from error
-        needed = 4 * self.frames * len(self.paths)
+        needed = 4 * (self.frames or 0) * len(self.paths)
         if free < needed:
             raise OSError(
                 f"{folder} has {free / 1e6:.0f} MB free, the sources need "
@@ -256,6 +263,7 @@ class SourceWriter:
         """Append sources [n, S]."""
         if sources.numel():
             self.peak = max(self.peak, sources.abs().max().item())
+        self.written += len(sources)
         for file, source in zip(self.files, sources.T):
             self._write(file, source.contiguous().numpy())
 
@@ -266,7 +274,8 @@ class SourceWriter:
                 for file in self.files:
                     file.close()
                 self._set_gain()
-                if self.gain != 1 or self.subtype != "FLOAT":
+                unknown, self.frames = self.frames is None, self.written
+                if unknown or self.gain != 1 or self.subtype != "FLOAT":
                     for path in self.partial:
                         self._rewrite(path)
                 self._check_absent()
@@ -296,7 +305,9 @@ class SourceWriter:
             second.unlink(missing_ok=True)
 
     def _open(self, path, subtype):
-        too_long = 4 * self.frames > WAV_LIMIT
+        # RF64 has no limit, but fewer programs read it: what may become too
+        # long is written anew as WAV once it is known not to be.
+        too_long = self.frames is None or 4 * self.frames > WAV_LIMIT
         try:
             return soundfile.SoundFile(
                 str(path),

@@ -1,4 +1,4 @@
-"""The command ``flashformer``: separate, app, pack, info, export."""
+"""The command ``flashformer``: separate, stream, app, pack, info, export."""
 
 import argparse
 import glob
@@ -34,6 +34,21 @@ examples:
   flashformer separate meeting.wav -o separated
   flashformer separate recordings/ -o separated --model MODEL --jobs 2
   sox a.wav -t wav - | flashformer separate - -o separated
+"""
+
+STREAM = """\
+Separate live sound: raw PCM or a WAV stream on standard input, its sources on
+standard output as they come, as raw PCM: one channel for each speaker, at the
+rate and in the format of the input. Several channels are mixed to one. Ctrl-C
+or the end of the input ends it, and what was heard is finished first.
+"""
+
+STREAM_EXAMPLES = """\
+examples:
+  arecord -f S16_LE -r 8000 | flashformer stream --model MODEL \\
+      | aplay -f S16_LE -r 8000 -c 2
+  ffmpeg -i URL -f s16le -ac 1 -ar 48000 - \\
+      | flashformer stream --model MODEL --rate 48000 -o separated
 """
 
 
@@ -133,6 +148,12 @@ def _parser():
         choices=("chunk", "recording"),
         help="what the model's input norm is taken over (default chunk)",
     )
+    add(
+        "--streaming",
+        action="store_true",
+        help="separate as a stream, as the command stream does; needs a causal "
+        "model, and --chunk, --overlap, --norm and --precision mean nothing",
+    )
     add("--overwrite", action="store_true", help="replace existing files")
     add(
         "--jobs",
@@ -142,6 +163,45 @@ def _parser():
         help="recordings at a time, each in a process of its own (default 1)",
     )
     add("--quiet", action="store_true", help="no progress bar")
+
+    add = command(
+        "stream",
+        _stream,
+        "separate live sound on a pipe",
+        description=STREAM,
+        epilog=STREAM_EXAMPLES,
+    ).add_argument
+    add(
+        "-o",
+        "--out",
+        action="append",
+        metavar="DIR",
+        help="write DIR/stdin_s1.wav, ... at the end instead; -o - -o DIR "
+        "does both",
+    )
+    add("--model", help="a causal model, as for separate")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if any)")
+    add("--rate", type=int, metavar="HZ", help="of raw PCM (default: model's)")
+    add(
+        "--input-channels",
+        type=int,
+        metavar="N",
+        help="of raw PCM, interleaved (default 1)",
+    )
+    add(
+        "--format",
+        choices=("s16le", "f32le"),
+        help="of raw PCM: 16-bit integers (default) or 32-bit floats",
+    )
+    add(
+        "--block",
+        type=float,
+        default=16.0,
+        metavar="MS",
+        help="milliseconds that are heard at once (default 16): more latency, "
+        "less load",
+    )
+    add("--overwrite", action="store_true", help="replace existing files")
 
     add = command(
         "app",
@@ -194,6 +254,17 @@ def _parser():
     ).add_argument
     add("model", metavar="MODEL")
     add("out", metavar="OUT.onnx", type=Path)
+    add(
+        "--streaming",
+        action="store_true",
+        help="one step of a stream, with its state; needs a causal model",
+    )
+    add(
+        "--block",
+        type=float,
+        metavar="MS",
+        help="milliseconds of a step with --streaming (default 16)",
+    )
     add("--overwrite", action="store_true", help="replace OUT.onnx")
     return parser
 
@@ -217,6 +288,7 @@ def _separate(parsed):
     model, device = _model_folder(parsed.model), _device(parsed.device)
     fields = ("precision", "channels", "subtype", "normalize", "chunk")
     fields += ("mixture_consistency", "overlap", "norm", "overwrite")
+    fields += ("streaming",)
     options = {name: getattr(parsed, name) for name in fields}
     options["progress"] = (
         parsed.jobs == 1 and not parsed.quiet and sys.stderr.isatty()
@@ -378,6 +450,98 @@ def _device(name):
     return "cpu"
 
 
+# --- stream -----------------------------------------------------------------
+
+
+def _stream(parsed):
+    folders = [out for out in parsed.out or ["-"] if out != "-"]
+    listened = not folders or "-" in parsed.out
+    wrong = None
+    if len(folders) > 1:
+        wrong = "the sources can go to one folder only"
+    elif parsed.block <= 0:
+        wrong = "--block must be more than 0"
+    elif min(parsed.rate or 1, parsed.input_channels or 1) < 1:
+        wrong = "--rate and --input-channels must be 1 or more"
+    elif sys.stdin.isatty():
+        wrong = "standard input is a terminal: pipe sound into it"
+    elif listened and sys.stdout.isatty():
+        wrong = "standard output is a terminal: pipe it, or give -o DIR"
+    if wrong:
+        print(f"flashformer: {wrong}", file=sys.stderr)
+        return USAGE
+    _load(_model_folder(parsed.model), _device(parsed.device))
+
+    from speechbrain_flashformer.audio import SourceWriter
+    from speechbrain_flashformer.live import PcmReader, separate_live
+
+    network_ms = 1000 * _MODEL.stream_latency()
+    with PcmReader(
+        _unbuffered(sys.stdin, "rb"),
+        parsed.rate or _MODEL.hparams.sample_rate,
+        parsed.input_channels or 1,
+        parsed.format or "s16le",
+    ) as reader:
+        if reader.wav:
+            _check_header(reader, parsed)
+        rate = reader.sample_rate
+        resampling_ms = 1000 * _MODEL.stream_latency(rate) - network_ms
+        _tell(
+            f"{rate} Hz, {reader.encoding}, channels: {reader.channels}; "
+            f"latency {parsed.block + network_ms + resampling_ms:.1f} ms: "
+            f"block {parsed.block:g}, network {network_ms:.1f}, resampling "
+            f"{resampling_ms:.1f}"
+        )
+        writer = None
+        if folders:
+            paths = _MODEL.output_paths("stdin", folders[0])
+            writer = SourceWriter(paths, rate, overwrite=parsed.overwrite)
+        load = separate_live(
+            _MODEL,
+            reader,
+            parsed.block / 1000,
+            _unbuffered(sys.stdout, "wb") if listened else None,
+            writer,
+        )
+    if load.heard:
+        _tell(
+            f"{load.heard:.1f} s heard; load {load.spent / load.heard:.3f} "
+            f"(computing / audio); 99.9% of the blocks took "
+            f"{1000 * load.percentile(99.9):.1f} ms or less; "
+            f"{load.overruns} of {load.times.total()} took longer than they "
+            "last"
+        )
+    for count, what in (
+        (load.silenced, "samples are no sound and are taken as silence"),
+        (load.clipped, "samples are clipped: --format f32le does not"),
+        (reader.cut, "bytes at the end are no whole sample"),
+    ):
+        if count:
+            _tell(f"{count} {what}")
+    return reader.status
+
+
+def _unbuffered(stream, mode):
+    return open(stream.fileno(), mode, buffering=0, closefd=False)
+
+
+def _check_header(reader, parsed):
+    """A WAV header and the options must say the same."""
+    for option, given, found in (
+        ("--rate", parsed.rate, reader.sample_rate),
+        ("--input-channels", parsed.input_channels, reader.channels),
+        ("--format", parsed.format, reader.encoding),
+    ):
+        if given not in (None, found):
+            raise ValueError(
+                f"{option} is {given}, but the WAV header says {found}"
+            )
+
+
+def _tell(message):
+    print(f"flashformer: {message}", file=sys.stderr, flush=True)
+
+
 # --- the other commands -----------------------------------------------------
 
 
@@ -418,11 +582,19 @@ def _info(parsed):
 
 
 def _export(parsed):
-    from speechbrain_flashformer.export import export_onnx
+    if parsed.block is not None and not parsed.streaming:
+        print("flashformer: --block needs --streaming", file=sys.stderr)
+        return USAGE
+    from speechbrain_flashformer import export
     from speechbrain_flashformer.inference import FlashFormerSeparation
 
     model = FlashFormerSeparation.from_hparams(_model_folder(parsed.model))
-    print(export_onnx(model, parsed.out, parsed.overwrite))
+    arguments = model, parsed.out, parsed.overwrite
+    if parsed.streaming:
+        path = export.export_streaming_onnx(*arguments, parsed.block or 16.0)
+    else:
+        path = export.export_onnx(*arguments)
+    print(path)
     return OK
 
 

@@ -1,16 +1,27 @@
-"""ONNX: the whole way from mixture to sources as one graph, for any length."""
+"""ONNX: the whole way from mixture to sources as one graph.
+
+Either for mixtures of any length, or for one block of a stream.
+"""
 
 import os
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
 from speechbrain_flashformer.separate import MODULES, separate
+from speechbrain_flashformer.streaming import (
+    StreamingSeparator,
+    StreamingStep,
+)
 
-OPSET = 18
+OPTIONS = {"opset_version": 18, "dynamo": True, "verbose": False}
 # Largest difference from torch that an export may show, relative to the peak.
 TOLERANCE = 1e-4
+# Blocks of a stream that an export is compared over.
+CHECKED_BLOCKS = 30
 
 
 class WaveformSeparator(nn.Module):
@@ -56,21 +67,9 @@ def export_onnx(model, path, overwrite=False):
     RuntimeError
         When onnxruntime and torch disagree.
     """
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401  torch.onnx needs it
-    except ImportError as error:
-        raise ImportError(
-            f"export needs {error.name}: pip install "
-            "'speechbrain-flashformer[onnx]'"
-        ) from error
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: remove it, or ask to overwrite")
+    _check_can_write(path, overwrite)
+    network = WaveformSeparator(*_networks(model)).eval()
     rate = model.hparams.sample_rate
-    parts = (model.mods[name] for name in MODULES)
-    network = WaveformSeparator(*parts).eval().cpu()
     any_size = torch.export.Dim.DYNAMIC
     with torch.no_grad():
         program = torch.onnx.export(
@@ -81,33 +80,137 @@ def export_onnx(model, path, overwrite=False):
             dynamic_shapes=({0: any_size, 1: any_size},),
             input_names=["mixture"],
             output_names=["sources"],
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
+            **OPTIONS,
         )
-    graph = program.model_proto
+    return _write(program, path, model, {}, partial(_check, network, rate=rate))
+
+
+def export_streaming_onnx(model, path, overwrite=False, block=16.0):
+    """Write one step of a stream as ONNX and check it against torch.
+
+    The graph takes ``mixture`` [B, n], the next samples, and the state of the
+    stream; it gives ``sources`` [B, n, S] and the new state, whose outputs are
+    in the order of the inputs and called ``new_`` and the input's name. All
+    sizes but B are fixed, so that it runs for ever. A state begins with zeros,
+    but for ``samples``, which are the first of the stream; ``mixture`` goes on
+    from there. The metadata hold ``sample_rate``, ``num_spks``, ``latency``
+    (as in ``StreamingSeparator``, with the block, in samples) and ``delay``
+    (the samples that come out first and mean nothing).
+
+    Arguments
+    ---------
+    model : FlashFormerSeparation
+        A loaded causal model.
+    path : str or Path
+        The file to write, all at once.
+    overwrite : bool
+        Whether an existing file is replaced.
+    block : float
+        Milliseconds, a multiple of a token.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
+    ------
+    ImportError
+        When the extra onnx is missing.
+    FileExistsError
+        When the file exists.
+    ValueError
+        When the model is not causal, or a block is no whole number of tokens.
+    RuntimeError
+        When onnxruntime and torch disagree.
+    """
+    _check_can_write(path, overwrite)
+    model.make_stream()  # or tell why not
+    networks = _networks(model)
+    step = StreamingStep(*networks).eval()
+    rate = model.hparams.sample_rate
+    tokens = round(block * rate / 1000 / step.token)
+    if tokens < 1 or abs(tokens * step.token / rate - block / 1000) > 1e-5:
+        token = 1000 * step.token / rate
+        below = max(1, int(block // token))
+        raise ValueError(
+            f"a block is {block:g} ms, but a token is {token:g} ms: take "
+            f"{below * token:g} or {(below + 1) * token:g}"
+        )
+    size = tokens * step.token
+    state = step.make_state(2)
+    names = list(state)
+    rows = {0: torch.export.Dim.AUTO}
+    shapes = [{} if name == "tokens" else rows for name in names]
+    with torch.no_grad():
+        program = torch.onnx.export(
+            step,
+            # Two streams: a size of one would be taken for a constant.
+            (torch.randn(2, size), *state.values()),
+            dynamic_shapes={
+                "mixture": {0: torch.export.Dim("batch")},
+                "state": tuple(shapes),
+            },
+            input_names=["mixture", *names],
+            output_names=["sources", *(f"new_{name}" for name in names)],
+            **OPTIONS,
+        )
+    latency = size + step.kernel - step.stride + step.delay
+    properties = {"latency": latency, "delay": step.delay}
+    check = partial(_check_streaming, networks, step, size=size)
+    return _write(program, path, model, properties, check)
+
+
+def _networks(model):
+    """Encoder, masknet and decoder, apart from the model, on the CPU."""
+    return [deepcopy(model.mods[name]).cpu().eval() for name in MODULES]
+
+
+def _check_can_write(path, overwrite):
+    """Raise now what would otherwise be raised after the export."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401  torch.onnx needs it
+    except ImportError as error:
+        raise ImportError(
+            f"export needs {error.name}: pip install "
+            "'speechbrain-flashformer[onnx]'"
+        ) from error
+    if Path(path).exists() and not overwrite:
+        raise FileExistsError(f"{path} exists: remove it, or ask to overwrite")
+
+
+def _write(program, path, model, properties, check):
+    """Write what torch.onnx gave, once ``check(session)`` has passed."""
+    import onnx
+    import onnxruntime
+
+    graph, path = program.model_proto, Path(path)
     # Where in the source each node came from: more bytes than the weights.
     for node in graph.graph.node:
         node.ClearField("metadata_props")
+    hparams = model.hparams
+    properties = {
+        "sample_rate": hparams.sample_rate,
+        "num_spks": hparams.num_spks,
+        **properties,
+    }
     onnx.helper.set_model_props(
-        graph,
-        {
-            "sample_rate": str(rate),
-            "num_spks": str(model.hparams.num_spks),
-        },
+        graph, {name: str(value) for name, value in properties.items()}
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        onnx.save(graph, str(partial))
-        session = onnxruntime.InferenceSession(
-            str(partial), providers=["CPUExecutionProvider"]
+        onnx.save(graph, str(partial_path))
+        check(
+            onnxruntime.InferenceSession(
+                str(partial_path), providers=["CPUExecutionProvider"]
+            )
         )
-        _check(network, session, rate)
-        os.replace(partial, path)
+        os.replace(partial_path, path)
     finally:
-        partial.unlink(missing_ok=True)
-        model.to(model.device)
+        partial_path.unlink(missing_ok=True)
     return path
 
 
@@ -118,9 +221,34 @@ def _check(network, session, rate):
         with torch.no_grad():
             expected = network(mixture)
         (sources,) = session.run(None, {"mixture": mixture.numpy()})
-        worst = (torch.from_numpy(sources) - expected).abs().max()
-        if worst > TOLERANCE * expected.abs().max():
-            raise RuntimeError(
-                f"the graph differs from torch by {worst:.2g} for "
-                f"{batch} x {samples} samples: nothing was written"
+        what = f"{batch} x {samples} samples"
+        _compare(torch.from_numpy(sources), expected, what)
+
+
+def _check_streaming(networks, step, session, size):
+    """Compare the graph with a stream in torch, from its beginning."""
+    for batch in (1, 3):
+        stream = StreamingSeparator(*networks, batch)
+        state = {k: v.numpy() for k, v in step.make_state(batch).items()}
+        start = state["samples"].shape[1]
+        mixture = 0.1 * torch.randn(batch, start + CHECKED_BLOCKS * size)
+        state["samples"] = mixture[:, :start].numpy()
+        expected, out = stream.feed(mixture), []
+        for block in mixture[:, start:].split(size, 1):
+            sources, *new = session.run(
+                None, {"mixture": block.numpy(), **state}
             )
+            state = dict(zip(state, new))
+            out.append(torch.from_numpy(sources))
+        out = torch.cat(out, 1)[:, step.delay :]
+        what = f"{batch} streams of {CHECKED_BLOCKS} blocks"
+        _compare(out, expected, what)
+
+
+def _compare(sources, expected, what):
+    worst = (sources - expected).abs().max()
+    if not worst <= TOLERANCE * expected.abs().max():
+        raise RuntimeError(
+            f"the graph differs from torch by {worst:.2g} for {what}: nothing "
+            "was written"
+        )

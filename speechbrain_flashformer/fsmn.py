@@ -150,15 +150,11 @@ class FSMN(nn.Module):
         Returns y [B, n, C] and the new past. Only with lookahead = 0.
         """
         known = torch.cat([past, x], 1)
-        image = known.transpose(1, 2).unsqueeze(2)
-        memory = F.conv2d(
-            image,
-            self.weight,
-            dilation=(1, self.dilation),
-            groups=self.weight.shape[0],
-        )
-        y = x + memory.squeeze(2).transpose(1, 2)
-        return y, known[:, known.shape[1] - past.shape[1] :]
+        # For the few frames of a block a product and a sum take a third of
+        # the time of a convolution.
+        taps = known.unfold(1, 1 + self.lookback * self.dilation, 1)
+        memory = taps[..., :: self.dilation] * self.weight.flatten(1)
+        return x + memory.sum(3), known[:, x.shape[1] :]
 
 
 # Frames that a block runs at once when no gradient is asked for. Longer ones
@@ -256,10 +252,14 @@ class GatedFSMN(nn.Module):
             for f in self.memory
         ]
 
-    def forward_streaming(self, x, past):
-        """Run on the next frames x [B, n, C] of a stream; changes past."""
+    def forward_streaming(self, x, past, keep=None):
+        """Run on the next frames x [B, n, C] of a stream; changes past.
+
+        keep is as in ``forward``.
+        """
         gate, memory = self.expand(self.norm(x)).chunk(2, dim=-1)
         for i, fsmn in enumerate(self.memory):
+            memory = memory if keep is None else memory * keep
             memory, past[i] = fsmn.forward_streaming(memory, past[i])
         return x + self.out(F.silu(gate) * memory)
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from speechbrain_flashformer.attention import attention_report
 from speechbrain_flashformer.audio import (
     AudioReader,
+    Resampler,
     SourceWriter,
     check_finite,
     resample_blocks,
@@ -25,6 +26,7 @@ from speechbrain_flashformer.separate import (
     encoder_statistics,
     separate,
 )
+from speechbrain_flashformer.streaming import StreamingSeparator
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -69,6 +71,10 @@ class SeparationOptions:
         equally.
     precision : str
         ``fp32``, ``bf16`` or ``fp16``.
+    streaming : bool
+        Separate as a stream, exactly as ``StreamingSeparator`` does, for which
+        the model must be causal. There are then no chunks, no norm and no
+        precision to choose.
     memory : int
         Megabytes that the activations of one call may take, about.
     progress : bool
@@ -83,6 +89,7 @@ class SeparationOptions:
     norm: str = "chunk"
     mixture_consistency: bool = False
     precision: str = "fp32"
+    streaming: bool = False
     memory: int = 512
     progress: bool = False
     callback: object = None
@@ -102,6 +109,15 @@ class SeparationOptions:
             raise ValueError(
                 "overlap is more than 0 and less than half of chunk, got "
                 f"{self.overlap} and {self.chunk} seconds"
+            )
+        chosen = [
+            name
+            for name in ("chunk", "overlap", "norm", "precision")
+            if getattr(self, name) != getattr(type(self), name)
+        ]
+        if self.streaming and chosen:
+            raise ValueError(
+                f"streaming leaves no {' and no '.join(chosen)} to choose"
             )
 
 
@@ -206,6 +222,10 @@ class FlashFormerSeparation(SepformerSeparation):
                 for side in masknet.reach
             ]
             described["context"] = f"{reach[0]} before, {reach[1]} after"
+            described["streaming"] = "no, the network is not causal"
+            if masknet.causal:
+                latency = 1000 * self.make_stream().latency / rate
+                described["streaming"] = f"with {latency:g} ms of latency"
         if ran:
             described["attention"] = ran[0]["backend"]
             for name, why in ran[0]["not_used"].items():
@@ -355,6 +375,108 @@ class FlashFormerSeparation(SepformerSeparation):
             for speaker in speakers
         ]
 
+    # --- streams ------------------------------------------------------------
+
+    def make_stream(self, batch_size=1):
+        """A new stream at the model's rate, a ``StreamingSeparator``.
+
+        Arguments
+        ---------
+        batch_size : int
+            Signals side by side.
+
+        Raises
+        ------
+        ValueError
+            When the model is not causal.
+        """
+        if not getattr(self.mods.masknet, "causal", False):
+            raise ValueError(
+                "this model is not causal and cannot stream: give one that is "
+                "as --model; flashformer-streaming.yaml of the recipe trains "
+                "one (docs/streaming.md)"
+            )
+        return StreamingSeparator(*self._networks(), batch_size)
+
+    def separate_stream(self, blocks, sample_rate=None):
+        """Separate sound while it is heard.
+
+        Arguments
+        ---------
+        blocks : iterable of torch.Tensor
+            The sound as it comes, each [C, n] of any n, float.
+        sample_rate : int, optional
+            Hz, of input and output; the model's by default.
+
+        Yields
+        ------
+        torch.Tensor
+            The next samples of the sources, [C, m, S], CPU: once for each
+            block and at the end, as many samples in all as were heard.
+
+        Raises
+        ------
+        ValueError
+            When the model is not causal.
+
+        Example
+        -------
+        >>> from speechbrain.lobes.models.dual_path import Decoder, Encoder
+        >>> from speechbrain_flashformer import FlashFormer
+        >>> masknet = FlashFormer(32, d_model=64, num_layers=1, causal=True)
+        >>> modules = {
+        ...     "encoder": Encoder(kernel_size=16, out_channels=32),
+        ...     "masknet": masknet,
+        ...     "decoder": Decoder(32, 1, kernel_size=16, stride=8, bias=False),
+        ... }
+        >>> hparams = {"num_spks": 2, "sample_rate": 8000}
+        >>> model = FlashFormerSeparation(modules, hparams)
+        >>> heard = torch.randn(1, 4000).split(160, dim=1)
+        >>> sum(part.shape[1] for part in model.separate_stream(heard, 16000))
+        4000
+        """
+        rate = sample_rate or self.hparams.sample_rate
+        heard = given = 0
+
+        def counted():
+            nonlocal heard
+            for block in blocks:
+                heard += block.shape[1]
+                yield block
+
+        for part in self._at_model_rate(counted(), rate, self._streamed):
+            part = part[:, : heard - given]
+            given += part.shape[1]
+            yield part
+
+    def stream_latency(self, sample_rate=None):
+        """Seconds until a sample that was heard comes out, at most.
+
+        Those of the network and, at another rate than the model's, of
+        resampling; blocks that are heard at once add their own length.
+        """
+        rate = self.hparams.sample_rate
+        seconds = self.make_stream().latency / rate
+        if sample_rate and sample_rate != rate:
+            seconds += Resampler(sample_rate, rate).latency
+            seconds += Resampler(rate, sample_rate).latency
+        return seconds
+
+    def _streamed(self, blocks):
+        """Sources [C, m, S] of blocks [C, n] at the model's rate."""
+        stream = None
+        for block in blocks:
+            stream = stream or self.make_stream(len(block))
+            yield stream.feed(block).cpu()
+        if stream:
+            yield stream.flush().cpu()
+
+    def _at_model_rate(self, blocks, rate, run):
+        """Run [C, n] to [C, m, S] at the model's rate on blocks at another."""
+        model_rate = self.hparams.sample_rate
+        parts = run(resample_blocks(blocks, rate, model_rate))
+        return _resample_sources(parts, model_rate, rate)
+
     # --- the way of all recordings ------------------------------------------
 
     def _networks(self):
@@ -362,7 +484,8 @@ class FlashFormerSeparation(SepformerSeparation):
 
     def _stream(self, read, rate, frames, options):
         """Yield the sources [C, n, S] at ``rate``; ``read()`` gives blocks."""
-        model_rate = self.hparams.sample_rate
+        if options.streaming:
+            self.make_stream()  # or tell why not, before the file is read
 
         def mixture():
             for block in read():
@@ -370,25 +493,29 @@ class FlashFormerSeparation(SepformerSeparation):
                     block = block.mean(0, keepdim=True)
                 yield block
 
-        def heard(blocks):
-            return resample_blocks(blocks, rate, model_rate)
-
+        model_rate = self.hparams.sample_rate
         statistics = None
         if options.norm == "recording":
             with torch.no_grad():
                 statistics = encoder_statistics(
-                    heard(mixture()), self.mods.encoder
+                    resample_blocks(mixture(), rate, model_rate),
+                    self.mods.encoder,
                 )
+
+        def in_chunks(blocks):
+            return separate_long(
+                blocks,
+                self._forward(options, statistics),
+                model_rate,
+                self._plan(options),
+                self.hparams.num_spks,
+            )
+
         blocks = mixture()
         if options.mixture_consistency:
             blocks = _Kept(blocks)
-        parts = separate_long(
-            heard(blocks),
-            self._forward(options, statistics),
-            model_rate,
-            self._plan(options),
-            self.hparams.num_spks,
-        )
+        run = self._streamed if options.streaming else in_chunks
+        parts = self._at_model_rate(blocks, rate, run)
         seconds = frames / rate
         with tqdm(
             total=round(seconds, 1),
@@ -397,7 +524,7 @@ class FlashFormerSeparation(SepformerSeparation):
             dynamic_ncols=True,
         ) as bar:
             done = 0
-            for part in _resample_sources(parts, model_rate, rate):
+            for part in parts:
                 part = part[:, : frames - done]
                 done += part.shape[1]
                 if options.mixture_consistency:

@@ -15,15 +15,20 @@ from torch.utils.checkpoint import checkpoint
 
 from speechbrain_flashformer.attention import (
     attend,
+    attend_masked,
     check_backend,
     check_window,
     rotary_angles,
     rotate,
+    stream_mask,
 )
 from speechbrain_flashformer.fsmn import GatedFSMN
 
 # Tokens that the input norm of a causal network remembers: 4 s at 125 a second.
 NORM_TOKENS = 500
+# Tokens that a stream runs at once: half a second at 125 a second. Memory is
+# bounded however long a block is.
+PIECE = 64
 
 
 class GlobalNorm(nn.Module):
@@ -195,20 +200,22 @@ class Attention(nn.Module):
     def make_past(self, like):
         """What ``forward_streaming`` begins with; like is any [B, n, C]."""
         width = self.out.in_features // self.nhead
-        none = like.new_zeros(like.shape[0], 0, self.nhead, width)
-        return [none, none]
+        shape = (like.shape[0], self.window[0], self.nhead, width)
+        return [like.new_zeros(shape), like.new_zeros(shape)]
 
-    def forward_streaming(self, x, angles, past):
-        """Attend from the next tokens x [B, n, C]; changes past."""
-        q, k, v = self.qkv(x).unflatten(2, (3, self.nhead, -1)).unbind(2)
-        k = torch.cat([past[0], rotate(k, angles)], 1)
-        v = torch.cat([past[1], v], 1)
-        window, backend = self.window, self.backend
-        out = attend(rotate(q, angles), k, v, window=window, backend=backend)
-        first = max(0, k.shape[1] - window[0])
-        # Copies, or the whole stream would be kept behind these views.
-        past[:] = k[:, first:].clone(), v[:, first:].clone()
-        return self.out(out.flatten(2))
+    def forward_streaming(self, x, angles, mask, past):
+        """Attend from the next tokens x [B, n, C]; changes past.
+
+        mask is from ``stream_mask``. torch's own kernel does it, whatever the
+        backend: the others are no faster for so few queries.
+        """
+        n = x.shape[1]
+        qkv = self.qkv(x).unflatten(2, (3, self.nhead, -1))
+        q, k = rotate(qkv[:, :, :2].flatten(2, 3), angles).chunk(2, dim=2)
+        k = torch.cat([past[0], k], 1)
+        v = torch.cat([past[1], qkv[:, :, 2]], 1)
+        past[:] = k[:, n:], v[:, n:]
+        return self.out(attend_masked(q, k, v, mask).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -276,10 +283,10 @@ class FlashFormerLayer(nn.Module):
             "fsmn": self.fsmn.make_past(like),
         }
 
-    def forward_streaming(self, x, angles, past):
+    def forward_streaming(self, x, angles, mask, past):
         """Run on the next tokens x [B, n, C]; changes past."""
         update = self.attention.forward_streaming(
-            self.norm_attention(x), angles, past["attention"]
+            self.norm_attention(x), angles, mask, past["attention"]
         )
         x = x + self.scale_attention(update)
         x = self.fsmn.forward_streaming(x, past["fsmn"])
@@ -442,7 +449,8 @@ class FlashFormer(nn.Module):
         self.masks = nn.Linear(widths[0], num_spks * in_channels)
         # What a streaming context must agree with.
         shapes = [tuple(p.shape) for p in self.parameters()]
-        self.signature = str((shapes, window, token_stride, future_tokens))
+        others = (window, token_stride, future_tokens, nhead, list(dilations))
+        self.signature = str((shapes, *others))
 
     def forward(self, mix_w, lengths=None, statistics=None):
         """Estimate the masks.
@@ -541,8 +549,9 @@ class FlashFormer(nn.Module):
     def make_streaming_context(self, batch_size=1):
         """The state of new streams, for ``forward_streaming``.
 
-        A dict of tensors, numbers and lists of these, of bounded size: it can
-        be copied (``copy.deepcopy``) and saved (``torch.save``).
+        A dict of tensors, numbers and lists of these, of fixed size but for
+        the frames of a token that is not complete: it can be copied
+        (``copy.deepcopy``) and saved (``torch.save``).
 
         Arguments
         ---------
@@ -561,17 +570,21 @@ class FlashFormer(nn.Module):
         >>> masknet.forward_streaming(torch.rand(1, 16, 10), context).shape
         torch.Size([2, 1, 16, 8])
         """
-        if (
-            not self.causal
-            or min(a.attention.window[0] for a in self.layers) < 0
-        ):
+        if not self.causal or self._left < 0:
             raise ValueError(
                 "streaming needs causal: true and a window with a left side of "
                 "0 or more"
             )
         frames = self.project.weight.new_zeros(batch_size, 0, self.in_channels)
-        widths = [block.norm.normalized_shape[0] for block in self.down]
-        skips = [frames.new_zeros(batch_size, 0, width) for width in widths]
+        # Frames of each rate that wait for their future.
+        skips = [
+            frames.new_zeros(
+                batch_size,
+                self.future_tokens * self.token_stride // 2**i,
+                block.norm.normalized_shape[0],
+            )
+            for i, block in enumerate(self.down)
+        ]
         return {
             "network": self.signature,
             "batch_size": batch_size,
@@ -580,8 +593,7 @@ class FlashFormer(nn.Module):
             "down": [block.make_past(frames) for block in self.down],
             "layers": [layer.make_past(frames) for layer in self.layers],
             "tokens": 0,  # so far
-            "early": self.future_tokens,  # tokens still to come first
-            "skips": skips,  # of the tokens that wait for their future
+            "skips": skips,
             "up": [block.make_past(frames) for block in self.up],
         }
 
@@ -615,42 +627,75 @@ class FlashFormer(nn.Module):
                 f"the context is of {context['batch_size']} streams, got "
                 f"{mix_w.shape[0]}"
             )
+        if mix_w.dtype != context["frames"].dtype:
+            raise ValueError(
+                f"the network is {context['frames'].dtype}, got {mix_w.dtype}"
+            )
         frames = torch.cat([context["frames"], mix_w], 2)
         ready = frames.shape[2] - frames.shape[2] % self.token_stride
         context["frames"] = frames[:, :, ready:].clone()
-        nothing = mix_w.new_zeros(self.num_spks, *mix_w.shape[:2], 0)
-        if not ready:
-            return nothing
+        masks = [mix_w.new_zeros(self.num_spks, *mix_w.shape[:2], 0)]
+        for start in range(0, ready, PIECE * self.token_stride):
+            stop = min(start + PIECE * self.token_stride, ready)
+            early = max(0, self.future_tokens - context["tokens"])
+            piece = self.step(frames[:, :, start:stop], context)
+            masks.append(piece[..., early * self.token_stride :])
+        return masks[1] if len(masks) == 2 else torch.cat(masks, 3)
 
-        x = frames[:, :, :ready].transpose(1, 2)
-        x, past = self.norm_in.forward_streaming(x, context["norm"])
-        context["norm"] = past.clone()
+    def step(self, mix_w, context):
+        """One step of a stream, without checks: whole tokens in and out.
+
+        Arguments
+        ---------
+        mix_w : torch.Tensor
+            [B, N, n], n a multiple of token_stride.
+        context : dict
+            As in ``forward_streaming``. Its ``tokens`` may be a tensor [1],
+            as in an exported graph.
+
+        Returns
+        -------
+        torch.Tensor
+            Masks [S, B, N, n], which lag by future_tokens: the first ones of
+            a stream mean nothing.
+        """
+        n, seen = mix_w.shape[2] // self.token_stride, context["tokens"]
+        x = mix_w.transpose(1, 2)
+        x, context["norm"] = self.norm_in.forward_streaming(x, context["norm"])
         x = self.project(x)
-        skips = context["skips"]
+        skips, late = context["skips"], []
         for i, (block, merge) in enumerate(zip(self.down, self.merge)):
             x = block.forward_streaming(x, context["down"][i])
-            skips[i] = torch.cat([skips[i], x], 1)
+            skip = torch.cat([skips[i], x], 1)
+            late.append(skip[:, : x.shape[1]])
+            skips[i] = skip[:, x.shape[1] :]
             x = merge(x.unflatten(1, (-1, 2)).flatten(2))
-        angles = rotary_angles(
-            x.shape[1], self.head_width, context["tokens"], device=x.device
-        )
-        context["tokens"] += x.shape[1]
-        for layer, past in zip(self.layers, context["layers"]):
-            x = layer.forward_streaming(x, angles, past)
-        early = min(context["early"], x.shape[1])
-        context["early"] -= early
-        x = x[:, early:]
-        if not x.shape[1]:
-            return nothing
 
+        angles = rotary_angles(n, self.head_width, seen, device=x.device)
+        mask = stream_mask(n, self._left, seen, x)
+        for layer, past in zip(self.layers, context["layers"]):
+            x = layer.forward_streaming(x, angles, mask, past)
+        context["tokens"] = seen + n
+
+        # The memories on the way up begin with the first frame that is no
+        # filling of the delay.
+        keep = None
+        if self.future_tokens and (
+            torch.compiler.is_exporting() or seen < self.future_tokens
+        ):
+            place = torch.arange(n, device=x.device) + seen
+            keep = (place >= self.future_tokens).to(x.dtype)[None, :, None]
         for i in reversed(range(len(self.up))):
             x = self.split[i](x).unflatten(2, (2, -1)).flatten(1, 2)
-            skip, skips[i] = skips[i].split(
-                (x.shape[1], skips[i].shape[1] - x.shape[1]), 1
-            )
-            skips[i] = skips[i].clone()
-            x = self.up[i].forward_streaming(x + skip, context["up"][i])
+            if keep is not None:
+                keep = keep.repeat_interleave(2, 1)
+            past = context["up"][i]
+            x = self.up[i].forward_streaming(x + late[i], past, keep)
         return self._masks(x)
+
+    @property
+    def _left(self):
+        return min(layer.attention.window[0] for layer in self.layers)
 
     def _check(self, mix_w):
         if mix_w.ndim != 3 or mix_w.shape[1] != self.in_channels:

@@ -4,17 +4,64 @@ Axes: B streams side by side, n and m samples, S speakers.
 """
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from speechbrain_flashformer.separate import encoder_frame
+
+# Squares of samples beyond this would not be finite for long.
+TOO_LOUD = 1e10
+
+
+def lookahead_tokens(lookahead_ms, sample_rate, kernel_stride, token_stride):
+    """The ``future_tokens`` of a network that hears so much ahead.
+
+    Arguments
+    ---------
+    lookahead_ms : float
+        Milliseconds beyond the token that a sample is in, which the latency
+        grows by: a multiple of a token.
+    sample_rate : int
+        Hz.
+    kernel_stride : int
+        Samples from one frame of the encoder to the next.
+    token_stride : int
+        Frames per token.
+
+    Returns
+    -------
+    int
+        Tokens.
+
+    Raises
+    ------
+    ValueError
+        When that is no whole number of tokens, of 0 or more.
+
+    Example
+    -------
+    >>> lookahead_tokens(24, 8000, kernel_stride=16, token_stride=4)
+    3
+    """
+    token_ms = 1000 * kernel_stride * token_stride / sample_rate
+    tokens = round(lookahead_ms / token_ms)
+    # Written in decimals, thirds of a millisecond are near misses.
+    if tokens < 0 or abs(tokens * token_ms - lookahead_ms) > 0.01:
+        below = max(0, int(lookahead_ms // token_ms))
+        raise ValueError(
+            f"lookahead_ms is {lookahead_ms:g}, but a token is {token_ms:g} "
+            f"ms: take {below * token_ms:g} or {(below + 1) * token_ms:g}"
+        )
+    return tokens
 
 
 class StreamingSeparator:
     """Samples in, separated samples out, as soon as they are known.
 
     What comes out is, to rounding, what ``separate.separate`` gives for the
-    whole signal, however it is cut into blocks. Samples that are not finite
-    are taken as 0, so that they are over when their block is.
+    whole signal, however it is cut into blocks. Samples that are not finite,
+    or beyond ``TOO_LOUD``, are taken as 0, so that they are over when their
+    block is.
 
     Arguments
     ---------
@@ -33,6 +80,12 @@ class StreamingSeparator:
         All that the stream remembers: tensors, numbers and lists of these, of
         bounded size. It can be copied, saved, and put back.
 
+    Raises
+    ------
+    ValueError
+        When the masknet cannot stream, or the decoder has a bias, which
+        overlapping frames would add twice.
+
     Example
     -------
     >>> from speechbrain.lobes.models.dual_path import Decoder, Encoder
@@ -47,15 +100,18 @@ class StreamingSeparator:
     """
 
     def __init__(self, encoder, masknet, decoder, batch_size=1):
+        if getattr(decoder, "bias", None) is not None:
+            raise ValueError("streaming needs a decoder without bias")
         self.encoder, self.masknet = encoder, masknet
         self.decoder = decoder
         self.kernel, self.stride = encoder_frame(encoder)
         tokens = (1 + masknet.future_tokens) * masknet.token_stride
         self.latency = (tokens - 1) * self.stride + self.kernel
-        weight = next(encoder.parameters())
+        weight = next(encoder.parameters()).detach()
         rows = masknet.num_spks * batch_size
         self.state = {
             "network": masknet.make_streaming_context(batch_size),
+            "frame": [self.kernel, self.stride],
             "samples": weight.new_zeros(batch_size, 0),  # of the next frames
             "frames": weight.new_zeros(batch_size, masknet.in_channels, 0),
             "tail": weight.new_zeros(rows, self.kernel - self.stride),
@@ -64,7 +120,6 @@ class StreamingSeparator:
             "flushed": False,
         }
 
-    @torch.no_grad()
     def feed(self, block):
         """Take the next samples, give those that are ready.
 
@@ -81,43 +136,52 @@ class StreamingSeparator:
         Raises
         ------
         ValueError
-            When the block is of another shape or type.
+            When the block is of another shape or type, or the state that was
+            put back is of another model.
         RuntimeError
             After ``flush``.
         """
-        state = self.state
-        if state["flushed"]:
-            raise RuntimeError("the stream was flushed: make a new one")
-        batch_size = state["network"]["batch_size"]
+        self._check_state()
+        batch_size = self.state["network"]["batch_size"]
         if block.ndim != 2 or block.shape[0] != batch_size:
             raise ValueError(
                 f"a block is [{batch_size}, samples], got {tuple(block.shape)}"
             )
         if not block.is_floating_point():
             raise ValueError(f"a block is floating point, got {block.dtype}")
-        block = block.to(state["samples"])
-        block = torch.where(block.isfinite(), block, 0)
-        state["fed"] += block.shape[1]
-        return self._run(block)
+        # A tenth faster than no_grad.
+        with torch.inference_mode():
+            block = block.to(self.state["samples"])
+            block = torch.where(block.abs() < TOO_LOUD, block, 0)
+            self.state["fed"] += block.shape[1]
+            sources = self._run(block)
+        # What is made in that mode cannot be used in training.
+        return sources.clone()
 
-    @torch.no_grad()
     def flush(self):
         """End the stream; the rest of its samples, [B, m, S]."""
+        self._check_state()
         state = self.state
-        if state["flushed"]:
-            raise RuntimeError("the stream was flushed already")
         state["flushed"] = True
-        fed, first = state["fed"], state["given"]
-        # Silence, to the end of a frame and of a token and for its future.
-        frames = 1 - (-max(fed - self.kernel, 0) // self.stride)
-        samples = self.kernel + (frames - 1) * self.stride
-        parts = [self._run(_zeros(state["samples"], samples - fed, 1))]
-        more = self.masknet.future_tokens * self.masknet.token_stride
-        more += -frames % self.masknet.token_stride
-        parts.append(self._decode(_zeros(state["frames"], more, 2)))
-        B = state["network"]["batch_size"]
-        tail = state["tail"].unflatten(0, (-1, B)).permute(1, 2, 0)
-        return torch.cat([*parts, tail], 1)[:, : fed - first]
+        with torch.inference_mode():
+            fed, first = state["fed"], state["given"]
+            # Silence, to the end of a frame and of a token and for its future.
+            frames = 1 - (-max(fed - self.kernel, 0) // self.stride)
+            samples = self.kernel + (frames - 1) * self.stride
+            parts = [self._run(_zeros(state["samples"], samples - fed, 1))]
+            more = self.masknet.future_tokens * self.masknet.token_stride
+            more += -frames % self.masknet.token_stride
+            parts.append(self._decode(_zeros(state["frames"], more, 2)))
+            B = state["network"]["batch_size"]
+            tail = state["tail"].unflatten(0, (-1, B)).permute(1, 2, 0)
+            rest = torch.cat([*parts, tail], 1)[:, : fed - first]
+        return rest.clone()
+
+    def _check_state(self):
+        if self.state["flushed"]:
+            raise RuntimeError("the stream was flushed: make a new one")
+        if self.state["frame"] != [self.kernel, self.stride]:
+            raise ValueError("this state was made by another model")
 
     def _run(self, block):
         """Samples [B, n] to sources [B, m, S]."""
@@ -140,14 +204,117 @@ class StreamingSeparator:
         if not ready:
             return mix_w.new_zeros(B, 0, S)
         sources = self.decoder((mix_w[:, :, :ready] * masks).flatten(0, 1))
-        # The next frame overlaps the end.
-        overlap = self.kernel - self.stride
-        more = sources.shape[1] - overlap
-        sources = sources + F.pad(state["tail"], (0, more))
         done = ready * self.stride
-        state["tail"] = sources[:, done:].clone()
+        sources, tail = _join(sources, state["tail"], done)
+        state["tail"] = tail.clone()
         state["given"] += done
-        return sources[:, :done].unflatten(0, (S, B)).permute(1, 2, 0)
+        return sources.unflatten(0, (S, B)).permute(1, 2, 0)
+
+
+class StreamingStep(nn.Module):
+    """``StreamingSeparator`` for blocks of whole tokens, as a function.
+
+    Arguments are those of ``StreamingSeparator``.
+
+    Example
+    -------
+    >>> from speechbrain.lobes.models.dual_path import Decoder, Encoder
+    >>> from speechbrain_flashformer import FlashFormer
+    >>> encoder = Encoder(kernel_size=16, out_channels=32)
+    >>> masknet = FlashFormer(32, d_model=64, num_layers=1, causal=True)
+    >>> decoder = Decoder(32, 1, kernel_size=16, stride=8, bias=False)
+    >>> step = StreamingStep(encoder, masknet.eval(), decoder)
+    >>> state = step.make_state(3)
+    >>> sources, *new = step(torch.randn(3, 128), *state.values())
+    >>> sources.shape, len(new) == len(state)
+    (torch.Size([3, 128, 2]), True)
+    """
+
+    def __init__(self, encoder, masknet, decoder):
+        super().__init__()
+        self.encoder, self.masknet = encoder, masknet
+        self.decoder = decoder
+        self.kernel, self.stride = encoder_frame(encoder)
+        self.token = masknet.token_stride * self.stride
+        self.delay = masknet.future_tokens * self.token
+
+    def make_state(self, batch_size):
+        """The state of new streams: tensors by name, all zeros."""
+        masknet, overlap = self.masknet, self.kernel - self.stride
+        weight = next(self.encoder.parameters()).detach()
+        frames = masknet.future_tokens * masknet.token_stride
+        state = {
+            "samples": (overlap,),
+            "frames": (masknet.in_channels, frames),
+            "tail": (masknet.num_spks, overlap),
+        }
+        state = {k: weight.new_zeros(batch_size, *v) for k, v in state.items()}
+        context = masknet.make_streaming_context(batch_size)
+        state["tokens"] = torch.zeros(1, dtype=torch.long)
+        state |= _flat({part: context[part] for part in PARTS})
+        # What holds nothing needs no name.
+        return {k: tensor for k, tensor in state.items() if tensor.numel()}
+
+    def forward(self, mixture, *state):
+        """Sources [B, n, S] of mixtures [B, n], and the new state."""
+        names = self.make_state(1)
+        given = dict(zip(names, state))
+        context = self.masknet.make_streaming_context(mixture.shape[0])
+        context["tokens"] = given["tokens"]
+        _fill(context, given)
+        samples = torch.cat([given["samples"], mixture], 1)
+        samples = torch.where(samples.abs() < TOO_LOUD, samples, 0)
+        mix_w = self.encoder(samples)
+        masks = self.masknet.step(mix_w, context)
+        n = mix_w.shape[2]
+        if self.delay:
+            mix_w = torch.cat([given["frames"], mix_w], 2)
+        sources = self.decoder((mix_w[:, :, :n] * masks).flatten(0, 1))
+        sources = sources.unflatten(0, (self.masknet.num_spks, -1))
+        sources, tail = _join(
+            sources.transpose(0, 1), given["tail"], n * self.stride
+        )
+        new = {
+            **_flat({part: context[part] for part in PARTS}),
+            "samples": samples[:, n * self.stride :],
+            "frames": mix_w[:, :, n:],
+            "tail": tail,
+            "tokens": context["tokens"],
+        }
+        return sources.transpose(1, 2), *(new[name] for name in names)
+
+
+# Of a streaming context, what changes from step to step.
+PARTS = ("norm", "down", "layers", "skips", "up")
+
+
+def _flat(tree, name=""):
+    """The tensors of nested dicts and lists, by the names on the way."""
+    if isinstance(tree, torch.Tensor):
+        return {name: tree}
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    flat = {}
+    for key, part in pairs:
+        flat |= _flat(part, f"{name}_{key}" if name else str(key))
+    return flat
+
+
+def _fill(tree, flat, name=""):
+    """Put tensors back where ``_flat`` found them."""
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    for key, part in list(pairs):
+        place = f"{name}_{key}" if name else str(key)
+        if isinstance(part, (dict, list)):
+            _fill(part, flat, place)
+        elif place in flat:
+            tree[key] = flat[place]
+
+
+def _join(sources, tail, done):
+    """Add the last frames' overlap; the samples that are done, and the rest."""
+    more = sources.shape[-1] - tail.shape[-1]
+    sources = sources + F.pad(tail, (0, more))
+    return sources[..., :done], sources[..., done:]
 
 
 def _zeros(like, size, dim):

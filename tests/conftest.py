@@ -12,6 +12,7 @@ from speechbrain_flashformer.pack import pack
 RUN = """\
 num_spks: 2
 sample_rate: 8000
+causal: False
 Encoder: !new:speechbrain.lobes.models.dual_path.Encoder
     kernel_size: 16
     out_channels: 16
@@ -25,6 +26,7 @@ MaskNet: !new:speechbrain_flashformer.FlashFormer
     window: !tuple (20, 20)
     lookback: 4
     lookahead: 4
+    causal: !ref <causal>
 Decoder: !new:speechbrain.lobes.models.dual_path.Decoder
     in_channels: 16
     out_channels: 1
@@ -43,13 +45,13 @@ def make_run():
     return _make_run
 
 
-def _make_run(folder, seed, level_db=0.0):
+def _make_run(folder, seed, level_db=0.0, causal=False):
     """The output folder of a training that took no steps."""
     torch.manual_seed(seed)
     folder.mkdir(parents=True)
-    hparams = load_hyperpyyaml(RUN)
+    hparams = load_hyperpyyaml(RUN, {"causal": causal})
     # As SpeechBrain writes it: with references resolved.
-    resolved = resolve_references(RUN)
+    resolved = resolve_references(RUN, {"causal": causal})
     (folder / "hyperparams.yaml").write_text(resolved.getvalue())
     checkpointer = Checkpointer(folder / "save", hparams["modules"])
     checkpointer.save_checkpoint(meta={"si-snr": -9.5, "level_db": level_db})
@@ -60,6 +62,12 @@ def _make_run(folder, seed, level_db=0.0):
 def packed_once(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     return pack(_make_run(folder / "run", seed=0), folder / "small")
+
+
+@pytest.fixture(scope="session")
+def packed_causal(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("causal")
+    return pack(_make_run(folder / "run", 0, causal=True), folder / "small")
 
 
 @pytest.fixture

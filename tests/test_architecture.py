@@ -28,12 +28,20 @@ MAY_IMPORT = {
     "voices": set(),
     "chunks": set(),
     "audio": set(),
-    "inference": {"attention", "audio", "chunks", "metrics", "separate"},
+    "inference": {
+        "attention",
+        "audio",
+        "chunks",
+        "metrics",
+        "separate",
+        "streaming",
+    },
+    "live": {"audio", "streaming"},
     "pack": {"checkpoints", "scores", "separate"},
     "jobs": set(),
-    "export": {"separate"},
+    "export": {"separate", "streaming"},
     "app": {"audio"},
-    "cli": {"app", "audio", "export", "inference", "jobs", "pack"},
+    "cli": {"app", "audio", "export", "inference", "jobs", "live", "pack"},
 }
 # Imported where they are needed, if they are there.
 LAZY = {"flash_attn", "pesq", "pystoi"}

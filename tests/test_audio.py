@@ -104,6 +104,18 @@ def test_resampling_in_blocks_equals_the_whole(old, new, block):
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "old, new", [(44100, 8000), (8000, 44100), (48000, 8000), (8000, 11025)]
+)
+def test_resampled_samples_come_within_the_latency(old, new):
+    resampler = Resampler(old, new)
+    assert resampler.latency < 0.003
+    given = 0
+    for fed in range(1, old // 20):
+        given += resampler.feed(torch.zeros(1, 1)).shape[1]
+        assert given / new > fed / old - resampler.latency
+
+
 def test_resampler_holds_little():
     resampler = Resampler(44100, 8000)
     for _ in range(100):

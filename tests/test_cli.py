@@ -92,7 +92,7 @@ def test_standard_input_is_for_one(
 
 
 def test_help_of_each_command():
-    for command in ("separate", "pack", "info", "export"):
+    for command in ("separate", "stream", "pack", "info", "export"):
         with pytest.raises(SystemExit) as ended:
             run(command, "--help")
         assert ended.value.code == 0
@@ -213,6 +213,17 @@ def test_options_reach_the_separation(packed, tmp_path):
     assert soundfile.info(out / "a_c1_s1.wav").subtype == "PCM_16"
     peaks = [np.abs(soundfile.read(out / n)[0]).max() for n in names(out)]
     assert abs(max(peaks) - 0.9) < 1e-3
+
+
+def test_separate_streaming(packed, packed_causal, tmp_path, capsys):
+    path, out = speak(tmp_path / "a.wav"), tmp_path / "out"
+    arguments = ("separate", path, "-o", out, "--streaming", "--model")
+    assert run(*arguments, packed) == 1
+    assert (
+        "cannot stream: give one that is as --model" in capsys.readouterr().err
+    )
+    assert run(*arguments, packed_causal) == 0
+    assert names(out) == ["a_s1.wav", "a_s2.wav"]
 
 
 @pytest.mark.parametrize(
@@ -357,10 +368,16 @@ def test_pack(make_run, tmp_path, capsys):
 def test_export(packed, tmp_path, monkeypatch, capsys):
     from speechbrain_flashformer import export
 
-    def export_onnx(model, path, overwrite):
+    def asked(model, path, *options):
         assert model.hparams.sample_rate == 8000
-        return f"{path} {overwrite}"
+        return f"{path} {options}"
 
-    monkeypatch.setattr(export, "export_onnx", export_onnx)
-    assert run("export", packed, tmp_path / "a.onnx", "--overwrite") == 0
-    assert capsys.readouterr().out.strip() == f"{tmp_path / 'a.onnx'} True"
+    monkeypatch.setattr(export, "export_onnx", asked)
+    monkeypatch.setattr(export, "export_streaming_onnx", asked)
+    path = tmp_path / "a.onnx"
+    assert run("export", packed, path, "--overwrite") == 0
+    assert run("export", packed, path, "--streaming", "--block", 32) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [f"{path} (True,)", f"{path} (False, 32.0)"]
+    assert run("export", packed, path, "--block", 32) == 2
+    assert "--block needs --streaming" in capsys.readouterr().err

@@ -2,10 +2,12 @@
 
 import builtins
 
+import numpy as np
 import pytest
 import torch
+from speechbrain.lobes.models.dual_path import Decoder, Encoder
 
-from speechbrain_flashformer import export
+from speechbrain_flashformer import FlashFormer, export
 from speechbrain_flashformer.inference import FlashFormerSeparation
 
 onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
@@ -57,11 +59,93 @@ def test_a_graph_that_differs_is_refused():
             return [1.001 * inputs["mixture"]]
 
     with pytest.raises(RuntimeError, match="differs from torch"):
-        export._check(torch.nn.Identity(), Session(), 8000)
+        export._check(torch.nn.Identity(), Session(), rate=8000)
+
+
+@pytest.fixture(scope="module")
+def streaming_model():
+    torch.manual_seed(0)
+    modules = {
+        "encoder": Encoder(kernel_size=16, out_channels=16),
+        "masknet": FlashFormer(
+            16,
+            d_model=32,
+            num_layers=2,
+            nhead=2,
+            d_ffn=32,
+            d_frame=16,
+            token_stride=2,
+            window=(10, 0),
+            lookback=4,
+            causal=True,
+            future_tokens=3,
+        ),
+        "decoder": Decoder(16, 1, kernel_size=16, stride=8, bias=False),
+    }
+    hparams = {"num_spks": 2, "sample_rate": 8000}
+    return FlashFormerSeparation(modules, hparams)
+
+
+@pytest.fixture(scope="module")
+def streaming_graph(streaming_model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("onnx") / "stream.onnx"
+    return export.export_streaming_onnx(streaming_model, path, block=4)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_stream_in_onnxruntime_equals_torch(
+    streaming_model, streaming_graph, batch
+):
+    """From the first sample on, past the span of every memory."""
+    session = onnxruntime.InferenceSession(str(streaming_graph))
+    told = session.get_modelmeta().custom_metadata_map
+    mixture = torch.randn(batch, 8 + 600 * 32)
+    mixture[:, 5000:5010] = torch.tensor([torch.nan, torch.inf] * 5)
+    stream = streaming_model.make_stream(batch)
+    expected = stream.feed(mixture).numpy()
+
+    block, *others = session.get_inputs()
+    assert block.shape[1] == 32
+    kinds = {"tensor(float)": "f4", "tensor(double)": "f8"}
+    state = {
+        each.name: np.zeros(
+            [batch if size == "batch" else size for size in each.shape],
+            kinds.get(each.type, "i8"),
+        )
+        for each in others
+    }
+    sizes = {name: part.nbytes for name, part in state.items()}
+    heard = mixture.numpy()
+    state["samples"], out = heard[:, :8], []
+    for start in range(8, heard.shape[1], 32):
+        feeds = {"mixture": heard[:, start : start + 32], **state}
+        sources, *new = session.run(None, feeds)
+        state = dict(zip(state, new))
+        out.append(sources)
+    assert {name: part.nbytes for name, part in state.items()} == sizes
+    out = np.concatenate(out, 1)[:, int(told["delay"]) :]
+    np.testing.assert_allclose(
+        out, expected, rtol=0, atol=1e-4 * abs(expected).max()
+    )
+    assert out.shape == expected.shape
+    assert int(told["latency"]) == stream.latency + 32 - 16
+
+
+@pytest.mark.parametrize("block, mend", [(5, "take 4 or 6"), (0, "take 2")])
+def test_a_step_is_of_whole_tokens(streaming_model, tmp_path, block, mend):
+    with pytest.raises(ValueError, match=f"a token is 2 ms: {mend}"):
+        export.export_streaming_onnx(
+            streaming_model, tmp_path / "a.onnx", block=block
+        )
+
+
+def test_an_offline_model_has_no_step(model, tmp_path):
+    with pytest.raises(ValueError, match="not causal and cannot stream"):
+        export.export_streaming_onnx(model, tmp_path / "a.onnx")
 
 
 def test_a_failure_leaves_nothing(model, tmp_path, monkeypatch):
-    def refuse(*arguments):
+    def refuse(*_, **__):
         raise RuntimeError("differs")
 
     monkeypatch.setattr(export, "_check", refuse)
@@ -79,7 +163,7 @@ class Program:
     node = onnx.helper.make_node("Identity", ["mixture"], ["sources"])
     model_proto = onnx.helper.make_model(
         onnx.helper.make_graph([node], "nothing", [x], [y]),
-        opset_imports=[onnx.helper.make_opsetid("", export.OPSET)],
+        opset_imports=[onnx.helper.make_opsetid("", 18)],
         ir_version=10,
     )
 

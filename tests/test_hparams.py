@@ -60,16 +60,18 @@ def test_every_number_can_be_overridden(name):
         "attention_backend": "sdpa",
         "checkpointing": True,
         "causal": True,
-        "future_tokens": 2,
+        "lookahead_ms": 8,
     }
     hparams = load(size(name), numbers)
     for key, value in numbers.items():
         assert hparams[key] == value
     model = [hparams[part] for part in ("Encoder", "MaskNet", "Decoder")]
     assert separate(torch.randn(1, 500), *model).shape == (1, 500, 3)
+    # A token is 4 frames of 16 samples, 4 ms.
+    assert hparams["MaskNet"].future_tokens == 2
     # And nothing else is a number of the model.
     plain = {key for key, value in hparams.items() if not callable(value)}
-    assert plain == {*numbers, "kernel_stride"}
+    assert plain == {*numbers, "kernel_stride", "future_tokens"}
 
 
 def test_the_streaming_size_answers_within_16_ms():
@@ -77,6 +79,20 @@ def test_the_streaming_size_answers_within_16_ms():
     parts = (hparams[part] for part in ("Encoder", "MaskNet", "Decoder"))
     latency = StreamingSeparator(*parts).latency
     assert latency / hparams["sample_rate"] <= 0.016
+
+
+@pytest.mark.parametrize("lookahead_ms", [0, 8, 24])
+def test_lookahead_is_latency(lookahead_ms):
+    hparams = load(size("streaming"), {"lookahead_ms": lookahead_ms})
+    parts = (hparams[part] for part in ("Encoder", "MaskNet", "Decoder"))
+    latency = StreamingSeparator(*parts).latency
+    assert 1000 * latency / hparams["sample_rate"] == 10 + lookahead_ms
+
+
+@pytest.mark.parametrize("lookahead_ms", [10, -8, 0.5])
+def test_lookahead_is_whole_tokens(lookahead_ms):
+    with pytest.raises(ValueError, match="a token is 8 ms: take"):
+        load(size("streaming"), {"lookahead_ms": lookahead_ms})
 
 
 def test_one_include_drops_the_masknet_into_another_recipe(tmp_path):

@@ -73,6 +73,65 @@ def test_batch_of_another_shape_is_refused(model, shape):
         model.separate_batch(torch.zeros(shape))
 
 
+# --- streaming ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def causal_model(packed_causal):
+    return FlashFormerSeparation.from_hparams(packed_causal)
+
+
+def test_streaming_gives_what_the_stream_gives(causal_model, noise, tmp_path):
+    path = save(tmp_path / "a.wav", noise, 8000, "FLOAT")
+    stream = causal_model.make_stream()
+    parts = [stream.feed(block) for block in noise.split(100, 1)]
+    expected = torch.cat([*parts, stream.flush()], 1)
+    out = causal_model.separate_file(path, streaming=True)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
+    (first, _) = causal_model.separate_to_files(path, tmp_path, streaming=True)
+    written, _ = soundfile.read(first)
+    np.testing.assert_allclose(written, expected[0, :, 0].numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [16000, 44100])
+def test_streaming_at_another_rate_is_aligned(causal_model, noise, rate):
+    stereo = torch.cat([noise, noise.flip(1)])
+    out = causal_model.separate_audio(
+        stereo,
+        rate,
+        streaming=True,
+        channels="each",
+        mixture_consistency=True,
+    )
+    assert out.shape == (2, noise.shape[1], 2)
+    torch.testing.assert_close(out.sum(2), stereo, rtol=0, atol=1e-5)
+    heard = resample(stereo, rate, 8000)
+    whole = causal_model.separate_batch(heard)
+    expected = resample(whole.transpose(1, 2).flatten(0, 1), 8000, rate)
+    plain = causal_model.separate_audio(
+        stereo, rate, streaming=True, channels="each"
+    )
+    torch.testing.assert_close(
+        plain.transpose(1, 2).flatten(0, 1),
+        expected[:, : noise.shape[1]],
+        rtol=0,
+        atol=1e-5,
+    )
+
+
+def test_a_model_that_is_not_causal_cannot_stream(model, noise):
+    with pytest.raises(ValueError, match="not causal and cannot stream: give"):
+        model.separate_audio(noise, streaming=True)
+    with pytest.raises(ValueError, match="not causal and cannot stream: give"):
+        list(model.separate_stream([noise]))
+    assert model.describe()["streaming"].startswith("no")
+
+
+def test_streaming_leaves_nothing_to_choose():
+    with pytest.raises(ValueError, match="no chunk and no norm to choose"):
+        SeparationOptions(streaming=True, norm="recording", chunk=20.0)
+
+
 # --- inputs ------------------------------------------------------------------
 
 

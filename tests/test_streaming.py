@@ -10,7 +10,10 @@ from speechbrain.lobes.models.dual_path import Decoder, Encoder
 from speechbrain_flashformer import FlashFormer
 from speechbrain_flashformer.masknet import CumulativeNorm
 from speechbrain_flashformer.separate import separate
-from speechbrain_flashformer.streaming import StreamingSeparator
+from speechbrain_flashformer.streaming import (
+    StreamingSeparator,
+    StreamingStep,
+)
 
 OPTIONS = {
     "in_channels": 16,
@@ -101,6 +104,36 @@ def test_streams_of_any_length_are_whole(samples):
     if samples:
         whole = separate(mixture, *modules)
         torch.testing.assert_close(out, whole, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"future_tokens": 2},
+        {"token_stride": 1, "future_tokens": 1},
+        {"kernel": 32},
+        {"lookback": 0, "window": (0, 0), "num_spks": 3},
+    ],
+    ids=str,
+)
+def test_steps_with_their_state_give_the_stream(options, tokens):
+    modules = make(**options)
+    step = StreamingStep(*modules)
+    size, overlap = tokens * step.token, step.kernel - step.stride
+    mixture = torch.randn(2, overlap + 40 * size)
+    mixture[:, 300:310] = torch.nan
+    expected = StreamingSeparator(*modules, batch_size=2).feed(mixture)
+    state = step.make_state(2)
+    state["samples"], out = mixture[:, :overlap], []
+    for block in mixture[:, overlap:].split(size, 1):
+        sources, *new = step(block, *state.values())
+        state = dict(zip(state, new))
+        out.append(sources)
+    out = torch.cat(out, 1)[:, step.delay :]
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -229,11 +262,26 @@ def test_streams_do_not_hear_each_other():
         (torch.zeros(2, 10), r"a block is \[1, samples\]"),
         (torch.zeros(1, 1, 10), r"a block is \[1, samples\]"),
         (torch.zeros(1, 10, dtype=torch.int16), "floating point"),
+        (torch.zeros(1, 10, dtype=torch.cfloat), "floating point"),
     ],
 )
 def test_blocks_that_do_not_fit_are_refused(block, message):
     with pytest.raises(ValueError, match=message):
         StreamingSeparator(*make()).feed(block)
+
+
+def test_an_empty_block_changes_nothing():
+    separator = StreamingSeparator(*make())
+    separator.feed(torch.randn(1, 1000))
+    before = str(separator.state)
+    assert separator.feed(torch.zeros(1, 0)).shape == (1, 0, 2)
+    assert str(separator.state) == before
+
+
+def test_what_comes_out_can_be_used_in_training():
+    out = StreamingSeparator(*make()).feed(torch.randn(1, 1000))
+    out += 1
+    (out * torch.ones(2, requires_grad=True)).sum().backward()
 
 
 def test_a_flushed_stream_is_over():
@@ -246,7 +294,7 @@ def test_a_flushed_stream_is_over():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e35])
 def test_a_broken_block_is_taken_as_silence(bad):
     modules = make()
     mixture = torch.randn(1, 4000)
@@ -268,6 +316,30 @@ def test_contexts_of_others_are_refused():
         masknet.forward_streaming(mix_w, masknet.make_streaming_context(2))
     with pytest.raises(ValueError, match="takes"):
         masknet.forward_streaming(mix_w[0], masknet.make_streaming_context())
+    with pytest.raises(
+        ValueError, match=r"is torch\.float32, got torch\.float64"
+    ):
+        masknet.forward_streaming(
+            mix_w.double(), masknet.make_streaming_context()
+        )
+
+
+@pytest.mark.parametrize(
+    "options", [{"nhead": 4}, {"dilations": (2, 1)}, {"kernel": 32}], ids=str
+)
+def test_states_of_others_are_refused(options):
+    """Weights of the same shapes are not enough."""
+    separator = StreamingSeparator(*make())
+    separator.state = StreamingSeparator(*make(**options)).state
+    with pytest.raises(ValueError, match="was made by another"):
+        separator.feed(torch.zeros(1, 1000))
+
+
+def test_a_decoder_with_a_bias_is_refused():
+    encoder, masknet, _ = make()
+    decoder = Decoder(16, 1, kernel_size=16, stride=8, bias=True)
+    with pytest.raises(ValueError, match="a decoder without bias"):
+        StreamingSeparator(encoder, masknet, decoder)
 
 
 @pytest.mark.parametrize("options", [{"causal": False}, {"window": (-1, 0)}])
