@@ -108,13 +108,13 @@ def _build_page(model, folder, max_minutes, max_mb):
     num_spks, rate = model.hparams.num_spks, model.hparams.sample_rate
 
     # gradio wants the progress as a default.
-    def separate(path, progress=gradio.Progress()):  # noqa: B008
+    def _separate(path, progress=gradio.Progress()):  # noqa: B008
         if path is None:
             raise gradio.Error(
                 "Drop or record a mixture first.", print_exception=False
             )
 
-        def tell(done, total):
+        def _tell(done, total):
             if not page.is_running:
                 raise InterruptedError("the page was closed")
             progress(done / total, f"{_clock(done)} of {_clock(total)}")
@@ -123,7 +123,7 @@ def _build_page(model, folder, max_minutes, max_mb):
             _check_length(path, max_minutes)
             made = Path(tempfile.mkdtemp(dir=folder))
             sources = model.separate_to_files(
-                path, made, subtype="pcm16", callback=tell
+                path, made, subtype="pcm16", callback=_tell
             )
             pictures = draw_spectrograms([path, *sources], made, rate)
             return [gradio.Column(visible=True), *sources, *pictures]
@@ -167,10 +167,11 @@ def _build_page(model, folder, max_minutes, max_mb):
                             )
                         )
         button.click(
-            separate,
+            _separate,
             mixture,
             [results, *sounds, *pictures],
             show_progress_on=mixture,
+            api_name="separate",
         )
         # What is shown belongs to the mixture that is shown.
         mixture.change(

@@ -294,14 +294,14 @@ def _pack(q, k, v, lengths):
         for lens in (lens_q, lens_k)
     ]
 
-    def unpack(out):
+    def _unpack(out):
         if lengths is None:
             return out.view(q.shape)
         whole = out.new_zeros(q.shape)
         whole[keep] = out
         return whole
 
-    return packed, (*starts, tq, tk), unpack
+    return packed, (*starts, tq, tk), _unpack
 
 
 # --- torch's scaled_dot_product_attention -----------------------------------
@@ -371,13 +371,13 @@ def _window_row(q, k, v, left, right):
     first = min(max(0, -(-(left - shift) // block)), -(-tq // block))
     last = max(first, min(tq, tq - right) // block)
 
-    def edge(start):
+    def _edge(start):
         stop = min(start + block, tq)
         k0, k1 = max(0, start + shift - left), min(tk, stop + shift + right)
         mask = _band(q, stop - start, k1 - k0, start + shift - k0, left, right)
         return attend_masked(q[:, start:stop], k[:, k0:k1], v[:, k0:k1], mask)
 
-    parts = [edge(i * block) for i in range(first)]
+    parts = [_edge(i * block) for i in range(first)]
     if last > first:
         k0 = first * block + shift - left
         k1 = last * block + shift + right
@@ -389,7 +389,7 @@ def _window_row(q, k, v, left, right):
         queries = queries.unflatten(0, (last - first, block))
         mask = _band(q, block, span, left, left, right)
         parts.append(attend_masked(queries, *spans, mask).flatten(0, 1)[None])
-    parts += [edge(start) for start in range(last * block, tq, block)]
+    parts += [_edge(start) for start in range(last * block, tq, block)]
     return torch.cat(parts, 1)
 
 
@@ -404,15 +404,15 @@ def _window_blocks(q, k, v, left, right):
     before, after = -(-left // block), -(-right // block)
     count = (T + block - 1) // block
 
-    def blocks(x, before, after):
+    def _blocks(x, before, after):
         room = (count + after) * block - T
         x = F.pad(x, (0, 0, 0, 0, before * block, room))
         x = x.unflatten(1, (count + before + after, block))
         shifted = [x[:, i : i + count] for i in range(before + 1 + after)]
         return torch.cat(shifted, 2).flatten(0, 1).transpose(1, 2)
 
-    queries = blocks(q, 0, 0)  # [B count, H, block, D]
-    keys, values = (blocks(x, before, after) for x in (k, v))
+    queries = _blocks(q, 0, 0)  # [B count, H, block, D]
+    keys, values = (_blocks(x, before, after) for x in (k, v))
     span = (before + 1 + after) * block
     hidden = _hidden(block, span, before * block, left, right, q.device)
     starts = torch.arange(count, device=q.device) * block

@@ -79,7 +79,7 @@ def _parser():
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name, run, summary, **kwargs):
+    def _command(name, run, summary, **kwargs):
         sub = commands.add_parser(
             name,
             help=summary,
@@ -89,7 +89,7 @@ def _parser():
         sub.set_defaults(run=run)
         return sub
 
-    add = command(
+    add = _command(
         "separate",
         _separate,
         "separate recordings into one file per speaker",
@@ -164,7 +164,7 @@ def _parser():
     )
     add("--quiet", action="store_true", help="no progress bar")
 
-    add = command(
+    add = _command(
         "stream",
         _stream,
         "separate live sound on a pipe",
@@ -203,7 +203,7 @@ def _parser():
     )
     add("--overwrite", action="store_true", help="replace existing files")
 
-    add = command(
+    add = _command(
         "app",
         _app,
         "serve a page to try a model in a browser (needs the extra app)",
@@ -232,7 +232,7 @@ def _parser():
         help="largest file that the page takes (default 500)",
     )
 
-    add = command(
+    add = _command(
         "pack",
         _pack,
         "make a self-contained model folder of a training run",
@@ -242,12 +242,12 @@ def _parser():
     add("--half", action="store_true", help="weights in half precision")
     add("--overwrite", action="store_true", help="replace OUT_DIR")
 
-    add = command(
+    add = _command(
         "info", _info, "show what a model is and how it runs here"
     ).add_argument
     add("model", nargs="?", metavar="MODEL")
 
-    add = command(
+    add = _command(
         "export",
         _export,
         "write a model as ONNX (needs the extra onnx)",

@@ -277,11 +277,11 @@ class FlashFormerSeparation(SepformerSeparation):
             raise ValueError(f"sample_rate is a whole number, not {rate}")
         rate = int(rate)
 
-        def blocks():
+        def _blocks():
             return audio.split(10 * rate, 1)
 
         options = SeparationOptions(**options)
-        parts = self._stream(blocks, rate, audio.shape[1], options)
+        parts = self._stream(_blocks, rate, audio.shape[1], options)
         return torch.cat(list(parts), 1)
 
     def separate_file(self, path, savedir=None, **options):
@@ -438,13 +438,13 @@ class FlashFormerSeparation(SepformerSeparation):
         rate = sample_rate or self.hparams.sample_rate
         heard = given = 0
 
-        def counted():
+        def _counted():
             nonlocal heard
             for block in blocks:
                 heard += block.shape[1]
                 yield block
 
-        for part in self._at_model_rate(counted(), rate, self._streamed):
+        for part in self._at_model_rate(_counted(), rate, self._streamed):
             part = part[:, : heard - given]
             given += part.shape[1]
             yield part
@@ -487,7 +487,7 @@ class FlashFormerSeparation(SepformerSeparation):
         if options.streaming:
             self.make_stream()  # or tell why not, before the file is read
 
-        def mixture():
+        def _mixture():
             for block in read():
                 if options.channels == "mix":
                     block = block.mean(0, keepdim=True)
@@ -498,11 +498,11 @@ class FlashFormerSeparation(SepformerSeparation):
         if options.norm == "recording":
             with torch.no_grad():
                 statistics = encoder_statistics(
-                    resample_blocks(mixture(), rate, model_rate),
+                    resample_blocks(_mixture(), rate, model_rate),
                     self.mods.encoder,
                 )
 
-        def in_chunks(blocks):
+        def _in_chunks(blocks):
             return separate_long(
                 blocks,
                 self._forward(options, statistics),
@@ -511,10 +511,10 @@ class FlashFormerSeparation(SepformerSeparation):
                 self.hparams.num_spks,
             )
 
-        blocks = mixture()
+        blocks = _mixture()
         if options.mixture_consistency:
             blocks = _Kept(blocks)
-        run = self._streamed if options.streaming else in_chunks
+        run = self._streamed if options.streaming else _in_chunks
         parts = self._at_model_rate(blocks, rate, run)
         seconds = frames / rate
         with tqdm(
@@ -561,7 +561,7 @@ class FlashFormerSeparation(SepformerSeparation):
         device = torch.device(self.device)
 
         @torch.no_grad()
-        def forward(chunks):
+        def _forward(chunks):
             chunks = chunks.to(device)
             autocast = contextlib.nullcontext()
             if dtype is not None:
@@ -580,7 +580,7 @@ class FlashFormerSeparation(SepformerSeparation):
                 )
             return sources
 
-        return forward
+        return _forward
 
 
 class _Kept:
@@ -608,12 +608,12 @@ def _resample_sources(parts, old, new):
         return
     shape = []
 
-    def rows():
+    def _rows():
         for part in parts:
             shape[:] = part.shape[0], part.shape[2]
             yield part.transpose(1, 2).flatten(0, 1)  # [C S, n]
 
-    for block in resample_blocks(rows(), old, new):
+    for block in resample_blocks(_rows(), old, new):
         yield block.unflatten(0, shape).transpose(1, 2)
 
 

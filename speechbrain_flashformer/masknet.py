@@ -151,7 +151,7 @@ class LayerScale(nn.Module):
         self.weight = nn.Parameter(torch.full((channels,), float(start)))
 
     def forward(self, x):
-        """Scale x [..., C]."""
+        """Scale the last axis of x, the channels."""
         return x * self.weight
 
 
@@ -417,7 +417,7 @@ class FlashFormer(nn.Module):
         widths = [16 * max(1, round(width / 16)) for width in between]
         widths = [*([d_frame] if steps else []), *widths, d_model]
 
-        def frame_block(width):
+        def _frame_block(width):
             return GatedFSMN(width, width, lookback, lookahead)
 
         pairs = list(zip(widths, widths[1:]))
@@ -427,7 +427,7 @@ class FlashFormer(nn.Module):
         else:
             self.norm_in = GlobalNorm(in_channels)
         self.project = nn.Linear(in_channels, widths[0])
-        self.down = nn.ModuleList(frame_block(width) for width in widths[:-1])
+        self.down = nn.ModuleList(_frame_block(width) for width in widths[:-1])
         self.merge = nn.ModuleList(nn.Linear(2 * a, b) for a, b in pairs)
         self.layers = nn.ModuleList(
             FlashFormerLayer(
@@ -444,7 +444,7 @@ class FlashFormer(nn.Module):
             for _ in range(num_layers)
         )
         self.split = nn.ModuleList(nn.Linear(b, 2 * a) for a, b in pairs)
-        self.up = nn.ModuleList(frame_block(width) for width in widths[:-1])
+        self.up = nn.ModuleList(_frame_block(width) for width in widths[:-1])
         self.norm_out = nn.LayerNorm(widths[0])
         self.masks = nn.Linear(widths[0], num_spks * in_channels)
         # What a streaming context must agree with.

@@ -165,7 +165,9 @@ def _replace_key(text, key, block):
     there = re.compile(rf"^{key}:.*\n(?:[ \t]+\S.*\n)*", re.MULTILINE)
     text, count = there.subn(lambda _: block, text)
     if count != 1:
-        raise ValueError(f"the yaml to start from has {count} keys {key}, not 1")
+        raise ValueError(
+            f"the yaml to start from has {count} keys {key}, not 1"
+        )
     return text
 
 
