@@ -60,6 +60,7 @@ setup(
             "onnxscript>=0.5,<1",
             "pystoi>=0.4,<0.5",
             "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
             "ruff>=0.14,<0.18",
             "selenium>=4.20,<5",
         ],

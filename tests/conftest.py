@@ -1,13 +1,18 @@
 """What several tests share: a small model, packed as training leaves it."""
 
+import os
 import shutil
 
-import pytest
-import torch
-from hyperpyyaml import load_hyperpyyaml, resolve_references
-from speechbrain.utils.checkpoints import Checkpointer
+# Two processes of tests with threads of their own would wait for each other.
+# Torch reads it when it is imported; the recipes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from speechbrain_flashformer.pack import pack
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hyperpyyaml import load_hyperpyyaml, resolve_references  # noqa: E402
+from speechbrain.utils.checkpoints import Checkpointer  # noqa: E402
+
+from speechbrain_flashformer.pack import pack  # noqa: E402
 
 RUN = """\
 num_spks: 2
