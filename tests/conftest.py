@@ -7,12 +7,12 @@ import shutil
 # Torch reads it when it is imported; the recipes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from hyperpyyaml import load_hyperpyyaml, resolve_references  # noqa: E402
-from speechbrain.utils.checkpoints import Checkpointer  # noqa: E402
+import pytest
+import torch
+from hyperpyyaml import load_hyperpyyaml, resolve_references
+from speechbrain.utils.checkpoints import Checkpointer
 
-from speechbrain_flashformer.pack import pack  # noqa: E402
+from speechbrain_flashformer.pack import pack
 
 RUN = """\
 num_spks: 2
