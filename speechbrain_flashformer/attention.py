@@ -501,19 +501,22 @@ def _why_not_reference(q, k, window, dropout_p, lengths):
 def _run_reference(q, k, v, window, dropout_p, lengths):
     """Dense attention in float32 (float64 stays); T x T memory."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q.to(wide), k.to(wide))
-    scores = scores / math.sqrt(q.shape[3])
     tq, tk = q.shape[1], k.shape[1]
     left, right = (side if side >= 0 else tk for side in window)
     hidden = _hidden(tq, tk, tk - tq, left, right, q.device)
     if lengths is not None:
         past = torch.arange(tk, device=q.device) >= lengths[:, None]
         hidden = hidden | past[:, None, None] | past[:, None, :, None]
-    # A row that sees nothing gives 0, with a gradient of 0.
-    scores = scores.masked_fill(hidden, torch.finfo(wide).min)
-    weights = scores.softmax(-1).masked_fill(hidden, 0.0)
-    weights = F.dropout(weights, dropout_p)
-    return torch.einsum("bhqk,bkhd->bqhd", weights, v.to(wide)).to(q.dtype)
+    # An oracle has no half precision, whatever surrounds it.
+    with torch.autocast(q.device.type, enabled=False):
+        scores = torch.einsum("bqhd,bkhd->bhqk", q.to(wide), k.to(wide))
+        scores = scores / math.sqrt(q.shape[3])
+        # A row that sees nothing gives 0, with a gradient of 0.
+        scores = scores.masked_fill(hidden, torch.finfo(wide).min)
+        weights = scores.softmax(-1).masked_fill(hidden, 0.0)
+        weights = F.dropout(weights, dropout_p)
+        out = torch.einsum("bhqk,bkhd->bqhd", weights, v.to(wide))
+    return out.to(q.dtype)
 
 
 BACKENDS = {

@@ -299,3 +299,11 @@ def test_exported_attention_is_exact_at_every_length(window):
         torch.testing.assert_close(
             program(q, k, v), expected, rtol=0, atol=1e-5
         )
+
+
+def test_the_reference_is_no_less_exact_under_autocast():
+    q, k, v = heads(1, 9, dtype=torch.float32)
+    expected = attend(q, k, v, window=(2, 2), backend="reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(q, k, v, window=(2, 2), backend="reference")
+    assert torch.equal(found, expected)
