@@ -40,62 +40,10 @@ JOBS = [
 ]
 
 
-def build(name):
-    """Encoder, masknet and decoder of a model at its own yaml's size."""
-    from speechbrain.lobes.models import conv_tasnet, dual_path
-
-    if name.startswith("flashformer"):
-        from hyperpyyaml import load_hyperpyyaml
-
-        with open(ROOT / "hparams" / f"{name}.yaml") as file:
-            hparams = load_hyperpyyaml(file)
-        return [hparams[part] for part in ("Encoder", "MaskNet", "Decoder")]
-    encoder = dual_path.Encoder(kernel_size=16, out_channels=256)
-    decoder = dual_path.Decoder(256, 1, kernel_size=16, stride=8, bias=False)
-    if name == "conv-tasnet":
-        masknet = conv_tasnet.MaskNet(
-            N=256,
-            B=256,
-            H=512,
-            P=3,
-            X=6,
-            R=4,
-            C=2,
-            norm_type="gLN",
-            causal=False,
-            mask_nonlinear="relu",
-        )
-    else:
-        blocks = [
-            dual_path.SBTransformerBlock(
-                num_layers=8,
-                d_model=256,
-                nhead=8,
-                d_ffn=1024,
-                dropout=0,
-                use_positional_encoding=True,
-                norm_before=True,
-            )
-            for _ in range(2)
-        ]
-        masknet = dual_path.Dual_Path_Model(
-            in_channels=256,
-            out_channels=256,
-            intra_model=blocks[0],
-            inter_model=blocks[1],
-            num_layers=2,
-            norm="ln",
-            K=250,
-            num_spks=2,
-            skip_around_intra=True,
-            linear_layer_after_inter_intra=False,
-        )
-    return encoder, masknet, decoder
-
-
 def measure(task, name, seconds, runs, threads):
     """Seconds per run, extra peak memory, MACs and parameters; as a dict."""
     import torch
+    from models import build
 
     from speechbrain_flashformer.metrics import count_macs, pit_si_snr_loss
     from speechbrain_flashformer.separate import separate
