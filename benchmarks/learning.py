@@ -18,9 +18,10 @@ adamw, that of the peers), ``lr``, ``batch``, ``crop`` (samples) and, of ours,
 ``without`` (see models.py) and ``norm=frame``.
 
 Writes OUT.csv, a row per run; OUT_curves.csv, what was measured on the way;
-OUT.md, the rows as a table; OUT.png, the curves. A run that OUT.csv has is not
-run again. On one thread, minutes are of CPU time, so that other work on the
-machine does not count; on more, of the clock.
+OUT.md, the rows as a table; OUT.png, the curves. ``training`` is the mean
+SI-SNR in training since the point before, the rest is SI-SNRi, all in dB. A run
+that OUT.csv has is not run again. On one thread, minutes are of CPU time, so
+that other work on the machine does not count; on more, of the clock.
 """
 
 import argparse
@@ -64,7 +65,7 @@ VOICE = r"^\w{7}_(\w+?)[a-d]_"
 
 # What makes two runs the same, and what came of a run; then SI-SNRi by set.
 KEY = ("model", "seed", "data", "budget", "optimizer", "lr", "batch", "crop")
-KEY += ("test_mixtures", "parameters_m", "gmac_per_s")
+KEY += ("test_mixtures", "threads", "parameters_m", "gmac_per_s")
 MEASURED = ("steps", "examples", "minutes", "rtf", "training")
 CURVES = (*KEY, "examples", "minutes", "set", "db")
 
@@ -246,6 +247,7 @@ def run(entry, seed, speech, tests, arguments, done):
         f"{asked} {'examples' if arguments.examples else 'minutes'}",
         *training.values(),
         arguments.mixtures,
+        arguments.threads,
         round(count / 1e6, 3),
         round(macs / 1e9, 3),
     )
@@ -299,14 +301,14 @@ def table(rows):
     """Rows of OUT.csv as a Markdown table."""
     sets = list(rows[0])[len(KEY) + len(MEASURED) :]
     titles = ("model", "seed", "budget", "optimizer, rate", "batch x crop")
-    titles += ("parameters (M)", "GMAC/s", "minutes", "RTF", "training", *sets)
+    titles += ("parameters (M)", "GMAC/s", "minutes", "RTF", *sets)
     titles += ("mean",)
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for row in rows:
         cells = [f"`{row['model']}`", row["seed"], row["budget"]]
         cells += [f"{row['optimizer']}, {row['lr']}"]
         cells += [f"{row['batch']} x {row['crop']}", row["parameters_m"]]
-        cells += [row[k] for k in ("gmac_per_s", "minutes", "rtf", "training")]
+        cells += [row[k] for k in ("gmac_per_s", "minutes", "rtf")]
         cells += [row[name] for name in sets]
         mean = statistics.mean(float(row[name]) for name in sets)
         cells += [f"{mean:.2f}"]
@@ -370,14 +372,21 @@ def main(words=None):
     parser.add_argument(
         "--speaker", default="folder", help="who speaks, as dm_speaker"
     )
-    parser.add_argument("--test", action="append", metavar="NAME=FOLDER")
+    parser.add_argument(
+        "--test",
+        action="append",
+        metavar="NAME=FOLDER",
+        help="default voices; may be repeated",
+    )
     parser.add_argument(
         "--mixtures", type=int, default=50, help="of each test set"
     )
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--examples", type=int)
     budget.add_argument("--minutes", type=float)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument(
+        "--seed", type=int, action="append", help="default 1; may be repeated"
+    )
     parser.add_argument(
         "--points", type=int, default=3, help="of each learning curve"
     )
@@ -391,6 +400,7 @@ def main(words=None):
     )
     arguments = parser.parse_args(words)
     arguments.test = arguments.test or ["voices"]
+    arguments.seed = arguments.seed or [1]
     numbers = ("examples", "minutes", "mixtures", "points", "threads")
     for name in numbers:
         if (getattr(arguments, name) or 1) <= 0:
@@ -418,7 +428,7 @@ def compare(arguments):
     speech, tests = load_speech(arguments), load_tests(arguments)
     out.parent.mkdir(parents=True, exist_ok=True)
     for entry in arguments.models:
-        for seed in arguments.seeds:
+        for seed in arguments.seed:
             # Read each time: another command may have written in between.
             rows = read(files[".csv"], columns)
             made = run(entry, seed, speech, tests, arguments, rows)

@@ -81,7 +81,7 @@ def test_it_trains_measures_and_does_nothing_twice(
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
 
     # Another seed is another run, with other mixtures.
-    command(f"{TINY}:batch=2 --examples 8 --points 2 --seeds 2")
+    command(f"{TINY}:batch=2 --examples 8 --points 2 --seed 2")
     again = rows(tmp_path / "out.csv")
     assert again[:2] == made and len(again) == 3
     assert again[2]["training"] != again[0]["training"]
