@@ -18,17 +18,25 @@ from speechbrain_flashformer.voices import make_voices
 VOICES = 1000
 
 
-def main(speech, out):
-    """Write OUT/voices and OUT/recordings.csv."""
+def real_speech(speech):
+    """(path, speaker) of the recordings for training, sentences twice."""
     commands = sorted((speech / "picovoice-commands").glob("*.flac"))
     held_out = set(commands[::10])
     words = sorted((speech / "picovoice-wakewords").glob("*.flac"))
     if not commands or not words:
-        sys.exit(f"no speech in {speech}: {__doc__}")
+        raise FileNotFoundError(
+            f"{speech} has no FLAC files in picovoice-commands/ or in "
+            "picovoice-wakewords/"
+        )
     # Who speaks is not known: taken as a person each.
     commands = [file for file in commands if file not in held_out]
     # Sentences, which overlap for longer than words, are listed twice.
-    rows = [(file, file.stem) for file in 2 * commands + words]
+    return [(file, file.stem) for file in 2 * commands + words]
+
+
+def main(speech, out):
+    """Write OUT/voices and OUT/recordings.csv."""
+    rows = real_speech(speech)
     voices = make_voices(out / "voices", sizes=(VOICES, 1, 1), utterances=12)
     for path in sorted((voices / "wav8k/min/tr/s1").glob("*.wav")):
         vocal_tract = path.stem.split("_")[1][:-1]
@@ -43,4 +51,7 @@ def main(speech, out):
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    try:
+        main(Path(sys.argv[1]), Path(sys.argv[2]))
+    except FileNotFoundError as error:
+        sys.exit(str(error))

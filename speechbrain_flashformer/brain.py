@@ -8,20 +8,20 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 from speechbrain.nnet.schedulers import ReduceLROnPlateau
-from speechbrain.utils.distributed import run_on_main
+from speechbrain.utils.distributed import ddp_barrier, run_on_main
 from speechbrain.utils.logger import get_logger
-from torch.distributed import (
-    all_gather_object,
-    get_rank,
-    get_world_size,
-    is_initialized,
-)
+from torch.distributed import get_rank, get_world_size, is_initialized
 
 from speechbrain_flashformer.augment import augment
-from speechbrain_flashformer.checkpoints import RandomState, averaged_weights
+from speechbrain_flashformer.checkpoints import (
+    RandomState,
+    averaged_weights,
+    gather,
+)
 from speechbrain_flashformer.scores import (
     WORST,
     ResultsWriter,
+    badness,
     quick_scores,
     write_example,
     write_results,
@@ -32,6 +32,8 @@ logger = get_logger(__name__)
 
 # Audio of the first and of the worst mixtures of a test.
 AUDIO_FOLDERS = ("audio_results", "audio_worst")
+# What ends so is of a test that goes on.
+GROWING = ".growing"
 
 
 class Separation(sb.Brain):
@@ -46,8 +48,9 @@ class Separation(sb.Brain):
     [``loss_upper_lim``], ``lr_scheduler`` (any of SpeechBrain's),
     [``warmup_steps`` and ``lr``, before a schedule by epochs],
     [``matrix_optimizer``: takes the weight matrices of the masknet,
-    ``optimizer`` the rest], [``avg_checkpoints``: tests the mean of so many
-    best checkpoints], ``train_logger``, [``tensorboard_train_logger``],
+    ``optimizer`` the rest; all their parameters have one learning rate],
+    [``avg_checkpoints``: tests the mean of so many best checkpoints],
+    ``train_logger``, [``tensorboard_train_logger``],
     ``output_folder``, ``save_audio`` and ``n_audio_to_save``,
     [``more_metrics``: ``pesq``, ``stoi``], and those of ``augment``.
     """
@@ -168,7 +171,8 @@ class Separation(sb.Brain):
             self.hparams.lr_scheduler(self.optimizer)
         elif step <= warmup:
             self._set_lr(self.hparams.lr * step / warmup)
-        self._set_lr(self.optimizer.param_groups[0]["lr"])
+        # A schedule may end before a training that was made longer.
+        self._set_lr(max(0.0, self.optimizer.param_groups[0]["lr"]))
 
     def _set_lr(self, lr):
         for optimizer in self.optimizers_dict.values():
@@ -196,7 +200,8 @@ class Separation(sb.Brain):
         """Tell which batch is not finite; Brain counts, and loses patience."""
         if not loss.isfinite():
             logger.warning(
-                "Loss of %s is not finite: left out (%d in this epoch)",
+                "Loss of %s is not finite: its step is left out (%d in this "
+                "epoch)",
                 ", ".join(self.batch_ids),
                 self.nonfinite_count + 1,
             )
@@ -213,10 +218,7 @@ class Separation(sb.Brain):
         """Forget the scores of the stage before."""
         self.rows = []
         if stage == sb.Stage.TEST:
-            # No audio of an earlier test among that of this one.
-            for folder in AUDIO_FOLDERS:
-                path = Path(self.hparams.output_folder, folder)
-                run_on_main(shutil.rmtree, [path, True])
+            run_on_main(remove_growing, [self.hparams.output_folder])
             rank = get_rank() if is_initialized() else 0
             ranks = get_world_size() if is_initialized() else 1
             # The first mixtures of all are the first of every process.
@@ -238,7 +240,8 @@ class Separation(sb.Brain):
                 "nonfinite": self.nonfinite_count,
             }
         elif stage == sb.Stage.VALID:
-            self._end_validation(_gather(self.rows), epoch)
+            rows = [row for rows in gather(self.rows) for row in rows]
+            self._end_validation(rows, epoch)
         else:
             self.save_results()
 
@@ -257,12 +260,14 @@ class Separation(sb.Brain):
             train_stats=self.train_stats,
             valid_stats=stats,
         )
+        meta = {"si-snr": loss, "epoch": epoch}
         # How much louder the estimates are than the sources; finite rows.
         levels = [row["level_db"] for row in rows]
         levels = [level for level in levels if math.isfinite(level)]
-        level = sum(levels) / max(1, len(levels))
+        if levels:
+            meta["level_db"] = sum(levels) / len(levels)
         self.checkpointer.save_and_keep_only(
-            meta={"si-snr": loss, "epoch": epoch, "level_db": level},
+            meta=meta,
             num_to_keep=self.avg_checkpoints,
             min_keys=["si-snr"],
         )
@@ -307,15 +312,15 @@ class Separation(sb.Brain):
 
     def save_results(self):
         """Write ``test_results.csv`` and the audio of the worst mixtures."""
-        rows = _gather(self.results.close())
-        Path(self.results.path).unlink()
-        worst = sorted(rows, key=lambda row: row["si-snr_i"])[:WORST]
-        names = {row["snt_id"] for row in worst}
-        for _, name, parts in self.results.worst:
-            if name in names and self.hparams.save_audio:
-                self.save_audio(AUDIO_FOLDERS[1], name, parts)
+        rows = [row for rows in gather(self.results.close()) for row in rows]
+        worst = [row["snt_id"] for row in sorted(rows, key=badness)[:WORST]]
+        for row, parts in self.results.worst:
+            if row["snt_id"] in worst and self.hparams.save_audio:
+                self.save_audio(AUDIO_FOLDERS[1], row["snt_id"], parts)
+        ddp_barrier()
         path = Path(self.hparams.output_folder, "test_results.csv")
         summary = run_on_main(write_results, [path, rows, self.more_metrics])
+        run_on_main(replace_audio, [path.parent])
         mean = {k: v for k, v in summary["avg"].items() if k != "snt_id"}
         self.log(
             stats_meta={"epoch loaded": self.hparams.epoch_counter.current},
@@ -331,7 +336,7 @@ class Separation(sb.Brain):
     def save_audio(self, folder, name, signals):
         """Write the mixture, sources and estimates of one mixture."""
         write_example(
-            Path(self.hparams.output_folder, folder),
+            Path(self.hparams.output_folder, folder + GROWING),
             name,
             *signals,
             self.hparams.sample_rate,
@@ -339,16 +344,23 @@ class Separation(sb.Brain):
 
     def _growing_results(self, rank):
         folder = Path(self.hparams.output_folder)
-        return folder / f"test_results.{rank}.growing"
+        return folder / f"test_results.{rank}{GROWING}"
 
 
-def _gather(rows):
-    """The rows of all processes, in every one of them."""
-    if not is_initialized():
-        return rows
-    parts = [None] * get_world_size()
-    all_gather_object(parts, rows)
-    return [row for part in parts for row in part]
+def remove_growing(folder):
+    """Remove what a test that did not end has left in an output folder."""
+    for path in Path(folder).glob(f"*{GROWING}"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def replace_audio(folder):
+    """Put the audio of a test that has ended in place of the one before."""
+    for name in AUDIO_FOLDERS:
+        old, new = Path(folder, name), Path(folder, name + GROWING)
+        shutil.rmtree(old, ignore_errors=True)
+        if new.exists():
+            new.rename(old)
+    remove_growing(folder)
 
 
 def _schedule_kind(schedule):

@@ -1,5 +1,6 @@
 """Checkpoints that are whole or not there, and what they must also hold."""
 
+import logging
 import shutil
 from functools import partial
 
@@ -12,6 +13,15 @@ from speechbrain.utils.checkpoints import (
     register_checkpoint_hooks,
 )
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
+from speechbrain.utils.logger import get_logger
+from torch.distributed import (
+    all_gather_object,
+    get_rank,
+    get_world_size,
+    is_initialized,
+)
+
+logger = get_logger(__name__)
 
 PARTIAL = "PARTIAL+"
 
@@ -31,11 +41,15 @@ class WholeCheckpointer(Checkpointer):
     True
     """
 
-    def save_checkpoint(self, *args, **kwargs):
+    def save_checkpoint(
+        self, meta=(), end_of_epoch=True, name=None, verbosity=logging.INFO
+    ):
         """As SpeechBrain's; an error leaves the checkpoints as they were."""
         self._remove_partial()
         try:
-            checkpoint = super().save_checkpoint(*args, **kwargs)
+            checkpoint = super().save_checkpoint(
+                dict(meta), end_of_epoch, name, logging.DEBUG
+            )
         except (OSError, RuntimeError) as error:
             self._remove_partial()
             raise OSError(
@@ -49,6 +63,7 @@ class WholeCheckpointer(Checkpointer):
         partial, name = checkpoint.path, checkpoint.path.name
         path = partial.with_name(name.removeprefix(PARTIAL))
         partial.rename(path)
+        logger.log(verbosity, f"Saved a checkpoint in {path}")
         files = checkpoint.paramfiles.items()
         return checkpoint._replace(
             path=path,
@@ -69,29 +84,45 @@ class WholeCheckpointer(Checkpointer):
         return path.with_name(PARTIAL + path.name)
 
 
-@register_checkpoint_hooks
 class RandomState:
-    """The state of torch's random generators.
+    """The state of torch's random generators in every process.
 
     Without it dropout and augmentation would go on otherwise after a stop.
-    The processes of a distributed training draw alike: one state is for all.
     """
 
     @mark_as_saver
     def save(self, path):
-        """Write the states; called by the main process alone."""
+        """Write the states; called by all processes."""
         state = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state()
-        torch.save(state, path)
+        states = gather(state)
+        if if_main_process():
+            torch.save(states, path)
 
     @mark_as_loader
     def load(self, path, end_of_epoch):
-        """Take up the state."""
-        state = torch.load(path, weights_only=True)
+        """Take up the state of this process; a new process has none."""
+        states = torch.load(path, weights_only=True)
+        rank = get_rank() if is_initialized() else 0
+        if rank >= len(states):
+            return
+        state = states[rank]
         torch.set_rng_state(state["cpu"])
         if torch.cuda.is_available() and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"])
+
+
+register_checkpoint_hooks(RandomState, save_on_main_only=False)
+
+
+def gather(thing):
+    """A list of what each process has, in every one of them."""
+    if not is_initialized():
+        return [thing]
+    things = [None] * get_world_size()
+    all_gather_object(things, thing)
+    return things
 
 
 def averaged_weights(checkpoints, name):

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 from speechbrain.dataio.batch import PaddedBatch
-from speechbrain.dataio.dataio import read_audio
+from speechbrain.dataio.dataio import load_data_csv, read_audio
 from speechbrain.dataio.dataset import DynamicItemDataset, set_output_keys
 from speechbrain.dataio.sampler import DynamicBatchSampler
 from torch.utils.data import Sampler
@@ -63,9 +63,11 @@ class EpochDataset(DynamicItemDataset):
 
 def load_dataset(csv_file, hparams, crop=None):
     """Build one set; with ``crop``, items are random cuts of that length."""
-    dataset = EpochDataset.from_csv(
-        csv_file, replacements={"data_root": hparams["data_folder"]}
-    )
+    places = {"data_root": hparams["data_folder"]}
+    data = load_data_csv(csv_file, places)
+    if not data:
+        raise ValueError(f"{csv_file} has no rows: prepare the data again")
+    dataset = EpochDataset(data)
     dataset.pipeline.add_static_keys(["number"])
     cut = partial(
         choose_cut,

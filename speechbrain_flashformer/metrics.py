@@ -184,7 +184,7 @@ def sdr(target, estimate, filter_length=512):
     Returns
     -------
     torch.Tensor
-        dB, float64, [..., S].
+        dB, float64, [..., S]; -80 for a silent estimate, as of SI-SNR.
 
     Example
     -------
@@ -210,10 +210,10 @@ def sdr(target, estimate, filter_length=512):
     columns = cross.reshape(-1, *auto.shape).permute(1, 2, 0)
     filters = torch.linalg.solve(toeplitz, columns)
     explained = (filters * columns).sum(1).T.reshape(cross.shape[:-1])
-    rest = estimate.square().sum(-1) - explained
-    return 10 * torch.log10(
-        explained.clamp(min=EPS**2) / rest.clamp(min=EPS**2)
-    )
+    energy = estimate.square().sum(-1)
+    rest = energy - explained
+    ratio = explained.clamp(min=EPS**2) / rest.clamp(min=EPS**2)
+    return 10 * torch.log10(torch.where(energy > 0, ratio, EPS))
 
 
 def perceptual(name, target, estimate, sample_rate):
@@ -254,7 +254,9 @@ def perceptual(name, target, estimate, sample_rate):
     if name == "stoi":
         from pystoi import stoi
 
-        return [float(stoi(x, y, sample_rate)) for x, y in pairs]
+        values = [float(stoi(x, y, sample_rate)) for x, y in pairs]
+        # What it returns for too little speech, with a warning.
+        return [math.nan if value == 1e-5 else value for value in values]
     from pesq import PesqError, pesq
 
     band = {8000: "nb", 16000: "wb"}[sample_rate]

@@ -222,6 +222,7 @@ class DynamicMixtures(Dataset):
                 "recordings",
                 len(self.paths),
                 dynamic_ncols=True,
+                disable=None,
             )
             self.rates, self.frames = np.array(list(headers)).T
         self.upto = np.cumsum(self.frames / self.rates)  # seconds

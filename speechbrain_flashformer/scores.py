@@ -7,6 +7,7 @@ import csv
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from speechbrain_flashformer.metrics import (
 SUMMARY = {
     "avg": np.mean,
     "median": np.median,
-    "5th percentile": lambda values: np.percentile(values, 5),
+    "5th percentile": partial(np.percentile, q=5),
 }
 COLUMNS = ["snt_id", "sdr", "sdr_i", "si-snr", "si-snr_i"]
 WORST = 5
@@ -104,11 +105,11 @@ class ResultsWriter:
     def add(self, row, mixture, targets, predictions):
         """Score one mixture: [T], [S, T] and [S, T], any device."""
         signals = [x.cpu() for x in (mixture, targets, predictions)]
-        self.worst.append((row["si-snr_i"], row["snt_id"], signals))
-        # What is not a number is worse than any.
-        self.worst.sort(key=lambda item: (not math.isnan(item[0]), item[0]))
+        self.worst.append((row, signals))
+        self.worst.sort(key=lambda item: badness(item[0]))
         del self.worst[WORST:]
-        self.waiting.append(self.pool.submit(self._score, row, *signals))
+        score = self.pool.submit(self._score, row, *signals)
+        self.waiting.append((row["snt_id"], score))
         while len(self.waiting) > WAITING * self.threads:
             self._take()
 
@@ -130,10 +131,20 @@ class ResultsWriter:
         return row
 
     def _take(self):
-        row = self.waiting.pop(0).result()
+        name, score = self.waiting.pop(0)
+        try:
+            row = score.result()
+        except Exception as error:
+            self.pool.shutdown(cancel_futures=True)
+            raise RuntimeError(f"cannot score {name}: {error}") from error
         self.rows.append(row)
         self.table.writerow(row)
         self.file.flush()
+
+
+def badness(row):
+    """What sorts rows from the worst: no number, then the least SI-SNRi."""
+    return (not math.isnan(row["si-snr_i"]), row["si-snr_i"])
 
 
 def write_results(path, rows, more=()):
@@ -151,12 +162,13 @@ def write_results(path, rows, more=()):
     Returns
     -------
     dict
-        ``avg``, ``median`` and ``5th percentile``: row of each.
+        ``avg``, ``median`` and ``5th percentile``: row of each. Of ``more``
+        they pass over what is no number: where there was too little speech.
     """
     columns = COLUMNS + list(more)
     summary = {
         kind: {"snt_id": kind}
-        | {c: float(f([row[c] for row in rows])) for c in columns[1:]}
+        | {c: float(f(_values(rows, c, c in more))) for c in columns[1:]}
         for kind, f in SUMMARY.items()
     }
     path = Path(path)
@@ -168,6 +180,13 @@ def write_results(path, rows, more=()):
         writer.writerows(summary.values())
     os.replace(partial, path)
     return summary
+
+
+def _values(rows, column, only_numbers):
+    values = np.array([row[column] for row in rows])
+    if only_numbers and not np.isnan(values).all():
+        values = values[~np.isnan(values)]
+    return values
 
 
 def write_example(folder, name, mixture, targets, predictions, sample_rate):

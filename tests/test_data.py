@@ -89,6 +89,12 @@ def test_every_cut_is_inside_and_both_ends_are_reached():
     ]
 
 
+def test_a_set_without_rows_is_refused(csv_file, hparams):
+    csv_file.write_text(csv_file.read_text().splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match="set.csv has no rows"):
+        load_dataset(csv_file, hparams)
+
+
 def test_workers_can_be_spawned(csv_file, hparams):
     copy = pickle.loads(pickle.dumps(load_dataset(csv_file, hparams)))
     assert copy[1]["mix_sig"].shape == (900,)

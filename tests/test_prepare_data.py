@@ -265,6 +265,9 @@ DAMAGES = {
     "missing cell": lambda d, p, s: table(
         d, HEADER + "a,a.wav,a.wav,a.wav\nb,a.wav,,a.wav\n"
     ),
+    "a name with a slash": lambda d, p, s: table(
+        d, HEADER + "a,a.wav,a.wav,a.wav\nb/c,a.wav,a.wav,a.wav\n"
+    ),
     "two mixtures of one name": lambda d, p, s: table(
         d, HEADER + 2 * "a,a.wav,a.wav,a.wav\n"
     ),

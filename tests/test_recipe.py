@@ -214,6 +214,8 @@ def test_the_default_makes_the_starter_set_and_says_so(tmp_path):
             "not at 44100",
         ),
         (["--output_folder", "/dev/null/run"], "/dev/null"),
+        (["--batch_size", "49"], "an epoch has 0 batches"),
+        (["--grad_accumulation_factor", "7"], "gather 7 for a step"),
     ],
 )
 def test_bad_input_stops_before_training(data, tmp_path, options, message):

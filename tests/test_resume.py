@@ -7,7 +7,7 @@ import pytest
 import speechbrain as sb
 import torch
 from prepare_data import prepare_wsjmix
-from speechbrain.augment.time_domain import SpeedPerturb
+from speechbrain.augment.time_domain import DropChunk, DropFreq, SpeedPerturb
 from speechbrain.lobes.models.dual_path import Decoder, Encoder
 from speechbrain.nnet.schedulers import ReduceLROnPlateau
 from speechbrain.utils.epoch_loop import EpochCounter
@@ -18,8 +18,8 @@ from speechbrain_flashformer.brain import Separation
 from speechbrain_flashformer.checkpoints import WholeCheckpointer
 from speechbrain_flashformer.data import (
     EpochDataset,
-    EpochSampler,
     load_dataset,
+    training_loader_options,
 )
 from speechbrain_flashformer.metrics import pit_si_snr_loss
 from speechbrain_flashformer.voices import make_voices
@@ -62,7 +62,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def train(data, tmp_path):
-    def run(name, left=-1, workers=0, **options):
+    def run(name, left=-1, workers=0, by_length=False, best=1, **options):
         torch.manual_seed(0)
         modules = {
             "encoder": Encoder(kernel_size=16, out_channels=12),
@@ -88,6 +88,13 @@ def train(data, tmp_path):
                 "warmup_steps": 5,
                 "lr": 1e-3,
                 "matrix_optimizer": lambda p: torch.optim.Muon(p, lr=1e-3),
+                "avg_checkpoints": best,
+                "use_rand_shift": True,
+                "min_shift": -99,
+                "max_shift": 99,
+                "use_wavedrop": True,
+                "drop_freq": DropFreq(),
+                "drop_chunk": DropChunk(),
                 "use_speedperturb": True,
                 "speed_perturb": SpeedPerturb(8000, [90, 100, 110]),
                 "train_logger": Silent(),
@@ -97,12 +104,23 @@ def train(data, tmp_path):
         )
         brain.left = left
         training, validation = data
-        loader = {
-            "batch_size": 2,
-            "num_workers": workers,
-            "drop_last": True,
-            "sampler": EpochSampler(ITEMS, shuffle=True, seed=1),
+        settings = {
+            "dataloader_opts": {
+                "batch_size": 2,
+                "num_workers": workers,
+                "drop_last": True,
+                "shuffle": True,
+            },
+            "dynamic_mixing": False,
+            "dynamic_batching": by_length,
+            "max_batch_length": 1.0,
+            "num_buckets": 2,
+            "limit_training_signal_len": True,
+            "training_signal_len": 4000,
+            "sample_rate": 8000,
+            "seed": 1,
         }
+        loader = training_loader_options(settings, training, ITEMS)
         try:
             brain.fit(
                 counter,
@@ -140,6 +158,18 @@ def test_gradients_half_gathered_are_not_lost(train):
         assert train(f"stopped after {stop}", stop, **options) is None
         resumed = train(f"stopped after {stop}", **options)
         assert all(map(torch.equal, whole, resumed)), stop
+
+
+@pytest.mark.parametrize(
+    "options", [{"by_length": True}, {"best": 2}], ids=["by length", "best"]
+)
+def test_whatever_the_batches_and_the_checkpoints_kept(train, options):
+    whole = train("whole", **options)
+    for stop in (4, 9):
+        name = f"stopped after {stop}"
+        assert train(name, stop, ckpt_interval_steps=3, **options) is None
+        resumed = train(name, ckpt_interval_steps=3, **options)
+        assert all(map(torch.equal, whole, resumed)), name
 
 
 def test_workers_change_nothing(train):

@@ -11,6 +11,7 @@ import torch
 from speechbrain_flashformer.metrics import check_perceptual, perceptual, sdr
 from speechbrain_flashformer.scores import (
     ResultsWriter,
+    badness,
     quick_scores,
     write_example,
     write_results,
@@ -46,9 +47,9 @@ def test_rows_are_those_of_one_after_another_and_grow_on_disk(tmp_path):
         assert row["sdr_i"] == pytest.approx(after - before)
         assert 0 < row["stoi"] < 1
     assert rows[0]["stoi"] > rows[-1]["stoi"]
-    worst = [name for _, name, _ in writer.worst]
+    worst = [row["snt_id"] for row, _ in writer.worst]
     assert worst == ["x29", "x28", "x27", "x26", "x25"]
-    torch.testing.assert_close(writer.worst[0][2][1], given[29][0])
+    torch.testing.assert_close(writer.worst[0][1][1], given[29][0])
 
 
 def test_what_is_no_number_is_the_worst(tmp_path):
@@ -56,8 +57,44 @@ def test_what_is_no_number_is_the_worst(tmp_path):
     for index, gain in enumerate([3.0, float("nan"), -1.0, 2.0, 5.0, 4.0]):
         row = {"snt_id": index, "si-snr": gain, "si-snr_i": gain}
         writer.add(row, *signals(2000))
-    writer.close()
-    assert [name for _, name, _ in writer.worst] == [1, 2, 3, 0, 5]
+    rows = writer.close()
+    worst = [row["snt_id"] for row, _ in writer.worst]
+    assert worst == [1, 2, 3, 0, 5]
+    assert worst == [r["snt_id"] for r in sorted(rows, key=badness)[:5]]
+
+
+def test_a_mixture_that_cannot_be_scored_is_named(tmp_path):
+    writer = ResultsWriter(tmp_path / "growing", 8000)
+    mixture, targets, estimates = signals(2000)
+    row = {"snt_id": "x7", "si-snr": 0.0, "si-snr_i": 0.0}
+    writer.add(row, mixture, targets, estimates[:, :1000])
+    with pytest.raises(RuntimeError, match="cannot score x7: "):
+        writer.close()
+
+
+def test_a_speaker_that_is_left_out_is_no_average_one():
+    _, targets, estimates = signals(4000)
+    estimates[1] = 0
+    heard, silent = sdr(targets, estimates)
+    assert heard > 5 and silent == pytest.approx(-80)
+
+
+def test_what_finds_no_speech_does_not_spoil_the_mean(tmp_path):
+    keys = ["sdr", "sdr_i", "si-snr", "si-snr_i"]
+    rows = [
+        {"snt_id": name, "stoi": stoi, **dict.fromkeys(keys, value)}
+        for name, stoi, value in (
+            ("a", 0.5, 1.0),
+            ("b", float("nan"), float("nan")),
+            ("c", 0.7, 3.0),
+        )
+    ]
+    mean = write_results(tmp_path / "r.csv", rows, ["stoi"])["avg"]
+    assert mean["stoi"] == pytest.approx(0.6)
+    # A score that must be there spoils it.
+    assert np.isnan(mean["sdr"])
+    short = torch.randn(1, 300)
+    assert np.isnan(perceptual("stoi", short, short, 8000)).all()
 
 
 def test_a_table_ends_with_mean_median_and_percentile(tmp_path):

@@ -153,7 +153,8 @@ def _examine_all(parts, cache):
     pool = ThreadPoolExecutor()
     try:
         found = pool.map(partial(_examine_mixture, known=known), rows)
-        bar = tqdm(found, "checking", len(rows), dynamic_ncols=True)
+        # None: only where somebody looks.
+        bar = tqdm(found, "checking", len(rows), disable=None)
         for some, paths in zip(bar, rows):
             facts.update(zip(paths, some))
     finally:

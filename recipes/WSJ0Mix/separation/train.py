@@ -9,6 +9,7 @@ output folder. Its figures do not compare with those on WSJ0-mix.
 """
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import speechbrain as sb
@@ -67,6 +68,8 @@ def main():
     check_perceptual(hparams["more_metrics"], hparams["sample_rate"])
     if hparams["plot_results"]:
         check_can_plot(hparams)
+    if hparams["use_tensorboard"] and find_spec("tensorboard") is None:
+        raise ImportError("use_tensorboard needs: pip install tensorboard")
     sb.create_experiment_directory(
         experiment_directory=hparams["output_folder"],
         hyperparams_to_save=hparams_file,
@@ -92,6 +95,7 @@ def main():
                 ],
                 "seed": hparams["seed"],
                 "sample_rate": hparams["sample_rate"],
+                "progressbar": not run_opts.get("noprogressbar", False),
             },
         )
     run_on_main(
@@ -125,10 +129,8 @@ def main():
         run_opts=run_opts,
         checkpointer=hparams["checkpointer"],
     )
-    stretch_schedule(
-        hparams["lr_scheduler"],
-        hparams["N_epochs"] * steps_per_epoch(separator, loader_opts),
-    )
+    steps = steps_per_epoch(separator, loader_opts)
+    stretch_schedule(hparams["lr_scheduler"], hparams["N_epochs"] * steps)
     separator.fit(
         separator.hparams.epoch_counter,
         train_data,
@@ -153,15 +155,23 @@ def steps_per_epoch(separator, loader_opts):
     else:
         batches = len(loader_opts["sampler"]) // loader_opts["batch_size"]
     ranks = get_world_size() if is_initialized() else 1
-    return batches // ranks // separator.grad_accumulation_factor
+    steps = batches // ranks // separator.grad_accumulation_factor
+    if not steps:
+        raise ValueError(
+            f"an epoch has {batches} batches, too few for {ranks} processes "
+            f"that gather {separator.grad_accumulation_factor} for a step: "
+            "lower batch_size or grad_accumulation_factor"
+        )
+    return steps
 
 
 def stretch_schedule(schedule, steps):
     """Let a warm-up and cool-down end where the training does."""
     if isinstance(schedule, WarmCoolDecayLRSchedule):
         share = schedule.cooldown / schedule.total_steps
-        schedule.total_steps = max(1, steps)
+        schedule.total_steps = steps
         schedule.cooldown = max(1, round(share * steps))
+        schedule.warmup = min(schedule.warmup, steps - schedule.cooldown)
 
 
 def default_precision(device):

@@ -1,0 +1,448 @@
+#!/usr/bin/env python3
+"""Train models on the same mixtures and see how fast they learn.
+
+> python benchmarks/learning.py --speech SPEECH --test cv=CV --test tt=TT \
+      --examples 4800 tiny tiny:num_layers=2 conv-tasnet
+
+SPEECH is a folder or CSV file of single-speaker recordings, as dynamic mixing
+takes it, or the folder of benchmarks/pretrained_data.py, whose validation part
+is left out; without it, generated voices. CV and TT hold mix/, s1/ and s2/;
+the test set ``voices`` needs no folder. All models have the same mixtures,
+loss (SI-SNR, best order), gradient clip and shape of schedule; every run is one
+of MODEL x SEED, for so many --examples or --minutes of training.
+
+MODEL is NAME[:KEY=VALUE]...: a size of hparams/ with numbers of its yaml
+(tiny:d_model=96:window=(62,62)), conv-tasnet, sepformer, re-sepformer or skim.
+Further keys are ``optimizer`` (muon, the recipe's pair, the default of ours; or
+adamw, that of the peers), ``lr``, ``batch``, ``crop`` (samples) and, of ours,
+``without`` (see models.py) and ``norm=frame``.
+
+Writes OUT.csv, a row per run; OUT_curves.csv, what was measured on the way;
+OUT.md, the rows as a table; OUT.png, the curves. ``training`` is the mean
+SI-SNR in training since the point before, the rest is SI-SNRi, all in dB. A run
+that OUT.csv has is not run again. On one thread, minutes are of CPU time, so
+that other work on the machine does not count; on more, of the clock.
+"""
+
+import argparse
+import ast
+import csv
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import soundfile
+import torch
+import torch.nn as nn
+from models import OURS, build
+from pretrained_data import real_speech
+from speechbrain.dataio.batch import PaddedBatch
+
+from speechbrain_flashformer.metrics import (
+    best_order,
+    count_macs,
+    pit_si_snr_loss,
+    si_snr,
+)
+from speechbrain_flashformer.mixing import DynamicMixtures, find_recordings
+from speechbrain_flashformer.separate import separate
+from speechbrain_flashformer.voices import make_voices
+
+ROOT = Path(__file__).resolve().parent
+RATE = 8000
+SPEEDS = (95, 105)
+MAX_GRAD_NORM = 5
+# Steps of rising, and the last part of the training, of falling rate.
+WARMUP, COOLDOWN = 50, 0.75
+# Test mixtures are cut to this; RTF and MACs are of so much audio too.
+TEST_SECONDS = 4
+# The set of generated voices, for training or test.
+VOICES = {"sizes": (1000, 1, 200), "utterances": 5}
+# What else stands in a name: tr00997_mike2b_Hugod.wav is person b of mike2.
+VOICE = r"^\w{7}_(\w+?)[a-d]_"
+
+# What makes two runs the same, and what came of a run; then SI-SNRi by set.
+KEY = ("model", "seed", "data", "budget", "optimizer", "lr", "batch", "crop")
+KEY += ("test_mixtures", "threads", "parameters_m", "gmac_per_s")
+MEASURED = ("steps", "examples", "minutes", "rtf", "training")
+CURVES = (*KEY, "examples", "minutes", "set", "db")
+
+
+def parse(entry):
+    """Split MODEL into its name, how it is trained, and its numbers."""
+    name, *pairs = entry.split(":")
+    numbers = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"{entry}: {pair!r} is not KEY=VALUE")
+        try:
+            numbers[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            numbers[key] = value
+    ours = name.removeprefix("flashformer-") in OURS
+    training = {
+        "optimizer": "muon" if ours else "adamw",
+        "lr": 0.002 if ours else 0.001,
+        "batch": 8,
+        "crop": RATE,
+    }
+    training |= {k: numbers.pop(k) for k in list(numbers) if k in training}
+    if training["optimizer"] not in ("muon", "adamw"):
+        raise ValueError(f"{entry}: optimizer is muon or adamw")
+    for key in ("lr", "batch", "crop"):
+        if not isinstance(training[key], int | float) or training[key] <= 0:
+            raise ValueError(f"{entry}: {key} is a number above 0")
+    return name, training, numbers
+
+
+def make_optimizers(model, kind, lr):
+    """AdamW, or the recipe's pair: Muon on the masknet's matrices."""
+    if kind == "adamw":
+        return [torch.optim.AdamW(model.parameters(), lr)]
+    matrices = [p for p in model[1].parameters() if p.ndim == 2]
+    taken = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    return [
+        torch.optim.Muon(
+            matrices, lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(rest, lr, weight_decay=0),
+    ]
+
+
+def clock():
+    """Seconds that only this process spends, where that can be told."""
+    one = torch.get_num_threads() == 1
+    return time.process_time() if one else time.perf_counter()
+
+
+def train(model, mixtures, training, arguments, measure):
+    """Train; ``measure`` is called with (steps, examples, minutes, dB)."""
+    peak, size = training["lr"], training["batch"]
+    optimizers = make_optimizers(model, training["optimizer"], peak)
+    steps, seconds, done, points, scores = 0, 0.0, 0.0, 0, []
+    while done < 1:
+        begin = clock()
+        items = [mixtures[n] for n in range(steps * size, (steps + 1) * size)]
+        batch = PaddedBatch(items)
+        mixture, lengths = batch.mix_sig
+        targets = torch.stack([batch.s1_sig.data, batch.s2_sig.data], 2)
+        rate = peak * min(1, (steps + 1) / WARMUP, (1 - done) / COOLDOWN)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        loss = pit_si_snr_loss(targets, separate(mixture, *model), lengths)
+        loss.mean().backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        if norm.isfinite():
+            for optimizer in optimizers:
+                optimizer.step()
+        scores.append(-loss.mean().item())
+        seconds += clock() - begin
+        steps += 1
+        if arguments.examples:
+            done = steps * size / arguments.examples
+        else:
+            done = seconds / 60 / arguments.minutes
+        if done >= (points + 1) / arguments.points:
+            points = int(done * arguments.points)
+            mean = statistics.mean(scores)
+            measure(steps, steps * size, round(seconds / 60, 2), mean)
+            scores.clear()
+
+
+def score(model, mixtures):
+    """Mean SI-SNRi over mixtures, each [T] with its sources [T, S]."""
+    gains = []
+    for mixture, sources in mixtures:
+        targets = sources[None]
+        with torch.no_grad():
+            estimates = separate(mixture[None], *model)
+        baseline = si_snr(targets, mixture[None, :, None].expand_as(targets))
+        after, _ = best_order(targets, estimates)
+        gains.append((after - baseline).mean().item())
+    return round(statistics.mean(gains), 2)
+
+
+def real_time_factor(model):
+    """Median time to separate TEST_SECONDS, over TEST_SECONDS."""
+    mixture, times = torch.randn(1, TEST_SECONDS * RATE), []
+    with torch.no_grad():
+        for _ in range(6):
+            begin = clock()
+            separate(mixture, *model)
+            times.append(clock() - begin)
+    return round(statistics.median(times[1:]) / TEST_SECONDS, 4)
+
+
+def load_mixtures(folder, count):
+    """The first mixtures of a folder, as ``score`` takes them."""
+    names = sorted(path.name for path in (folder / "mix").glob("*.wav"))
+    if len(names) < count:
+        raise ValueError(
+            f"{folder}/mix holds {len(names)} wav files, {count} are asked "
+            "for: see --test and --mixtures"
+        )
+    mixtures = []
+    for name in names[:count]:
+        signals = []
+        for part in ("mix", "s1", "s2"):
+            signal, rate = soundfile.read(folder / part / name, dtype="float32")
+            if rate != RATE:
+                raise ValueError(f"{folder / part / name} is not at {RATE} Hz")
+            signals.append(torch.from_numpy(signal[: TEST_SECONDS * RATE]))
+        mixtures.append((signals[0], torch.stack(signals[1:], 1)))
+    return mixtures
+
+
+def load_speech(arguments):
+    """What is trained on: its name, and its recordings."""
+    if arguments.speech is None:
+        folder = make_voices(arguments.scratch / "voices", **VOICES)
+        folder = folder / "wav8k/min/tr/s1"
+        return "voices", find_recordings(folder, VOICE)
+    if (arguments.speech / "picovoice-commands").is_dir():
+        return arguments.speech.name, real_speech(arguments.speech)
+    found = find_recordings(arguments.speech, arguments.speaker)
+    return arguments.speech.name, found
+
+
+def load_tests(arguments):
+    """Test mixtures by the name of their set."""
+    tests = {}
+    for word in arguments.test:
+        name, _, folder = word.partition("=")
+        if name == "voices" and not folder:
+            made = make_voices(arguments.scratch / "voices", **VOICES)
+            folder = made / "wav8k/min/tt"
+        elif not folder:
+            raise ValueError(f"--test {word} is not NAME=FOLDER")
+        tests[name] = load_mixtures(Path(folder), arguments.mixtures)
+    return tests
+
+
+def run(entry, seed, speech, tests, arguments, done):
+    """One run: its row and the rows of its curve; None if it is done."""
+    name, training, numbers = parse(entry)
+    torch.manual_seed(seed)
+    model = nn.ModuleList(build(name, **numbers))
+    source, recordings = speech
+    mixtures = DynamicMixtures(
+        recordings, 2, RATE, training["crop"], seed, SPEEDS
+    )
+    seconds = torch.randn(1, TEST_SECONDS * RATE)
+    # Without the fused kernel, of which the counter sees nothing in an LSTM.
+    with torch.backends.mkldnn.flags(enabled=False):
+        macs = count_macs(separate, seconds, *model) / TEST_SECONDS
+    count = sum(p.numel() for p in model.parameters())
+    asked = arguments.examples or arguments.minutes
+    values = (
+        entry,
+        seed,
+        f"{source} ({len(recordings)} recordings)",
+        f"{asked} {'examples' if arguments.examples else 'minutes'}",
+        *training.values(),
+        arguments.mixtures,
+        arguments.threads,
+        round(count / 1e6, 3),
+        round(macs / 1e9, 3),
+    )
+    key = dict(zip(KEY, map(str, values)))
+    if any(all(row[k] == key[k] for k in KEY) for row in done):
+        print(f"{entry}, seed {seed}: done before", flush=True)
+        return None
+    row, curve = dict(key), []
+
+    def measure(steps, examples, minutes, training_db):
+        model.eval()
+        scores = {name: score(model, test) for name, test in tests.items()}
+        model.train()
+        row.update(steps=steps, examples=examples, minutes=minutes, **scores)
+        row["training"] = round(training_db, 2)
+        point = {**key, "examples": examples, "minutes": minutes}
+        for which in ("training", *tests):
+            curve.append({**point, "set": which, "db": row[which]})
+        print(f"{entry}, seed {seed}: {row['training']}, {scores}", flush=True)
+
+    train(model, mixtures, training, arguments, measure)
+    model.eval()
+    row["rtf"] = real_time_factor(model)
+    return row, curve
+
+
+def read(path, columns):
+    """Rows of a CSV that this command wrote, none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = csv.DictReader(file)
+        if tuple(rows.fieldnames or ()) != columns:
+            raise ValueError(
+                f"{path} has other columns or test sets: give another --out"
+            )
+        return list(rows)
+
+
+def write(path, columns, rows):
+    """Write rows as a CSV, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, path)
+
+
+def table(rows):
+    """Rows of OUT.csv as a Markdown table."""
+    sets = list(rows[0])[len(KEY) + len(MEASURED) :]
+    titles = ("model", "seed", "budget", "optimizer, rate", "batch x crop")
+    titles += ("parameters (M)", "GMAC/s", "minutes", "RTF", *sets)
+    titles += ("mean",)
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for row in rows:
+        cells = [f"`{row['model']}`", row["seed"], row["budget"]]
+        cells += [f"{row['optimizer']}, {row['lr']}"]
+        cells += [f"{row['batch']} x {row['crop']}", row["parameters_m"]]
+        cells += [row[k] for k in ("gmac_per_s", "minutes", "rtf")]
+        cells += [row[name] for name in sets]
+        mean = statistics.mean(float(row[name]) for name in sets)
+        cells += [f"{mean:.2f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(path, curves):
+    """Draw SI-SNRi over examples and over minutes, a row for each set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sets = dict.fromkeys(row["set"] for row in curves)
+    runs = {}
+    for row in curves:
+        label = f"{row['model']}, seed {row['seed']}, {row['budget']}"
+        runs.setdefault(label, []).append(row)
+    figure, axes = pyplot.subplots(
+        len(sets),
+        2,
+        figsize=(11, 2 + 2.5 * len(sets)),
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+    )
+    styles = ("-", "--", ":", "-.")
+    for line, name in zip(axes, sets):
+        for axis, what in zip(line, ("examples", "minutes")):
+            for i, (label, rows) in enumerate(runs.items()):
+                rows = [row for row in rows if row["set"] == name]
+                axis.plot(
+                    [float(row[what]) for row in rows],
+                    [float(row["db"]) for row in rows],
+                    color=f"C{i % 10}",
+                    linestyle=styles[i // 10 % len(styles)],
+                    marker=".",
+                    label=label,
+                )
+            axis.set(xlabel=what)
+            axis.grid(alpha=0.3)
+        kind = "SI-SNR" if name == "training" else "SI-SNRi"
+        line[0].set_ylabel(f"{name}, {kind} (dB)")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", fontsize=7)
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, dpi=110, format="png")
+    pyplot.close(figure)
+    os.replace(partial, path)
+
+
+def main(words=None):
+    """Train what is not trained yet; write all after each run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL")
+    parser.add_argument("--speech", type=Path)
+    parser.add_argument(
+        "--speaker", default="folder", help="who speaks, as dm_speaker"
+    )
+    parser.add_argument(
+        "--test",
+        action="append",
+        metavar="NAME=FOLDER",
+        help="default voices; may be repeated",
+    )
+    parser.add_argument(
+        "--mixtures", type=int, default=50, help="of each test set"
+    )
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--examples", type=int)
+    budget.add_argument("--minutes", type=float)
+    parser.add_argument(
+        "--seed", type=int, action="append", help="default 1; may be repeated"
+    )
+    parser.add_argument(
+        "--points", type=int, default=3, help="of each learning curve"
+    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=ROOT / "results/learning")
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=ROOT / "scratch",
+        help="where generated voices are kept",
+    )
+    arguments = parser.parse_args(words)
+    arguments.test = arguments.test or ["voices"]
+    arguments.seed = arguments.seed or [1]
+    numbers = ("examples", "minutes", "mixtures", "points", "threads")
+    for name in numbers:
+        if (getattr(arguments, name) or 1) <= 0:
+            parser.error(f"--{name} is a number above 0")
+    torch.set_num_threads(arguments.threads)
+    try:
+        compare(arguments)
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        sys.exit(f"learning.py: {error}")
+
+
+def compare(arguments):
+    """All runs, and the files of ``--out``."""
+    for entry in arguments.models:
+        name, _, numbers = parse(entry)
+        build(name, **numbers)
+    out = arguments.out
+    names = [word.partition("=")[0] for word in arguments.test]
+    columns = (*KEY, *MEASURED, *names)
+    files = {
+        kind: out.with_name(out.name + kind)
+        for kind in (".csv", "_curves.csv", ".md", ".png")
+    }
+    read(files[".csv"], columns)
+    speech, tests = load_speech(arguments), load_tests(arguments)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for entry in arguments.models:
+        for seed in arguments.seed:
+            # Read each time: another command may have written in between.
+            rows = read(files[".csv"], columns)
+            made = run(entry, seed, speech, tests, arguments, rows)
+            if made is None:
+                continue
+            rows = [*read(files[".csv"], columns), made[0]]
+            curves = [*read(files["_curves.csv"], CURVES), *made[1]]
+            write(files["_curves.csv"], CURVES, curves)
+            write(files[".csv"], columns, rows)
+            partial = out.with_name(out.name + ".md.partial")
+            partial.write_text(table(rows))
+            os.replace(partial, files[".md"])
+            draw(files[".png"], curves)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""The bench for learning: what it writes, what it does not do twice."""
+
+import csv
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from speechbrain_flashformer import voices
+from speechbrain_flashformer.separate import separate
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+TINY = "tiny:d_model=16:d_frame=16:num_layers=1:nhead=2:d_ffn=16:crop=2000"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The command as a module, and the models beside it."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    yield importlib.import_module("learning")
+    sys.path.pop(0)
+    for name in ("learning", "models", "pretrained_data"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    """Few generated voices where the command keeps its own, many ones."""
+    folder = tmp_path_factory.mktemp("scratch")
+    sizes = {"sizes": (8, 1, 2), "utterances": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(voices, "PEOPLE", "a")
+        voices.make_voices(folder / "voices", progressbar=False, **sizes)
+    return folder, sizes
+
+
+@pytest.fixture
+def command(bench, scratch, tmp_path, monkeypatch):
+    """Run the command with words; its files are tmp_path/out*."""
+    folder, sizes = scratch
+    monkeypatch.setattr(bench, "VOICES", sizes)
+    before = torch.get_num_threads()
+    words = f"--threads 1 --mixtures 2 --out {tmp_path / 'out'}"
+    words = [*words.split(), "--scratch", str(folder)]
+    yield lambda line: bench.main([*line.split(), *words])
+    torch.set_num_threads(before)
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_it_trains_measures_and_does_nothing_twice(
+    bench, command, tmp_path, capsys
+):
+    line = f"{TINY}:batch=2 {TINY}:batch=2:optimizer=adamw"
+    line += " --examples 8 --points 2"
+    command(line)
+    made = rows(tmp_path / "out.csv")
+    assert [row["optimizer"] for row in made] == ["muon", "adamw"]
+    assert tuple(made[0]) == (*bench.KEY, *bench.MEASURED, "voices")
+    for row in made:
+        assert (row["steps"], row["examples"]) == ("4", "8")
+        assert float(row["rtf"]) > 0 and float(row["gmac_per_s"]) > 0
+        assert -60 < float(row["voices"]) < 30
+    curves = rows(tmp_path / "out_curves.csv")
+    points = {(row["model"], row["set"], row["examples"]) for row in curves}
+    assert len(points) == len(curves) == 2 * 2 * 2
+    assert {row["examples"] for row in curves} == {"4", "8"}
+    assert (tmp_path / "out.png").stat().st_size > 10000
+    assert (tmp_path / "out.md").read_text() == bench.table(made)
+
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    command(line)
+    assert capsys.readouterr().out.count("done before") == 2
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+    # Another seed is another run, with other mixtures.
+    command(f"{TINY}:batch=2 --examples 8 --points 2 --seed 2")
+    again = rows(tmp_path / "out.csv")
+    assert again[:2] == made and len(again) == 3
+    assert again[2]["training"] != again[0]["training"]
+
+
+def test_training_for_minutes_ends_with_them(command, tmp_path):
+    command(f"{TINY}:batch=1 --minutes 0.02 --points 1")
+    (row,) = rows(tmp_path / "out.csv")
+    assert 0.02 <= float(row["minutes"]) < 0.1
+    assert int(row["examples"]) == int(row["steps"]) > 1
+
+
+def test_all_models_learn_from_the_same_mixtures(bench, command, monkeypatch):
+    heard = []
+    real = bench.DynamicMixtures.__getitem__
+
+    def listen(mixtures, n):
+        item = real(mixtures, n)
+        heard.append((n, item["mix_sig"].sum().item()))
+        return item
+
+    monkeypatch.setattr(bench.DynamicMixtures, "__getitem__", listen)
+    command(f"{TINY}:batch=2 {TINY}:batch=2:norm=frame --examples 4 --points 1")
+    assert heard[:4] == heard[4:] and len(heard) == 8
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("best --examples 8", "choose from base"),
+        ("tiny:colour=3 --examples 8", "colour"),
+        ("tiny:without=sense --examples 8", "without is one of attention"),
+        ("tiny:lr=high --examples 8", "lr is a number above 0"),
+        ("tiny:optimizer=sgd --examples 8", "optimizer is muon or adamw"),
+        ("tiny:causal --examples 8", "is not KEY=VALUE"),
+        ("skim:num_layers=2 --examples 8", "skim is built as in its recipe"),
+        (f"{TINY} --examples 8 --test cv", "--test cv is not NAME=FOLDER"),
+        (f"{TINY} --examples 8 --test cv=nowhere", "nowhere/mix holds 0"),
+        (f"{TINY} --examples 8 --speech nowhere", "no wav or flac file"),
+    ],
+)
+def test_bad_input_is_one_clear_message(command, line, says, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        command(line)
+    assert says in str(stop.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_with_other_test_sets_is_left_alone(command, tmp_path):
+    (tmp_path / "out.csv").write_text("model,seed\ntiny,1\n")
+    with pytest.raises(SystemExit) as stop:
+        command(f"{TINY} --examples 8")
+    assert "give another --out" in str(stop.value)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "name, millions", [("sepformer", 25.7), ("re-sepformer", 8.0)]
+)
+def test_the_peers_have_the_parameters_of_their_papers(bench, name, millions):
+    parts = bench.build(name)
+    count = sum(p.numel() for part in parts for p in part.parameters())
+    assert round(count / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize("name", ["re-sepformer", "skim"])
+def test_mixtures_of_a_batch_do_not_hear_each_other(bench, name):
+    model = [part.eval() for part in bench.build(name)]
+    mixtures = torch.randn(2, 2000)
+    with torch.no_grad():
+        together = separate(mixtures, *model)
+        alone = separate(mixtures[:1], *model)
+    assert torch.allclose(together[:1], alone, atol=1e-4 * alone.abs().max())
+
+
+@pytest.mark.parametrize("without", ["attention", "token-fsmn", "token-memory"])
+def test_what_is_left_out_of_the_layers_is_gone(bench, without):
+    """One layer, merged frames: what a far frame changes at a near one."""
+    numbers = {"num_layers": 1, "lookback": 2, "lookahead": 2}
+    reached = []
+    for left_out in (None, without):
+        _, masknet, _ = bench.build("tiny", left_out, "frame", **numbers)
+        frames = torch.rand(1, 128, 400)
+        other = frames.clone()
+        other[:, :, -4:] = torch.rand(1, 128, 4)
+        with torch.no_grad():
+            change = (masknet(frames) - masknet(other)).abs().amax((0, 1, 2))
+        reached.append((change > 1e-6).sum().item())
+    everywhere, fewer = reached
+    assert everywhere == 400
+    # Without attention nothing goes far; without a memory attention still
+    # takes it everywhere.
+    assert (fewer < 100) == (without == "attention")
+
+
+def test_what_is_left_out_costs_nothing(bench):
+    def count(**choice):
+        parts = bench.build("tiny", **choice)
+        return sum(p.numel() for part in parts for p in part.parameters())
+
+    whole = count()
+    for without in sys.modules["models"].WITHOUT:
+        assert count(without=without) < whole
+    assert count(without="token-memory") > count(without="token-fsmn")
+    assert count(without="frame-memory") > count(without="frame-fsmn")
+
+
+@pytest.mark.parametrize("name", ["ablations", "peers"])
+def test_the_page_says_what_the_figures_say(bench, name):
+    table = bench.table(rows(RESULTS / f"{name}.csv"))
+    assert table == (RESULTS / f"{name}.md").read_text()
+    assert table in (ROOT / "docs" / "experiments.md").read_text()
