@@ -1,25 +1,39 @@
 #!/usr/bin/env python3
-"""List the speech that the shipped checkpoint is trained on.
+"""Make and list the speech that the shipped checkpoint is trained on.
 
 > python benchmarks/pretrained_data.py SPEECH OUT
 
 SPEECH holds picovoice-commands/ and picovoice-wakewords/ (Apache-2.0, from the
 speech-to-intent and wake-word benchmarks of Picovoice, as 8 kHz FLAC). Every
-tenth command is left out for validation. To them come synthetic voices, which
-are made. OUT/recordings.csv is then the ``base_folder_dm`` of the recipe.
+tenth command is left out for validation. Few speakers become more: sentences
+are spoken again by voices with other vocal tracts and pitch, words are strung
+together. To them come synthetic voices. OUT/recordings.csv is then the
+``base_folder_dm`` of the recipe. Needs praat-parselmouth.
 """
 
 import csv
 import sys
 from pathlib import Path
 
+import numpy as np
+import soundfile
+
 from speechbrain_flashformer.voices import make_voices
 
 VOICES = 1000
+VARIANTS = 3  # of each sentence
+SEED = 7
 
 
 def real_speech(speech):
     """(path, speaker) of the recordings for training, sentences twice."""
+    commands, words = find_speech(speech)
+    # Sentences, which overlap for longer than words, are listed twice.
+    return [(file, file.stem) for file in 2 * commands + words]
+
+
+def find_speech(speech):
+    """Paths of the sentences and of the words for training."""
     commands = sorted((speech / "picovoice-commands").glob("*.flac"))
     held_out = set(commands[::10])
     words = sorted((speech / "picovoice-wakewords").glob("*.flac"))
@@ -29,14 +43,21 @@ def real_speech(speech):
             "picovoice-wakewords/"
         )
     # Who speaks is not known: taken as a person each.
-    commands = [file for file in commands if file not in held_out]
-    # Sentences, which overlap for longer than words, are listed twice.
-    return [(file, file.stem) for file in 2 * commands + words]
+    return [file for file in commands if file not in held_out], words
 
 
 def main(speech, out):
-    """Write OUT/voices and OUT/recordings.csv."""
-    rows = real_speech(speech)
+    """Write OUT/voices, OUT/variants and OUT/recordings.csv."""
+    commands, words = find_speech(speech)
+    rng = np.random.default_rng(SEED)
+    folder = out / "variants"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [(path, path.stem) for path in commands for _ in range(2)]
+    for path in commands:
+        rows += [(p, p.stem) for p in vary_sentence(path, folder, rng)]
+    for path in words:
+        string = string_words(path, folder, rng)
+        rows.append((string, string.stem))
     voices = make_voices(out / "voices", sizes=(VOICES, 1, 1), utterances=12)
     for path in sorted((voices / "wav8k/min/tr/s1").glob("*.wav")):
         vocal_tract = path.stem.split("_")[1][:-1]
@@ -46,6 +67,72 @@ def main(speech, out):
         writer.writerow(["wav", "speaker"])
         writer.writerows((path.resolve(), who) for path, who in rows)
     print(f"{len(rows)} recordings in {out / 'recordings.csv'}")
+
+
+def vary_sentence(path, folder, rng):
+    """Write a sentence in other voices; their paths."""
+    signal, rate = soundfile.read(path, dtype="float32")
+    written = []
+    for i in range(VARIANTS):
+        formants = np.exp(rng.uniform(np.log(0.84), np.log(1.2)))
+        # Pitch goes with the vocal tract, loosely.
+        pitch = formants ** rng.uniform(0.5, 2.5)
+        pitch *= np.exp(rng.uniform(-0.12, 0.12))
+        duration = rng.uniform(0.85, 1.15)
+        voice = change_voice(signal, rate, formants, pitch, duration)
+        written.append(folder / f"{path.stem}_v{i}.wav")
+        soundfile.write(written[-1], voice, rate)
+    return written
+
+
+def string_words(path, folder, rng):
+    """Write a word said two to four times by one voice; its path."""
+    signal, rate = soundfile.read(path, dtype="float32")
+    formants = 1.0
+    if rng.random() < 0.5:
+        formants = np.exp(rng.uniform(np.log(0.88), np.log(1.15)))
+    pitch = formants ** rng.uniform(0.5, 2.5)
+    parts = []
+    for _ in range(rng.integers(2, 5)):
+        said = change_voice(
+            signal,
+            rate,
+            formants,
+            pitch * np.exp(rng.uniform(-0.1, 0.1)),
+            rng.uniform(0.8, 1.2),
+        )
+        parts.append(said * 10 ** (rng.uniform(-2, 2) / 20))
+        parts.append(np.zeros(int(rate * rng.uniform(0, 0.25)), np.float32))
+    written = folder / f"w_{path.stem}.wav"
+    soundfile.write(written, np.concatenate(parts[:-1]), rate)
+    return written
+
+
+def change_voice(signal, rate, formants, pitch, duration):
+    """Scale formants, pitch and duration of speech [T], as Praat does."""
+    import parselmouth
+    from parselmouth.praat import call
+
+    if len(signal) < 0.3 * rate:
+        return signal
+    sound = parselmouth.Sound(signal.astype(np.float64), rate)
+    floor, ceiling = 70, 500
+    hertz = sound.to_pitch(pitch_floor=floor, pitch_ceiling=ceiling)
+    hertz = hertz.selected_array["frequency"]
+    hertz = hertz[hertz > 0]
+    # 0 keeps the pitch.
+    median = float(np.median(hertz) * pitch) if len(hertz) > 5 else 0.0
+    changed = call(
+        sound,
+        "Change gender",
+        floor,
+        ceiling,
+        float(formants),
+        median,
+        1.0,
+        float(duration),
+    )
+    return changed.values[0].astype(np.float32)
 
 
 if __name__ == "__main__":
