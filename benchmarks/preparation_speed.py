@@ -5,7 +5,9 @@
 
 Makes a WSJ0-mix folder of 5 s files at 8 kHz (16-bit) in a temporary folder.
 Writes results/preparation_speed.csv: medians of runs, with what the machine
-had in memory and, where the system allows it, with files read from the disk.
+had in memory and, where the system allows it, with files read from the disk;
+per second of the clock and, for a machine that has other work, per second of
+computing.
 """
 
 import csv
@@ -61,9 +63,10 @@ def main():
             seconds["new, from disk"] = []
 
         def prepare(save, what):
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             prepare_wsjmix(folder / "data", folder / save)
-            seconds[what].append(time.perf_counter() - start)
+            stop = time.perf_counter(), time.process_time()
+            seconds[what].append([b - a for a, b in zip(start, stop)])
 
         for run in range(RUNS):
             prepare(f"save{run}", "new")
@@ -74,10 +77,12 @@ def main():
     OUT.parent.mkdir(exist_ok=True)
     with OUT.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["files", "number", "files per second", "cores"])
+        header = ["files", "number", "cores", "per second", "per CPU second"]
+        writer.writerow(header)
         for what, times in seconds.items():
-            speed = round(len(files) / statistics.median(times))
-            row = [what, len(files), speed, os.cpu_count()]
+            medians = [statistics.median(kind) for kind in zip(*times)]
+            speeds = [round(len(files) / median) for median in medians]
+            row = [what, len(files), os.cpu_count(), *speeds]
             writer.writerow(row)
             print(*row)
 
