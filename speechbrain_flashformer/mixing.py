@@ -35,9 +35,7 @@ TRIES = 100
 # Least share of its time that a speaker speaks when turns are taken.
 SHORTEST_TURN = 0.2
 
-# Signal to noise ratio of added noise, dB, and the rooms' reverberation
-# times, seconds; drawn uniformly.
-NOISE_SNR_DB = (5.0, 35.0)
+# The rooms' reverberation times, seconds; drawn uniformly.
 ROOM_T60 = (0.1, 0.5)
 
 
@@ -48,7 +46,7 @@ def load_mixtures(hparams):
     ``training_signal_len``, ``seed``, ``use_speedperturb``,
     ``speed_changes`` (of which the least and the greatest count),
     ``dm_turn_share``, ``dm_noise_folder``, ``dm_noise_share``,
-    ``dm_room_share`` and ``dm_colour_db``.
+    ``dm_noise_snr``, ``dm_room_share`` and ``dm_colour_db``.
     """
     if not hparams["base_folder_dm"]:
         raise ValueError(
@@ -72,6 +70,7 @@ def load_mixtures(hparams):
         hparams["dm_turn_share"],
         noise,
         hparams["dm_noise_share"],
+        hparams["dm_noise_snr"],
         hparams["dm_room_share"],
         hparams["dm_colour_db"],
     )
@@ -167,6 +166,8 @@ class DynamicMixtures(Dataset):
     noise_share : float
         Share of the mixtures with noise in them (the sources stay clean):
         one of ``noise``, or without any, a noise of random colour.
+    noise_snr : tuple of float
+        Least and greatest ratio of mixture to noise, dB.
     room_share : float
         Share of the mixtures in a room, with a synthetic reverberation in the
         sources too.
@@ -197,6 +198,7 @@ class DynamicMixtures(Dataset):
         turn_share=0.0,
         noise=(),
         noise_share=0.0,
+        noise_snr=(5.0, 35.0),
         room_share=0.0,
         colour_db=0.0,
     ):
@@ -204,7 +206,8 @@ class DynamicMixtures(Dataset):
         self.sample_rate, self.seed = sample_rate, seed
         self.speeds, self.turn_share = speeds, turn_share
         self.noise = list(noise)
-        self.noise_share, self.room_share = noise_share, room_share
+        self.noise_share, self.noise_snr = noise_share, noise_snr
+        self.room_share = room_share
         self.colour_db = colour_db
         self.paths = [str(path) for path, _ in recordings]
         names, self.speakers = np.unique(
@@ -292,7 +295,7 @@ class DynamicMixtures(Dataset):
         mixture = sum(sources)
         if rng.random() < self.noise_share:
             noise = self._noise(length, rng)
-            snr = rng.uniform(*NOISE_SNR_DB)
+            snr = rng.uniform(*self.noise_snr)
             gain_db = _level_db(mixture) - snr - _level_db(noise)
             mixture = mixture + noise * 10 ** (gain_db / 20)
         peak = max(np.abs(x).max() for x in (mixture, *sources))

@@ -286,3 +286,16 @@ def test_noise_is_of_many_colours():
 def test_hparams_without_a_folder_are_refused():
     with pytest.raises(ValueError, match="give their folder as base_folder_dm"):
         load_mixtures({"base_folder_dm": ""})
+
+
+def test_noise_is_as_loud_as_asked(speech):
+    quiet, loud = (
+        mixtures(speech, noise_share=1.0, noise_snr=(snr, snr))
+        for snr in (30, -5)
+    )
+    for dataset, snr in ((quiet, 30), (loud, -5)):
+        item = dataset[3]
+        voices = item["s1_sig"] + item["s2_sig"]
+        noise = item["mix_sig"] - voices
+        ratio = 10 * (voices.square().mean() / noise.square().mean()).log10()
+        assert ratio.item() == pytest.approx(snr, abs=0.1)

@@ -45,6 +45,11 @@ dm_noise_folder.
             "data_options": (
                 "data_options: {} # e.g. {mixture: mix_clean}, see README\n"
             ),
+            # As loud as the corpus has it.
+            "dm_noise_snr": (
+                "dm_noise_snr: [-6, 3] # dB, mixture to noise, drawn between "
+                "these\n"
+            ),
             "dm_noise_share": (
                 "dm_noise_share: 1.0 # share of the mixtures with noise in "
                 "them\n"
