@@ -62,6 +62,7 @@ setup(
             "pytest>=8,<10",
             "ruff>=0.14,<0.18",
             "selenium>=4.20,<5",
+            "setuptools>=77",
         ],
     },
     entry_points={
