@@ -4,42 +4,49 @@
 > python benchmarks/streaming_speed.py [--minutes 10]
 
 Feeds noise in blocks of 16 ms to hparams/flashformer-streaming.yaml (the time
-does not depend on the weights), as fast as it goes, with one thread and with
-two, each in a process of its own. Writes results/streaming_speed.csv.
+does not depend on the weights), as fast as it goes: torch with one thread and
+with two, onnxruntime with one, each in a process of its own. Then an hour in
+blocks of 1 s, for the memory. Load is time over audio; ``cpu load`` counts the
+processor's time only, which other programs on the machine change less. Writes
+results/streaming_speed.csv.
 """
 
 import argparse
 import csv
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 from hyperpyyaml import load_hyperpyyaml
 
-from speechbrain_flashformer.streaming import StreamingSeparator
+from speechbrain_flashformer.export import export_streaming_onnx
+from speechbrain_flashformer.inference import FlashFormerSeparation
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "results" / "streaming_speed.csv"
 BLOCK = 0.016  # seconds
+RUNS = (("torch", 1), ("torch", 2), ("onnxruntime", 1))
 
 
 def main():
-    """Measure each number of threads, write the rows."""
+    """Measure each way to run it, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.threads:
-        print(json.dumps(measure(args.threads, args.minutes)))
+    if args.run:
+        print(json.dumps(measure(args.run[0], int(args.run[1]), args.minutes)))
         return
     rows = []
-    for threads in (1, 2):
-        command = [sys.executable, __file__, "--threads", str(threads)]
+    for runtime, threads in RUNS:
+        command = [sys.executable, __file__, "--run", runtime, str(threads)]
         command += ["--minutes", str(args.minutes)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
@@ -51,38 +58,88 @@ def main():
         writer.writerows(rows)
 
 
-def measure(threads, minutes):
+def measure(runtime, threads, minutes):
     """Feed a stream; a row of figures."""
     torch.set_num_threads(threads)
     with open(ROOT / "hparams" / "flashformer-streaming.yaml") as file:
         hparams = load_hyperpyyaml(file)
-    modules = [hparams[part] for part in ("Encoder", "MaskNet", "Decoder")]
-    stream = StreamingSeparator(*(module.eval() for module in modules))
+    modules = {
+        part.lower(): hparams[part].eval()
+        for part in ("Encoder", "MaskNet", "Decoder")
+    }
     rate = hparams["sample_rate"]
+    model = FlashFormerSeparation(
+        modules, {"num_spks": hparams["num_spks"], "sample_rate": rate}
+    )
+    feed = model.make_stream().feed
+    if runtime == "onnxruntime":
+        feed = onnx_feed(model, threads)
     block = 0.1 * torch.randn(1, round(BLOCK * rate))
     for _ in range(300):
-        stream.feed(block)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times = []
+        feed(block)
+    times, before = [], time.process_time()
     for _ in range(round(60 * minutes / BLOCK)):
         start = time.perf_counter()
-        stream.feed(block)
+        feed(block)
         times.append(time.perf_counter() - start)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cpu = time.process_time() - before
     tenth = len(times) // 10
     ends = [statistics.median(part) for part in (times[:tenth], times[-tenth:])]
     return {
+        "runtime": runtime,
         "threads": threads,
         "minutes": minutes,
-        "latency (ms)": 1000 * stream.latency / rate,
-        "rtf": round(statistics.mean(times) / BLOCK, 4),
+        "latency without block (ms)": 1000 * model.stream_latency(),
+        "load": round(statistics.mean(times) / BLOCK, 4),
+        "cpu load": round(cpu / (60 * minutes), 4),
         "median block (ms)": round(1000 * statistics.median(times), 3),
         "99.9th percentile (ms)": round(
             1000 * statistics.quantiles(times, n=1000)[-1], 3
         ),
+        "blocks over 16 ms": sum(spent > BLOCK for spent in times),
         "last tenth over first": round(ends[1] / ends[0], 3),
-        "memory grown (MB)": round((after - before) / 1024, 1),
+        "hour's memory (MB)": hour(feed, rate, runtime),
+        "other load": round(os.getloadavg()[0], 1),
     }
+
+
+def onnx_feed(model, threads):
+    """``feed`` of a stream that runs in onnxruntime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    with tempfile.TemporaryDirectory() as folder:
+        path = export_streaming_onnx(model, Path(folder, "step.onnx"))
+        session = onnxruntime.InferenceSession(str(path), options)
+    kinds = {"tensor(float)": torch.float32, "tensor(double)": torch.float64}
+    state = {
+        each.name: torch.zeros(
+            [1 if isinstance(size, str) else size for size in each.shape],
+            dtype=kinds.get(each.type, torch.int64),
+        ).numpy()
+        for each in session.get_inputs()[1:]
+    }
+
+    def feed(block):
+        _, *new = session.run(None, {"mixture": block.numpy(), **state})
+        state.update(zip(state, new))
+
+    return feed
+
+
+def hour(feed, rate, runtime):
+    """Megabytes that the process grows by over an hour of audio."""
+    if runtime == "onnxruntime":  # takes no blocks of another length
+        return ""
+    block = 0.1 * torch.randn(1, rate)
+    for _ in range(60):
+        feed(block)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3600):
+        feed(block)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round((after - before) / 1024, 1)
 
 
 if __name__ == "__main__":

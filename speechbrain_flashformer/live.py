@@ -6,6 +6,7 @@ Axes: C channels, n samples, S speakers.
 import math
 import signal
 import struct
+import sys
 from collections import Counter
 from contextlib import nullcontext
 from time import perf_counter
@@ -48,6 +49,8 @@ def separate_live(model, reader, block, sink=None, writer=None):
     ------
     ValueError
         When the model is not causal, or no sound came.
+    SystemExit
+        When no sound came before the signal that ended it.
     """
     rate, load = reader.sample_rate, Load()
     # What torch does once, it does before the sound comes.
@@ -70,7 +73,9 @@ def separate_live(model, reader, block, sink=None, writer=None):
                 reader.stop()
                 sink = None
             load.elsewhere += perf_counter() - start
-        if not load.heard and not reader.status:
+        if not load.heard and reader.status:
+            sys.exit(reader.status)
+        if not load.heard:
             raise ValueError("no sound came on standard input")
     return load
 
@@ -129,7 +134,11 @@ class PcmReader:
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) != signal.SIG_IGN:
                 self.before[number] = signal.signal(number, self._end)
-        self._begin()
+        try:
+            self._begin()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_):
@@ -189,20 +198,17 @@ class PcmReader:
             self.begun = first
             return
         self.wav = True
-        kind = None
-        while True:
-            name, size = self._unpack("<4sI", 8)
-            if name == b"data":
-                break
-            chunk = self._gather(size + size % 2)
-            if name == b"fmt ":
-                kind, self.channels, self.sample_rate, _, _, bits = (
-                    struct.unpack_from("<HHIIHH", chunk)
-                )
-                if kind == 0xFFFE:  # extensible: the kind is further on
-                    (kind,) = struct.unpack_from("<H", chunk, 24)
+        try:
+            kind, bits, size = self._header()
+        except struct.error as error:
+            raise ValueError("the header of the WAV stream is cut") from error
         if kind is None:
             raise ValueError("the WAV stream has no fmt chunk before its data")
+        if min(self.channels, self.sample_rate) < 1:
+            raise ValueError(
+                f"the WAV header says {self.channels} channels at "
+                f"{self.sample_rate} Hz"
+            )
         if (kind, bits) not in WAV_ENCODINGS:
             raise ValueError(
                 f"the WAV stream is of kind {kind} with {bits} bits: give 16-"
@@ -212,11 +218,20 @@ class PcmReader:
         if 0 < size < UNKNOWN_SIZE:
             self.left = size
 
-    def _unpack(self, form, size):
-        data = self._gather(size)
-        if len(data) < size:
-            raise ValueError("the WAV stream ends in its header")
-        return struct.unpack(form, data)
+    def _header(self):
+        """Kind of sample, its bits, bytes of sound; rate and channels too."""
+        kind = bits = None
+        while True:
+            name, size = struct.unpack("<4sI", self._gather(8))
+            if name == b"data":
+                return kind, bits, size
+            chunk = self._gather(size + size % 2)
+            if name == b"fmt ":
+                kind, self.channels, self.sample_rate, _, _, bits = (
+                    struct.unpack_from("<HHIIHH", chunk)
+                )
+                if kind == 0xFFFE:  # extensible: the kind is further on
+                    (kind,) = struct.unpack_from("<H", chunk, 24)
 
 
 class Load:
@@ -248,7 +263,7 @@ class Load:
             self.heard += seconds
             self.spent += spent
             self.overruns += spent > seconds
-            self.times[math.ceil(100 * math.log(spent))] += 1
+            self.times[math.ceil(100 * math.log(max(spent, 1e-9)))] += 1
 
     def encode(self, sources, encoding):
         """Sources [n, S] as bytes; 16 bits clip."""

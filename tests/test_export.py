@@ -1,6 +1,8 @@
 """ONNX gives what torch gives, at every length and batch."""
 
 import builtins
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,6 +131,18 @@ def test_a_stream_in_onnxruntime_equals_torch(
     )
     assert out.shape == expected.shape
     assert int(told["latency"]) == stream.latency + 32 - 16
+
+
+def test_the_example_of_the_documents_runs(streaming_graph, monkeypatch):
+    page = Path(__file__).parent.parent / "docs" / "export.md"
+    codes = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    (code,) = [code for code in codes if "stream.onnx" in code]
+    monkeypatch.chdir(streaming_graph.parent)
+    names = {}
+    exec(code, names)
+    assert names["sources"].shape == (1, 32, 2)
+    assert names["start"] == 8 + 7992 // 32 * 32
+    assert not {"torch", "speechbrain_flashformer"} & set(names)
 
 
 @pytest.mark.parametrize("block, mend", [(5, "take 4 or 6"), (0, "take 2")])

@@ -101,8 +101,15 @@ def test_wav_streams_that_cannot_be_read_are_told(tmp_path):
     soundfile.write(path, noise(999), RATE, "PCM_24")
     with pytest.raises(ValueError, match="of kind 1 with 24 bits: give 16"):
         read(io.BytesIO(path.read_bytes()))
-    with pytest.raises(ValueError, match="ends in its header"):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ValueError, match="header of the WAV stream is cut"):
         read(io.BytesIO(path.read_bytes()[:40]))
+    assert signal.getsignal(signal.SIGINT) == before
+    soundfile.write(path, noise(999), RATE, "PCM_16")
+    content = bytearray(path.read_bytes())
+    content[22:24] = bytes(2)
+    with pytest.raises(ValueError, match="0 channels at 8000 Hz"):
+        read(io.BytesIO(content))
     with pytest.raises(ValueError, match="no fmt chunk"):
         read(io.BytesIO(b"RIFF\0\0\0\0WAVEdata\0\0\0\0"))
 

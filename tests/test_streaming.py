@@ -197,6 +197,21 @@ def test_samples_come_out_within_the_latency():
         assert given > fed - separator.latency
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("future_tokens", [0, 2])
+def test_an_impulse_is_heard_as_early_as_the_latency(future_tokens):
+    modules = make(future_tokens=future_tokens)
+    sound = 0.1 * torch.randn(1, 2000)
+    plain = stream(modules, sound, [100] * 20)
+    earliest = 0
+    for place in range(1000, 1032):  # each place in a token of 32 samples
+        impulse = sound.clone()
+        impulse[:, place] += 1
+        heard = (stream(modules, impulse, [100] * 20) != plain).any(2)
+        earliest = max(earliest, place - heard.int().argmax().item() + 1)
+    assert earliest == StreamingSeparator(*modules).latency
+
+
 # --- state -------------------------------------------------------------------
 
 
