@@ -159,6 +159,8 @@ class PcmReader:
         size = frame * max(1, round(seconds * self.sample_rate))
         while data := self._gather(size):
             self.cut = len(data) % frame
+            if len(data) == self.cut:
+                break
             samples = np.frombuffer(data[: len(data) - self.cut], kind)
             samples = torch.from_numpy(samples.astype(np.float32))
             if kind.kind == "i":

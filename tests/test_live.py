@@ -69,6 +69,9 @@ def test_a_cut_sample_at_the_end_is_counted():
     with PcmReader(io.BytesIO(bytes(1003)), RATE, channels=2) as reader:
         assert sum(b.shape[1] for b in reader.blocks(0.01)) == 250
         assert reader.cut == 3
+    with PcmReader(io.BytesIO(bytes(161)), RATE) as reader:
+        assert [b.shape[1] for b in reader.blocks(0.01)] == [80]
+        assert reader.cut == 1
 
 
 @pytest.mark.parametrize("source", [io.BytesIO, Trickle])
