@@ -52,23 +52,28 @@ class WholeCheckpointer(Checkpointer):
             )
         except (OSError, RuntimeError) as error:
             self._remove_partial()
+            # A data worker's death is raised wherever this process then is.
+            if "DataLoader worker" in str(error):
+                raise
             raise OSError(
                 f"cannot write a checkpoint into {self.checkpoints_dir}: "
                 f"{error}; those in it are whole: mend the disk and run the "
                 "same command again"
             ) from error
         ddp_barrier()
-        if checkpoint is None:
-            return None
-        partial, name = checkpoint.path, checkpoint.path.name
-        path = partial.with_name(name.removeprefix(PARTIAL))
-        partial.rename(path)
-        logger.log(verbosity, f"Saved a checkpoint in {path}")
-        files = checkpoint.paramfiles.items()
-        return checkpoint._replace(
-            path=path,
-            paramfiles={name: path / file.name for name, file in files},
-        )
+        if checkpoint is not None:
+            partial = checkpoint.path
+            path = partial.with_name(partial.name.removeprefix(PARTIAL))
+            partial.rename(path)
+            logger.log(verbosity, f"Saved a checkpoint in {path}")
+            files = checkpoint.paramfiles.items()
+            checkpoint = checkpoint._replace(
+                path=path,
+                paramfiles={name: path / file.name for name, file in files},
+            )
+        # Every process lists the checkpoints next, and must see the same.
+        ddp_barrier()
+        return checkpoint
 
     def _remove_partial(self):
         if if_main_process():

@@ -51,10 +51,11 @@ def commands(code):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, packed_once, make_run):
+def world(tmp_path_factory, packed_once, packed_causal, make_run):
     """A folder with what the pages name."""
     folder = tmp_path_factory.mktemp("world")
     shutil.copytree(packed_once, folder / "model")
+    shutil.copytree(packed_causal, folder / "causal")
     shutil.copytree(ROOT / "hparams", folder / "hparams")
     make_run(folder / PLACES["RUN_DIR"], seed=0)
     (folder / "recordings").mkdir()
@@ -120,6 +121,8 @@ def _session(page, code, names):
 
 def _flashformer(words):
     words = [PLACES.get(word, word) for word in words]
+    if "--streaming" in words:
+        words = ["causal" if word == "model" else word for word in words]
     # Wrong words end the test here, of any command.
     cli._parser().parse_args(words)
     if words[0] in SERVERS or "-" in words:
