@@ -12,7 +12,7 @@ PACKAGE = "speechbrain_flashformer"
 
 # Room -> the rooms it may import. No room imports a sibling not named here.
 MAY_IMPORT = {
-    "__init__": {"masknet"},
+    "__init__": {"masknet", "streaming"},
     "attention": set(),
     "fsmn": set(),
     "masknet": {"attention", "fsmn"},
