@@ -42,6 +42,13 @@ setup(
     ],
     extras_require={
         "app": ["gradio>=6,<7", "matplotlib>=3.8,<4"],
+        "bench": [
+            "addict>=2.4,<3",
+            "einops>=0.8,<1",
+            "matplotlib>=3.8,<4",
+            "modelscope>=1.40,<2",
+            "rotary-embedding-torch>=0.8,<1",
+        ],
         "demo": ["espeakng-loader>=0.2.4,<0.3", "matplotlib>=3.8,<4"],
         "eval": ["pesq>=0.0.4,<0.1", "pystoi>=0.4,<0.5"],
         "flash": ["flash-attn>=2.8,<3"],

@@ -115,6 +115,32 @@ def _sepformer():
     return masknet, 256
 
 
+def _dprnn():
+    intra, inter = (
+        dual_path.SBRNNBlock(
+            num_layers=1,
+            input_size=256,
+            hidden_channels=256,
+            dropout=0,
+            bidirectional=True,
+        )
+        for _ in range(2)
+    )
+    masknet = dual_path.Dual_Path_Model(
+        in_channels=256,
+        out_channels=256,
+        intra_model=intra,
+        inter_model=inter,
+        num_layers=6,
+        norm="ln",
+        K=250,
+        num_spks=2,
+        skip_around_intra=True,
+        linear_layer_after_inter_intra=True,
+    )
+    return masknet, 256
+
+
 def _re_sepformer():
     intra, memory = (
         resepformer.SBTransformerBlock_wnormandskip(
@@ -167,6 +193,7 @@ def _skim():
 
 PEERS = {
     "conv-tasnet": _conv_tasnet,
+    "dprnn": _dprnn,
     "sepformer": _sepformer,
     "re-sepformer": _re_sepformer,
     "skim": _skim,

@@ -1,13 +1,21 @@
 #!/usr/bin/env python3
-"""FlashFormer beside SpeechBrain's SepFormer and Conv-TasNet.
+"""FlashFormer beside its peers: speed, memory and arithmetic over the length.
 
+> python -m pip install -e ".[bench]"
 > python benchmarks/side_by_side.py
 
-Random weights, float32, batch 1, 8 kHz, as many threads as the machine has
-cores (--threads). Each figure is taken in a process of its own, the models in
-turn, so that no one profits from the order. Writes ``benchmarks/results/``
-``side_by_side.csv`` and prints the ratios that the project promises. About
-ten minutes and 8 GB of memory on 2 cores.
+Random weights, float32, batch 1, 8 kHz, one thread and two; separation of 1 s
+to 10 min and training steps of 4 s. Every model has a process of its own for
+each task and number of threads. A separation that would take longer than
+--limit seconds (by the time of the length before, which never grows slower
+than the length) is not run, and one that needs more than --memory GB ends.
+
+Each figure is kept as soon as it is there: the command goes on where it was
+interrupted, and --again begins anew. ``load`` is the machine's before a figure:
+one taken beside other work is none to quote, but for ``cpu_s``, the seconds of
+computing. Linux only. Writes, in ``benchmarks/results/``, ``side_by_side.csv``,
+the table ``side_by_side.md`` that the README repeats, and two plots; prints the
+ratios that the project promises.
 """
 
 import argparse
@@ -24,152 +32,436 @@ from pathlib import Path
 RATE = 8000
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "side_by_side.csv"
-PEERS = ("conv-tasnet", "sepformer")
+README = ROOT / "README.md"
 OURS = tuple(f"flashformer-{size}" for size in ("tiny", "base", "large"))
-# After so many seconds a job is not run once more.
-PATIENCE = 30
-# What is measured: (task, model, seconds of audio, runs).
-JOBS = [
-    *(
-        ("separate", model, seconds, runs)
-        for seconds, runs in ((4, 5), (16, 5), (60, 3))
-        for model in (*OURS, *PEERS)
-    ),
-    *(("separate", "flashformer-base", s, 3) for s in (15, 75, 150, 300)),
-    *(("train", model, 4, 5) for model in (*OURS, *PEERS)),
-]
+PEERS = (
+    "conv-tasnet",
+    "dprnn",
+    "skim",
+    "sepformer",
+    "re-sepformer",
+    "mossformer2",
+    "fla-sepreformer",
+)
+MODELS = (*OURS, *PEERS)
+THREADS = (1, 2)
+LENGTHS = (1, 4, 16, 60, 240, 600)
+TRAINED = (4,)  # seconds
+# As published, dB on WSJ0-2mix: without and with dynamic mixing. MACs of those
+# that are not run here were counted by the same counter.
+PUBLISHED = {
+    "conv-tasnet": (15.3, None),
+    "sepformer": (20.4, 22.4),
+    "re-sepformer": (None, 18.6),
+    "skim": (None, 18.1),
+    "mossformer2": (None, 24.1),
+}
+COUNTED = {
+    "SepReformer-T": (5.4, 22.4, None),
+    "SepReformer-B": (20.2, 23.8, None),
+    "SepReformer-L": (78, None, 25.1),
+    "TF-Locoformer-M": (125, 23.6, 24.6),
+}
+KEYS = ("task", "model", "threads", "seconds")
+COLUMNS = (
+    *KEYS,
+    "outcome",
+    "runs",
+    "median_s",
+    "rtf",
+    "cpu_s",
+    "extra_peak_mb",
+    "gmac_per_s",
+    "parameters_m",
+    "load",
+)
 
 
-def measure(task, name, seconds, runs, threads):
-    """Seconds per run, extra peak memory, MACs and parameters; as a dict."""
+# --- one model in its own process --------------------------------------------
+
+
+def measure(task, name, threads, lengths, limit, gigabytes):
+    """Print a row, as JSON, for each length; in the order given."""
     import torch
-    from models import build
-
-    from speechbrain_flashformer.metrics import count_macs, pit_si_snr_loss
-    from speechbrain_flashformer.separate import separate
+    from peers import build_separator
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = build(name)
-    mixture = torch.randn(1, seconds * RATE) * 0.1
-    targets = torch.randn(1, seconds * RATE, 2) * 0.1
-    parameters = [p for part in model for p in part.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-
-    def run():
-        if task == "separate":
-            with torch.no_grad():
-                separate(mixture, *model)
-            return
-        optimizer.zero_grad()
-        pit_si_snr_loss(targets, separate(mixture, *model)).mean().backward()
-        optimizer.step()
-
-    for part in model:
-        part.train(task == "train")
+    model = build_separator(name)
+    model.train(task == "train")
+    weights = list(model.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=1e-4)
     # Load libraries and kernels on a short input, then look at memory.
     with torch.no_grad():
-        separate(mixture[:, :RATE], *model)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times = []
-    while len(times) < runs and sum(times) < PATIENCE:
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    macs = count_macs(separate, mixture[:, : 4 * RATE], *model)
-    return {
-        "task": task,
-        "model": name,
-        "seconds": seconds,
-        "runs": len(times),
-        "median_s": round(statistics.median(times), 4),
-        "rtf": round(statistics.median(times) / seconds, 5),
-        "extra_peak_mb": round((after - before) / 1024),
-        "gmac_per_s": round(macs / 1e9 / 4, 3),
-        "parameters_m": round(sum(p.numel() for p in parameters) / 1e6, 2),
+        model(torch.randn(1, RATE))
+    before = _megabytes("VmRSS")
+    about = {
+        "gmac_per_s": round(_macs(model, 4 * RATE) / 4e9, 3),
+        "parameters_m": round(sum(p.numel() for p in weights) / 1e6, 2),
     }
 
+    def run(mixture, targets):
+        if task == "separate":
+            with torch.no_grad():
+                return model(mixture)
+        optimizer.zero_grad()
+        estimates = model(mixture)
+        pit_si_snr_loss(targets, estimates).mean().backward()
+        optimizer.step()
 
-def report(rows):
-    """Lines that put the promised ratios beside their bars."""
+    from speechbrain_flashformer.metrics import pit_si_snr_loss
 
-    def get(task, model, seconds, what):
-        return next(
-            row[what]
-            for row in rows
-            if (row["task"], row["model"], row["seconds"])
-            == (task, model, seconds)
-        )
-
-    def ratio(task, seconds, what, peer):
-        return get(task, peer, seconds, what) / get(
-            task, "flashformer-base", seconds, what
-        )
-
-    for seconds in (4, 16, 60):
-        slower = {
-            peer: ratio("separate", seconds, "median_s", peer) for peer in PEERS
+    _allow(gigabytes)
+    last = None
+    for seconds in lengths:
+        row = {"task": task, "model": name, "threads": threads}
+        row |= {"seconds": seconds, **about}
+        if last and last[1] * seconds / last[0] > limit:
+            print(json.dumps(row | {"outcome": "time"}), flush=True)
+            continue
+        load = os.getloadavg()[0]
+        mixture = torch.randn(1, seconds * RATE) * 0.1
+        targets = torch.randn(1, seconds * RATE, 2) * 0.1
+        times, computing = [], []
+        # The highest so far is forgotten.
+        Path("/proc/self/clear_refs").write_text("5")
+        try:
+            while not times or (len(times) < 5 and sum(times) < 5):
+                start = time.perf_counter(), time.process_time()
+                run(mixture, targets)
+                times.append(time.perf_counter() - start[0])
+                computing.append(time.process_time() - start[1])
+        except (MemoryError, RuntimeError) as error:
+            if "memory" not in str(error) and str(error):
+                raise
+            print(json.dumps(row | {"outcome": "memory"}), flush=True)
+            return
+        median = statistics.median(times)
+        last = seconds, median
+        row |= {
+            "outcome": "ok",
+            "runs": len(times),
+            "median_s": round(median, 4),
+            "rtf": round(median / seconds, 5),
+            "cpu_s": round(statistics.median(computing), 4),
+            "extra_peak_mb": round(_megabytes("VmHWM") - before),
+            "load": round(load, 1),
         }
-        yield (
-            f"{seconds} s: base is {slower['sepformer']:.1f} times as fast as "
-            f"SepFormer (bar 10), {slower['conv-tasnet']:.1f} times as fast "
-            "as Conv-TasNet (bar 1)"
-        )
-    base = "flashformer-base"
-    growth = get("separate", base, 300, "rtf") / get(
-        "separate", base, 15, "rtf"
-    )
-    yield (
-        f"base, time per second of audio at 300 s over 15 s: {growth:.2f} "
-        "(bar 1.3)"
-    )
-    memory = [
-        f"{s} s: {get('separate', base, s, 'extra_peak_mb')} MB"
-        for s in (15, 75, 150, 300)
-    ]
-    yield "base, extra peak memory: " + ", ".join(memory) + " (linear)"
-    yield (
-        "60 s: SepFormer takes "
-        f"{ratio('separate', 60, 'extra_peak_mb', 'sepformer'):.1f} times the "
-        "memory of base (bar 6)"
-    )
-    yield (
-        "training step at 4 s: base is "
-        f"{ratio('train', 4, 'median_s', 'sepformer'):.1f} times as fast as "
-        "SepFormer (bar 5), which takes "
-        f"{ratio('train', 4, 'extra_peak_mb', 'sepformer'):.1f} times the "
-        "memory (bar 3)"
-    )
+        print(json.dumps(row), flush=True)
 
 
-def main():
-    """Measure everything, each job in its own process."""
+def _macs(model, samples):
+    import torch
+
+    from speechbrain_flashformer.metrics import count_macs
+
+    # The counter passes over LSTMs that oneDNN runs.
+    recurrent = any(isinstance(m, torch.nn.RNNBase) for m in model.modules())
+    with torch.backends.mkldnn.flags(enabled=not recurrent):
+        return count_macs(model, torch.randn(1, samples))
+
+
+def _megabytes(name):
+    """Memory of this process, by its name in Linux's status file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{name}:"))
+    return int(line.split()[1]) / 1024
+
+
+def _allow(gigabytes):
+    """So much more than now; then allocations fail, not the machine."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + int(gigabytes * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+# --- all of them -------------------------------------------------------------
+
+
+def main(words=None):
+    """Measure what is missing; write table and plots; print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--job", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.job:
-        job = json.loads(arguments.job)
-        print(json.dumps(measure(*job, arguments.threads)))
+    add = parser.add_argument
+    add("--models", nargs="+", default=MODELS, choices=MODELS)
+    add("--threads", nargs="+", type=int, default=THREADS)
+    add("--limit", type=float, default=90, metavar="SECONDS")
+    add("--memory", type=float, default=16, metavar="GB")
+    add("--again", action="store_true", help="forget what was measured")
+    add("--job", help=argparse.SUPPRESS)
+    parsed = parser.parse_args(words)
+    if parsed.job:
+        measure(*json.loads(parsed.job))
         return
-    rows = []
-    for job in JOBS:
-        command = [sys.executable, __file__, "--job", json.dumps(job)]
-        command += ["--threads", str(arguments.threads)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{job} failed:\n{done.stderr}")
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-        print(*rows[-1].values(), sep="\t", flush=True)
+    if parsed.again:
+        RESULTS.unlink(missing_ok=True)
+    for threads in parsed.threads:
+        for task, lengths in (("separate", LENGTHS), ("train", TRAINED)):
+            for model in parsed.models:
+                rows = read()
+                done = {tuple(row[key] for key in KEYS) for row in rows}
+                # A shorter one is timed again: the next rests on it.
+                wanted = (task, model, threads)
+                if all((*wanted, seconds) in done for seconds in lengths):
+                    continue
+                rows = [
+                    row
+                    for row in rows
+                    if tuple(row[key] for key in KEYS[:3]) != wanted
+                ]
+                for row in one_job(task, model, threads, lengths, parsed):
+                    rows.append(row)
+                    print(*row.values(), sep="\t", flush=True)
+                    write(rows)
+    rows = read()
+    _replace(RESULTS.with_suffix(".md"), table(rows))
+    _replace(README, with_table(README.read_text(), table(rows)))
+    draw(rows)
+    print(*report(rows), sep="\n")
+
+
+def one_job(task, model, threads, lengths, parsed):
+    """Yield the rows of one process; what it did not reach, too."""
+    job = [task, model, threads, lengths, parsed.limit, parsed.memory]
+    command = [sys.executable, __file__, "--job", json.dumps(job)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    reached, row = 0, {}
+    # Room for a warning or two; nothing else is said there.
+    for line in process.stdout:
+        if line.startswith("{"):
+            row = json.loads(line)
+            reached += 1
+            yield _whole(row)
+    errors = process.stderr.read()
+    killed = process.wait() < 0
+    if reached == len(lengths):
+        return
+    if killed or row.get("outcome") == "memory":
+        outcome = "memory"
+    else:
+        last = errors.strip().splitlines()[-1:] or ["no reason given"]
+        outcome = f"failed: {last[0]}"
+    for seconds in lengths[reached:]:
+        yield _whole(
+            {"task": task, "model": model, "threads": threads}
+            | {"seconds": seconds, "outcome": outcome}
+        )
+
+
+def _whole(row):
+    return {column: row.get(column, "") for column in COLUMNS}
+
+
+def read():
+    """The rows measured so far, numbers as numbers."""
+    if not RESULTS.exists():
+        return []
+    with RESULTS.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        for key, value in row.items():
+            if key not in ("task", "model", "outcome") and value:
+                row[key] = float(value) if "." in value else int(value)
+    return rows
+
+
+def write(rows):
+    """Write the rows, all or none."""
+    place = {model: i for i, model in enumerate(MODELS)}
+    rows = sorted(
+        rows,
+        key=lambda row: (
+            row["threads"],
+            row["task"],
+            place[row["model"]],
+            row["seconds"],
+        ),
+    )
     RESULTS.parent.mkdir(exist_ok=True)
     partial = RESULTS.with_suffix(".partial")
     with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
     os.replace(partial, RESULTS)
-    print(*report(rows), sep="\n")
+
+
+def _replace(path, text):
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+# --- what is shown of them ---------------------------------------------------
+
+START = "<!-- table: python benchmarks/side_by_side.py -->\n"
+END = "<!-- end of table -->\n"
+
+
+def table(rows):
+    """The table of the README, two threads, as Markdown."""
+    found = {tuple(row[key] for key in KEYS): row for row in rows}
+
+    def cell(task, model, seconds, column, digits):
+        row = found.get((task, model, 2, seconds))
+        if row is None:
+            return ""
+        if row["outcome"] == "ok":
+            return f"{row[column]:.{digits}f}"
+        return row["outcome"].split(":")[0]
+
+    lines = [
+        "| model | parameters (M) | GMAC/s | RTF, 4 s | RTF, 60 s "
+        "| RTF, 10 min | MB, 60 s | MB, 10 min | training step (s) | MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model in MODELS:
+        known = [
+            row for row in rows if row["model"] == model and row["gmac_per_s"]
+        ]
+        if not any(row["model"] == model for row in rows):
+            continue
+        about = ["", ""]
+        if known:
+            about = [
+                f"{known[0]['parameters_m']:.1f}",
+                f"{known[0]['gmac_per_s']:.2f}",
+            ]
+        cells = [
+            model,
+            *about,
+            *(cell("separate", model, s, "rtf", 3) for s in (4, 60, 600)),
+            *(
+                cell("separate", model, s, "extra_peak_mb", 0)
+                for s in (60, 600)
+            ),
+            cell("train", model, 4, "median_s", 2),
+            cell("train", model, 4, "extra_peak_mb", 0),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_table(text, lines):
+    """A page with the table between its marks."""
+    before, rest = text.split(START)
+    return before + START + lines + END + rest.split(END)[1]
+
+
+def draw(rows):
+    """Plot time and memory over the length, and quality over the MACs."""
+    from matplotlib.figure import Figure
+
+    # On a log axis there must be something.
+    if not any(row["threads"] == 2 and row["outcome"] == "ok" for row in rows):
+        return
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, column, label in zip(
+        figure.subplots(1, 2),
+        ("rtf", "extra_peak_mb"),
+        ("time per second of audio (s)", "memory (MB)"),
+    ):
+        for model in MODELS:
+            points = [
+                (row["seconds"], row[column])
+                for row in rows
+                if (row["task"], row["model"]) == ("separate", model)
+                and row["threads"] == 2
+                and row["outcome"] == "ok"
+                and row[column] > 0
+            ]
+            style = "-o" if model in OURS else "--."
+            if points:
+                axes.plot(*zip(*points), style, label=model)
+        axes.set(xscale="log", yscale="log", xlabel="audio (s)", ylabel=label)
+        axes.grid(alpha=0.3, which="both")
+    figure.axes[0].axhline(1, color="0.6", linewidth=0.8)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    figure.suptitle("separation, CPU, two threads, float32", fontsize=10)
+    _save(figure, "length")
+
+    macs = {
+        row["model"]: row["gmac_per_s"] for row in rows if row["gmac_per_s"]
+    }
+    points = {
+        model: (macs[model], *PUBLISHED[model])
+        for model in PEERS
+        if model in macs and model in PUBLISHED
+    } | COUNTED
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, (gmacs, *gains) in points.items():
+        for gain, marker in zip(gains, ("o", "^")):
+            if gain:
+                axes.plot(gmacs, gain, marker, color="C0")
+                axes.annotate(
+                    name,
+                    (gmacs, gain),
+                    (4, 4),
+                    textcoords="offset points",
+                    fontsize=8,
+                )
+    for name in OURS:
+        if name in macs:
+            axes.axvline(macs[name], color="C1", linestyle=":")
+            axes.annotate(
+                f"{name}: not trained on it",
+                (macs[name], 15.2),
+                (3, 0),
+                textcoords="offset points",
+                rotation=90,
+                fontsize=8,
+            )
+    axes.plot([], [], "o", color="C0", label="as published")
+    axes.plot([], [], "^", color="C0", label="with dynamic mixing")
+    axes.set(
+        xscale="log",
+        xlabel="GMAC per second of audio",
+        ylabel="SI-SNRi on WSJ0-2mix (dB)",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=8)
+    _save(figure, "quality")
+
+
+def _save(figure, what):
+    path = RESULTS.with_name(f"{RESULTS.stem}_{what}.png")
+    partial = path.with_suffix(".partial")
+    figure.savefig(partial, dpi=110, format="png")
+    os.replace(partial, path)
+
+
+def report(rows):
+    """Lines that put the promised ratios beside their bars, two threads."""
+    found = {
+        tuple(row[key] for key in KEYS): row
+        for row in rows
+        if row["outcome"] == "ok"
+    }
+    base = "flashformer-base"
+
+    def ratio(task, seconds, column, peer):
+        pair = [found.get((task, m, 2, seconds)) for m in (peer, base)]
+        if None in pair:
+            return "not measured"
+        return f"{pair[0][column] / pair[1][column]:.1f}"
+
+    for peer, bar in (("sepformer", 10), ("conv-tasnet", 1)):
+        for seconds in (4, 16, 60):
+            times = ratio("separate", seconds, "median_s", peer)
+            yield f"{seconds} s: time of {peer} to base: {times} (bar {bar})"
+    memory = ratio("separate", 60, "extra_peak_mb", "sepformer")
+    yield f"60 s: memory of sepformer to base: {memory} (bar 6)"
+    step = ratio("train", 4, "median_s", "sepformer")
+    memory = ratio("train", 4, "extra_peak_mb", "sepformer")
+    yield f"training: time of sepformer to base: {step} (bar 5)"
+    yield f"training: memory of sepformer to base: {memory} (bar 3)"
+    ends = [found.get(("separate", base, 2, s)) for s in (16, 240)]
+    if None not in ends:
+        growth = ends[1]["rtf"] / ends[0]["rtf"]
+        yield f"base: RTF at 240 s to that at 16 s: {growth:.2f} (bar 1.3)"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,133 @@
+"""Whole models as one module each, [B, T] to [B, T, S]: ours and the peers.
+
+SpeechBrain's are in ``models.py``; MossFormer2 and FLA-SepReformer come from
+the package modelscope (extra ``bench``), without weights.
+"""
+
+import tempfile
+
+import torch
+import torch.nn as nn
+from models import build
+
+from speechbrain_flashformer.separate import separate
+
+SPEAKERS = 2
+
+
+class Separator(nn.Module):
+    """Encoder, masknet and decoder as one module."""
+
+    def __init__(self, encoder, masknet, decoder):
+        super().__init__()
+        self.parts = nn.ModuleList([encoder, masknet, decoder])
+
+    def forward(self, mixture):
+        """Separate mixtures [B, T] into [B, T, S]."""
+        return separate(mixture, *self.parts)
+
+
+class Stacked(nn.Module):
+    """A model that gives a list of speakers [B, T]."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, mixture):
+        """Separate mixtures [B, T] into [B, T, S]."""
+        return torch.stack(self.model(mixture), -1)
+
+
+def build_separator(name):
+    """A model by name, with random weights.
+
+    Raises
+    ------
+    ImportError
+        When the extra ``bench`` is missing.
+    """
+    if name == "mossformer2":
+        from modelscope.models.audio.separation.m2.mossformer import (
+            MossFormer2,
+        )
+
+        # It wants a folder of weights, and reads none of it.
+        return MossFormer2(tempfile.gettempdir(), num_spks=SPEAKERS)
+    if name == "fla-sepreformer":
+        return _fla_sepreformer()
+    return Separator(*build(name))
+
+
+def _fla_sepreformer():
+    """At the size of SepReformer-B; its own numbers are with its weights."""
+    from modelscope.models.audio.separation.tsepreformer import (
+        sepreformer_layers,
+    )
+
+    encoder, width, kernel, stride = 256, 128, 16, 4
+    dropout = {"dropout_rate": 0.05}
+    heads = {"in_channels": width, "num_mha_heads": 8, **dropout}
+    stage = {
+        "global_blocks": heads,
+        "local_blocks": {"in_channels": width, "kernel_size": 65, **dropout},
+        "addition_conf": {
+            "ega_addition_conf": {"linear_attn_type": "FocusedLinearAttention"}
+        },
+    }
+    model = sepreformer_layers.TSepReformerSeparator(
+        num_stages=4,
+        num_spks=SPEAKERS,
+        module_audio_enc={
+            "in_channels": 1,
+            "out_channels": encoder,
+            "kernel_size": kernel,
+            "stride": stride,
+            "groups": 1,
+            "bias": False,
+        },
+        module_feature_projector={
+            "num_channels": encoder,
+            "in_channels": encoder,
+            "out_channels": width,
+            "kernel_size": 1,
+            "bias": False,
+        },
+        module_separator={
+            "num_stages": 4,
+            "relative_positional_encoding": {
+                "in_channels": width,
+                "num_heads": 8,
+                "maxlen": 2000,
+            },
+            "enc_stage": {
+                **stage,
+                "down_conv_layer": {
+                    "in_channels": width,
+                    "samp_kernel_size": 5,
+                },
+            },
+            "spk_split_stage": {"in_channels": width, "num_spks": SPEAKERS},
+            "simple_fusion": {"out_channels": width},
+            "dec_stage": {
+                **stage,
+                "num_spks": SPEAKERS,
+                "spk_attention": heads,
+            },
+        },
+        module_output_layer={
+            "in_channels": encoder,
+            "out_channels": width,
+            "num_spks": SPEAKERS,
+        },
+        module_audio_dec={
+            "in_channels": encoder,
+            "out_channels": 1,
+            "kernel_size": kernel,
+            "stride": stride,
+            "bias": False,
+        },
+        # The heads of its training losses, which are not run.
+        aux_part=False,
+    )
+    return Stacked(model)
