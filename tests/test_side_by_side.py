@@ -72,7 +72,9 @@ def test_what_takes_too_long_is_told_as_such(bench, command):
 
 def test_what_needs_too_much_is_told_as_such(bench, command):
     command(f"--models {TINY} --threads 1 --memory 0.001")
-    assert {row["outcome"] for row in bench.read()} == {"memory"}
+    # What is free in the process already may be enough for the shortest.
+    outcomes = [row["outcome"] for row in bench.read()]
+    assert outcomes[-1] == "memory" and set(outcomes) <= {"ok", "memory"}
 
 
 def test_what_does_not_run_says_why(bench, command, monkeypatch):
