@@ -166,7 +166,7 @@ def _yaml(code):
         ("sh", "python train.py hparams/none.yaml\n"),
         ("sh", "python benchmarks/none.py\n"),
         ("yaml", "MaskNet: !new:speechbrain_flashformer.FlashFormer\n"),
-        ("pyhton", ""),
+        ("pascal", ""),
     ],
 )
 def test_what_would_not_run_is_found(language, code, here, capsys):
