@@ -470,7 +470,9 @@ def _stream(parsed):
     if wrong:
         print(f"flashformer: {wrong}", file=sys.stderr)
         return USAGE
-    _load(_model_folder(parsed.model), _device(parsed.device))
+    # More threads than one only wait for each other on blocks so short.
+    threads = None if "OMP_NUM_THREADS" in os.environ else 1
+    _load(_model_folder(parsed.model), _device(parsed.device), threads)
 
     from speechbrain_flashformer.audio import SourceWriter
     from speechbrain_flashformer.live import PcmReader, separate_live
