@@ -12,7 +12,8 @@ loss (SI-SNR, best order), gradient clip and shape of schedule; every run is one
 of MODEL x SEED, for so many --examples or --minutes of training.
 
 MODEL is NAME[:KEY=VALUE]...: a size of hparams/ with numbers of its yaml
-(tiny:d_model=96:window=(62,62)), conv-tasnet, sepformer, re-sepformer or skim.
+(tiny:d_model=96:window=(62,62)), conv-tasnet, sepformer, re-sepformer, skim, or
+with the extra ``bench`` mossformer2 or fla-sepreformer.
 Further keys are ``optimizer`` (muon, the recipe's pair, the default of ours; or
 adamw, that of the peers), ``lr``, ``batch``, ``crop`` (samples) and, of ours,
 ``without`` (see models.py) and ``norm=frame``.
@@ -36,7 +37,8 @@ from pathlib import Path
 import soundfile
 import torch
 import torch.nn as nn
-from models import OURS, build
+from models import OURS
+from peers import build_separator
 from pretrained_data import real_speech
 from speechbrain.dataio.batch import PaddedBatch
 
@@ -47,7 +49,6 @@ from speechbrain_flashformer.metrics import (
     si_snr,
 )
 from speechbrain_flashformer.mixing import DynamicMixtures, find_recordings
-from speechbrain_flashformer.separate import separate
 from speechbrain_flashformer.voices import make_voices
 
 ROOT = Path(__file__).resolve().parent
@@ -102,7 +103,7 @@ def make_optimizers(model, kind, lr):
     """AdamW, or the recipe's pair: Muon on the masknet's matrices."""
     if kind == "adamw":
         return [torch.optim.AdamW(model.parameters(), lr)]
-    matrices = [p for p in model[1].parameters() if p.ndim == 2]
+    matrices = [p for p in model.parts[1].parameters() if p.ndim == 2]
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
     return [
@@ -135,7 +136,7 @@ def train(model, mixtures, training, arguments, measure):
             optimizer.zero_grad()
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        loss = pit_si_snr_loss(targets, separate(mixture, *model), lengths)
+        loss = pit_si_snr_loss(targets, model(mixture), lengths)
         loss.mean().backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         if norm.isfinite():
@@ -161,7 +162,7 @@ def score(model, mixtures):
     for mixture, sources in mixtures:
         targets = sources[None]
         with torch.no_grad():
-            estimates = separate(mixture[None], *model)
+            estimates = model(mixture[None])
         baseline = si_snr(targets, mixture[None, :, None].expand_as(targets))
         after, _ = best_order(targets, estimates)
         gains.append((after - baseline).mean().item())
@@ -174,7 +175,7 @@ def real_time_factor(model):
     with torch.no_grad():
         for _ in range(6):
             begin = clock()
-            separate(mixture, *model)
+            model(mixture)
             times.append(clock() - begin)
     return round(statistics.median(times[1:]) / TEST_SECONDS, 4)
 
@@ -229,7 +230,7 @@ def run(entry, seed, speech, tests, arguments, done):
     """One run: its row and the rows of its curve; None if it is done."""
     name, training, numbers = parse(entry)
     torch.manual_seed(seed)
-    model = nn.ModuleList(build(name, **numbers))
+    model = build_separator(name, **numbers)
     source, recordings = speech
     mixtures = DynamicMixtures(
         recordings, 2, RATE, training["crop"], seed, SPEEDS
@@ -237,7 +238,7 @@ def run(entry, seed, speech, tests, arguments, done):
     seconds = torch.randn(1, TEST_SECONDS * RATE)
     # Without the fused kernel, of which the counter sees nothing in an LSTM.
     with torch.backends.mkldnn.flags(enabled=False):
-        macs = count_macs(separate, seconds, *model) / TEST_SECONDS
+        macs = count_macs(model, seconds) / TEST_SECONDS
     count = sum(p.numel() for p in model.parameters())
     asked = arguments.examples or arguments.minutes
     values = (
@@ -416,7 +417,7 @@ def compare(arguments):
     """All runs, and the files of ``--out``."""
     for entry in arguments.models:
         name, _, numbers = parse(entry)
-        build(name, **numbers)
+        build_separator(name, **numbers)
     out = arguments.out
     names = [word.partition("=")[0] for word in arguments.test]
     columns = (*KEY, *MEASURED, *names)

@@ -39,14 +39,18 @@ class Stacked(nn.Module):
         return torch.stack(self.model(mixture), -1)
 
 
-def build_separator(name):
-    """A model by name, with random weights.
+def build_separator(name, **numbers):
+    """A model by name, with random weights; the rest is for ``models.build``.
 
     Raises
     ------
     ImportError
         When the extra ``bench`` is missing.
+    ValueError
+        When there is no such model, or it has no such number.
     """
+    if name in ("mossformer2", "fla-sepreformer") and numbers:
+        raise ValueError(f"{name} is built as it comes: it takes no keys")
     if name == "mossformer2":
         from modelscope.models.audio.separation.m2.mossformer import (
             MossFormer2,
@@ -56,7 +60,7 @@ def build_separator(name):
         return MossFormer2(tempfile.gettempdir(), num_spks=SPEAKERS)
     if name == "fla-sepreformer":
         return _fla_sepreformer()
-    return Separator(*build(name))
+    return Separator(*build(name, **numbers))
 
 
 def _fla_sepreformer():

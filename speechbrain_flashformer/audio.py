@@ -93,6 +93,10 @@ def check_finite(block, name, start_seconds=0.0):
         )
 
 
+# Taps of a resampling filter, about: 44056 to 8000 Hz takes 6 million.
+LARGEST_FILTER = 2 * 10**7
+
+
 class Resampler:
     """``torchaudio.functional.resample`` block by block, with equal results.
 
@@ -102,6 +106,12 @@ class Resampler:
         Sampling rate of what is fed, Hz.
     new : int
         Sampling rate of what comes out.
+
+    Raises
+    ------
+    ValueError
+        When the rates share so small a divisor that the filter, which has a
+        phase for each sample of a period, would not fit into memory.
 
     Attributes
     ----------
@@ -128,6 +138,12 @@ class Resampler:
         if self.old == self.new:
             return
         # Made once, and as the function would make it in float32.
+        if self.old * self.new > LARGEST_FILTER:
+            raise ValueError(
+                f"no filter of a sensible size takes {old} Hz to {new} Hz, "
+                "which share no large divisor: resample the sound to a common "
+                "rate first, such as 16000 or 48000 Hz"
+            )
         self.resample = Resample(self.old, self.new, dtype=torch.float32)
         # Samples that the filter reaches to each side, and one for rounding.
         self.reach = self.resample.width + 1

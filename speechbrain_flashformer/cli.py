@@ -17,6 +17,8 @@ from speechbrain_flashformer.jobs import exit_on_sigterm, run_jobs
 # Modules that load torch are imported in the commands: --help is quick.
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+# Of a stream, milliseconds.
+LONGEST_BLOCK = 60_000
 
 SEPARATE = """\
 Separate recordings: for each INPUT the files DIR/NAME_s1.wav, DIR/NAME_s2.wav,
@@ -152,7 +154,7 @@ def _parser():
         "--streaming",
         action="store_true",
         help="separate as a stream, as the command stream does; needs a causal "
-        "model, and --chunk, --overlap, --norm and --precision mean nothing",
+        "model and leaves no --chunk, --overlap, --norm and --precision",
     )
     add("--overwrite", action="store_true", help="replace existing files")
     add(
@@ -286,10 +288,18 @@ def _separate(parsed):
         print(f"flashformer: {wrong}", file=sys.stderr)
         return USAGE
     model, device = _model_folder(parsed.model), _device(parsed.device)
-    fields = ("precision", "channels", "subtype", "normalize", "chunk")
-    fields += ("mixture_consistency", "overlap", "norm", "overwrite")
-    fields += ("streaming",)
-    options = {name: getattr(parsed, name) for name in fields}
+    names = ("precision", "channels", "mixture_consistency", "chunk")
+    names += ("overlap", "norm", "streaming")
+    options = {name: getattr(parsed, name) for name in names}
+    from speechbrain_flashformer.inference import SeparationOptions
+
+    try:
+        SeparationOptions(**options)
+    except ValueError as error:
+        print(f"flashformer: {error}", file=sys.stderr)
+        return USAGE
+    for name in ("subtype", "normalize", "overwrite"):  # of the files
+        options[name] = getattr(parsed, name)
     options["progress"] = (
         parsed.jobs == 1 and not parsed.quiet and sys.stderr.isatty()
     )
@@ -456,13 +466,16 @@ def _device(name):
 def _stream(parsed):
     folders = [out for out in parsed.out or ["-"] if out != "-"]
     listened = not folders or "-" in parsed.out
+    counts = parsed.rate, parsed.input_channels
     wrong = None
     if len(folders) > 1:
         wrong = "the sources can go to one folder only"
-    elif parsed.block <= 0:
-        wrong = "--block must be more than 0"
-    elif min(parsed.rate or 1, parsed.input_channels or 1) < 1:
+    elif not 0 < parsed.block <= LONGEST_BLOCK:
+        wrong = f"--block must be more than 0 and at most {LONGEST_BLOCK} ms"
+    elif any(n is not None and n < 1 for n in counts):
         wrong = "--rate and --input-channels must be 1 or more"
+    elif sys.stdin is None or listened and sys.stdout is None:
+        wrong = "standard input or output is closed"
     elif sys.stdin.isatty():
         wrong = "standard input is a terminal: pipe sound into it"
     elif listened and sys.stdout.isatty():
@@ -524,6 +537,8 @@ def _stream(parsed):
 
 
 def _unbuffered(stream, mode):
+    # Else a read is None while nothing is there.
+    os.set_blocking(stream.fileno(), True)
     return open(stream.fileno(), mode, buffering=0, closefd=False)
 
 
@@ -593,7 +608,8 @@ def _export(parsed):
     model = FlashFormerSeparation.from_hparams(_model_folder(parsed.model))
     arguments = model, parsed.out, parsed.overwrite
     if parsed.streaming:
-        path = export.export_streaming_onnx(*arguments, parsed.block or 16.0)
+        block = 16.0 if parsed.block is None else parsed.block
+        path = export.export_streaming_onnx(*arguments, block)
     else:
         path = export.export_onnx(*arguments)
     print(path)

@@ -26,7 +26,10 @@ from speechbrain_flashformer.separate import (
     encoder_statistics,
     separate,
 )
-from speechbrain_flashformer.streaming import StreamingSeparator
+from speechbrain_flashformer.streaming import (
+    StreamingSeparator,
+    silence_broken,
+)
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -222,8 +225,11 @@ class FlashFormerSeparation(SepformerSeparation):
                 for side in masknet.reach
             ]
             described["context"] = f"{reach[0]} before, {reach[1]} after"
-            described["streaming"] = "no, the network is not causal"
-            if masknet.causal:
+            why = "its window is unbounded"
+            if not masknet.causal:
+                why = "the network is not causal"
+            described["streaming"] = f"no, {why}"
+            if masknet.streams:
                 latency = 1000 * self.make_stream().latency / rate
                 described["streaming"] = f"with {latency:g} ms of latency"
         if ran:
@@ -442,7 +448,8 @@ class FlashFormerSeparation(SepformerSeparation):
             nonlocal heard
             for block in blocks:
                 heard += block.shape[1]
-                yield block
+                # A resampler would spread what is no sound.
+                yield silence_broken(block)
 
         for part in self._at_model_rate(_counted(), rate, self._streamed):
             part = part[:, : heard - given]

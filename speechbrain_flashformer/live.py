@@ -20,6 +20,15 @@ from speechbrain_flashformer.streaming import TOO_LOUD
 ENCODINGS = {"s16le": np.dtype("<i2"), "f32le": np.dtype("<f4")}
 # Of WAV: (kind of sample, bits).
 WAV_ENCODINGS = {(1, 16): "s16le", (3, 32): "f32le"}
+# How files begin that would be noise as PCM.
+NOT_PCM = {
+    b"fLaC": "FLAC",
+    b"OggS": "Ogg",
+    b"ID3": "MP3",
+    b"RIFX": "big-endian WAV",
+    b"FORM": "AIFF",
+    b"caff": "CAF",
+}
 FULL_SCALE = 2**15
 
 
@@ -54,7 +63,7 @@ def separate_live(model, reader, block, sink=None, writer=None):
     """
     rate, load = reader.sample_rate, Load()
     # What torch does once, it does before the sound comes.
-    warm = [torch.zeros(1, math.ceil(block * rate))] * 20
+    warm = [torch.zeros(1, math.ceil(min(block, 0.1) * rate))] * 20
     for _ in model.separate_stream(warm, rate):
         pass
     with writer or nullcontext():
@@ -196,6 +205,12 @@ class PcmReader:
         """Read the header, if there is one."""
         self.begun = b""
         first = self._gather(12)
+        for magic, name in NOT_PCM.items():
+            if first.startswith(magic):
+                raise ValueError(
+                    f"standard input is {name}, not PCM: decode it first "
+                    "(ffmpeg -i - -f wav -)"
+                )
         if first[:4] not in (b"RIFF", b"RF64") or first[8:] != b"WAVE":
             self.begun = first
             return

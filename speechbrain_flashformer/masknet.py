@@ -26,8 +26,8 @@ from speechbrain_flashformer.fsmn import GatedFSMN
 
 # Tokens that the input norm of a causal network remembers: 4 s at 125 a second.
 NORM_TOKENS = 500
-# Tokens that a stream runs at once: half a second at 125 a second. Memory is
-# bounded however long a block is.
+# Tokens that a stream runs at once: half a second at 125 a second. What the
+# layers hold is bounded however long a block is.
 PIECE = 64
 
 
@@ -123,13 +123,18 @@ class CumulativeNorm(GlobalNorm):
         past [B, 3, span] holds, for each of the last frames, the sum over its
         channels, that of their squares, and 1 (0 before the beginning).
         """
-        # In float64: a sum is a difference of running totals.
         wide = x.double()
         one = torch.ones_like(wide[:, :, 0])
         sums = torch.stack([wide.sum(2), wide.square().sum(2), one], 1)
         known = torch.cat([past, sums], 2)
-        total = known.cumsum(2)
-        total = total[:, :, self.span :] - total[:, :, : x.shape[1]]
+        # Span by span: what is left of the span before, and what is new. No
+        # difference of running totals, in which a click would never be over.
+        spans = F.pad(known, (0, -x.shape[1] % self.span))
+        spans = spans.unflatten(2, (-1, self.span))
+        left = spans[:, :, :-1].flip(3).cumsum(3).flip(3)
+        left = F.pad(left[..., 1:], (0, 1))
+        total = left + spans[:, :, 1:].cumsum(3)
+        total = total.flatten(2)[:, :, : x.shape[1]]
         mean, power = total[:, :2].div(total[:, 2:] * x.shape[2]).unbind(1)
         variance = (power - mean.square()).clamp(min=0)
         scale = (variance + self.eps**2).rsqrt()
@@ -529,6 +534,8 @@ class FlashFormer(nn.Module):
         for block, split in zip(reversed(self.up), reversed(self.split)):
             skip, keep = skips.pop()
             x = split(x).unflatten(2, (2, -1)).flatten(1, 2)  # [B, 2T, C]
+            if keep is not None:
+                keep = keep[:, : x.shape[1]]
             x = block(x + skip[:, : x.shape[1]], keep)
 
         return self._masks(x[:, :L])
@@ -561,7 +568,8 @@ class FlashFormer(nn.Module):
         Raises
         ------
         ValueError
-            When the network is not causal or its window is unbounded.
+            When the network is not causal, its window is unbounded, or there
+            is no stream.
 
         Example
         -------
@@ -570,11 +578,13 @@ class FlashFormer(nn.Module):
         >>> masknet.forward_streaming(torch.rand(1, 16, 10), context).shape
         torch.Size([2, 1, 16, 8])
         """
-        if not self.causal or self._left < 0:
+        if not self.streams:
             raise ValueError(
                 "streaming needs causal: true and a window with a left side of "
                 "0 or more"
             )
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
         frames = self.project.weight.new_zeros(batch_size, 0, self.in_channels)
         # Frames of each rate that wait for their future.
         skips = [
@@ -600,6 +610,10 @@ class FlashFormer(nn.Module):
     @torch.no_grad()
     def forward_streaming(self, mix_w, context):
         """Masks of the frames that are ready: ``forward``, piece by piece.
+
+        A stream ends with frames of zeros, until its last ones are ready. What
+        is not finite is heard for as long as it is in the past of the norm, of
+        the memories or of the attention (``StreamingSeparator`` silences it).
 
         Arguments
         ---------
@@ -692,6 +706,11 @@ class FlashFormer(nn.Module):
             past = context["up"][i]
             x = self.up[i].forward_streaming(x + late[i], past, keep)
         return self._masks(x)
+
+    @property
+    def streams(self):
+        """Whether ``forward_streaming`` can run: causal, a bounded window."""
+        return self.causal and self._left >= 0
 
     @property
     def _left(self):

@@ -11,6 +11,13 @@ from speechbrain_flashformer.separate import encoder_frame
 
 # Squares of samples beyond this would not be finite for long.
 TOO_LOUD = 1e10
+# Samples of a block that run at once, so that memory is bounded.
+LONGEST = 2**15
+
+
+def silence_broken(block):
+    """A block with 0 for what is not finite, or beyond ``TOO_LOUD``."""
+    return torch.where(block.abs() < TOO_LOUD, block, 0)
 
 
 def lookahead_tokens(lookahead_ms, sample_rate, kernel_stride, token_stride):
@@ -83,8 +90,8 @@ class StreamingSeparator:
     Raises
     ------
     ValueError
-        When the masknet cannot stream, or the decoder has a bias, which
-        overlapping frames would add twice.
+        When the masknet cannot stream, the decoder has a bias, which
+        overlapping frames would add twice, or batch_size is not 1 or more.
 
     Example
     -------
@@ -102,8 +109,13 @@ class StreamingSeparator:
     def __init__(self, encoder, masknet, decoder, batch_size=1):
         if getattr(decoder, "bias", None) is not None:
             raise ValueError("streaming needs a decoder without bias")
+        if not hasattr(masknet, "forward_streaming"):
+            raise ValueError(
+                "streaming needs a causal FlashFormer as masknet, got "
+                f"{type(masknet).__name__}"
+            )
         self.encoder, self.masknet = encoder, masknet
-        self.decoder = decoder
+        self.decoder, self.batch_size = decoder, batch_size
         self.kernel, self.stride = encoder_frame(encoder)
         tokens = (1 + masknet.future_tokens) * masknet.token_stride
         self.latency = (tokens - 1) * self.stride + self.kernel
@@ -126,7 +138,8 @@ class StreamingSeparator:
         Arguments
         ---------
         block : torch.Tensor
-            [B, n], floating point; n may be 0.
+            [B, n], floating point of any precision and on any device; n may
+            be 0.
 
         Returns
         -------
@@ -142,7 +155,11 @@ class StreamingSeparator:
             After ``flush``.
         """
         self._check_state()
-        batch_size = self.state["network"]["batch_size"]
+        if not isinstance(block, torch.Tensor):
+            raise ValueError(
+                f"a block is a torch.Tensor, got {type(block).__name__}"
+            )
+        batch_size = self.batch_size
         if block.ndim != 2 or block.shape[0] != batch_size:
             raise ValueError(
                 f"a block is [{batch_size}, samples], got {tuple(block.shape)}"
@@ -151,10 +168,10 @@ class StreamingSeparator:
             raise ValueError(f"a block is floating point, got {block.dtype}")
         # About a tenth faster than no_grad.
         with torch.inference_mode():
-            block = block.to(self.state["samples"])
-            block = torch.where(block.abs() < TOO_LOUD, block, 0)
+            block = silence_broken(block).to(self.state["samples"])
             self.state["fed"] += block.shape[1]
-            sources = self._run(block)
+            parts = [self._run(part) for part in block.split(LONGEST, 1)]
+            sources = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         # What is made in that mode cannot be used in training.
         return sources.clone()
 
@@ -172,16 +189,33 @@ class StreamingSeparator:
             more = self.masknet.future_tokens * self.masknet.token_stride
             more += -frames % self.masknet.token_stride
             parts.append(self._decode(_zeros(state["frames"], more, 2)))
-            B = state["network"]["batch_size"]
-            tail = state["tail"].unflatten(0, (-1, B)).permute(1, 2, 0)
+            tail = (
+                state["tail"]
+                .unflatten(0, (-1, self.batch_size))
+                .permute(1, 2, 0)
+            )
             rest = torch.cat([*parts, tail], 1)[:, : fed - first]
         return rest.clone()
 
     def _check_state(self):
-        if self.state["flushed"]:
+        state = self.state
+        if not isinstance(state, dict) or "flushed" not in state:
+            raise ValueError("this is no state of a StreamingSeparator")
+        if state["flushed"]:
             raise RuntimeError("the stream was flushed: make a new one")
-        if self.state["frame"] != [self.kernel, self.stride]:
+        if state["frame"] != [self.kernel, self.stride]:
             raise ValueError("this state was made by another model")
+        weight, samples = next(self.encoder.parameters()), state["samples"]
+        for what, old, new in (
+            ("streams", state["network"]["batch_size"], self.batch_size),
+            ("type", samples.dtype, weight.dtype),
+            ("device", samples.device, weight.device),
+        ):
+            if old != new:
+                raise ValueError(
+                    f"this state was made by another model: {what} {old} in "
+                    f"place of {new}"
+                )
 
     def _run(self, block):
         """Samples [B, n] to sources [B, m, S]."""
@@ -267,8 +301,7 @@ class StreamingStep(nn.Module):
         context["tokens"] = given["tokens"]
         _fill(context, given)
         samples = torch.cat([given["samples"], mixture], 1)
-        samples = torch.where(samples.abs() < TOO_LOUD, samples, 0)
-        mix_w = self.encoder(samples)
+        mix_w = self.encoder(silence_broken(samples))
         masks = self.masknet.step(mix_w, context)
         n = mix_w.shape[2]
         if self.delay:

@@ -235,6 +235,7 @@ def test_separate_streaming(packed, packed_causal, tmp_path, capsys):
         (["--chunk", "4", "--overlap", "2"], 2, "less than half of --chunk"),
         (["--overlap", "0"], 2, "--overlap must be more than 0"),
         (["--jobs", "0"], 2, "--jobs must be 1 or more"),
+        (["--streaming", "--chunk", "20"], 2, "streaming leaves no chunk"),
     ],
 )
 def test_bad_options_are_named(

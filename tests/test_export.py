@@ -43,6 +43,35 @@ def test_onnxruntime_equals_torch(model, graph, batch, samples):
     )
 
 
+@pytest.mark.parametrize("future_tokens", [0, 2])
+def test_a_causal_network_is_exported_whole_too(tmp_path, future_tokens):
+    modules = {
+        "encoder": Encoder(kernel_size=16, out_channels=16),
+        "masknet": FlashFormer(
+            16,
+            d_model=16,
+            num_layers=1,
+            nhead=2,
+            d_ffn=16,
+            d_frame=16,
+            token_stride=4,
+            causal=True,
+            future_tokens=future_tokens,
+        ),
+        "decoder": Decoder(16, 1, kernel_size=16, stride=8, bias=False),
+    }
+    model = FlashFormerSeparation(modules, {"num_spks": 2, "sample_rate": 8000})
+    path = export.export_onnx(model, tmp_path / "causal.onnx")
+    session = onnxruntime.InferenceSession(str(path))
+    for samples in (900, 37_003):
+        mixture = torch.randn(1, samples)
+        (out,) = session.run(None, {"mixture": mixture.numpy()})
+        expected = model.separate_batch(mixture)
+        torch.testing.assert_close(
+            torch.from_numpy(out), expected, rtol=0, atol=1e-5
+        )
+
+
 def test_graph_says_what_it_is(graph):
     props = {p.key: p.value for p in onnx.load(graph).metadata_props}
     assert props["sample_rate"] == "8000" and props["num_spks"] == "2"

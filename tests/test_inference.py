@@ -124,7 +124,15 @@ def test_a_model_that_is_not_causal_cannot_stream(model, noise):
         model.separate_audio(noise, streaming=True)
     with pytest.raises(ValueError, match="not causal and cannot stream: give"):
         list(model.separate_stream([noise]))
-    assert model.describe()["streaming"].startswith("no")
+    assert "not causal" in model.describe()["streaming"]
+
+
+def test_a_causal_model_without_a_window_says_why_it_cannot_stream(
+    causal_model, monkeypatch
+):
+    for layer in causal_model.mods.masknet.layers:
+        monkeypatch.setattr(layer.attention, "window", (-1, 0))
+    assert "window is unbounded" in causal_model.describe()["streaming"]
 
 
 def test_streaming_leaves_nothing_to_choose():

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from speechbrain_flashformer import voices
-from speechbrain_flashformer.separate import separate
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -22,7 +21,7 @@ def bench():
     sys.path.insert(0, str(ROOT / "benchmarks"))
     yield importlib.import_module("learning")
     sys.path.pop(0)
-    for name in ("learning", "models", "pretrained_data"):
+    for name in ("learning", "models", "peers", "pretrained_data"):
         sys.modules.pop(name, None)
 
 
@@ -142,18 +141,18 @@ def test_a_file_with_other_test_sets_is_left_alone(command, tmp_path):
     "name, millions", [("sepformer", 25.7), ("re-sepformer", 8.0)]
 )
 def test_the_peers_have_the_parameters_of_their_papers(bench, name, millions):
-    parts = bench.build(name)
-    count = sum(p.numel() for part in parts for p in part.parameters())
+    model = bench.build_separator(name)
+    count = sum(p.numel() for p in model.parameters())
     assert round(count / 1e6, 1) == millions
 
 
 @pytest.mark.parametrize("name", ["re-sepformer", "skim"])
 def test_mixtures_of_a_batch_do_not_hear_each_other(bench, name):
-    model = [part.eval() for part in bench.build(name)]
+    model = bench.build_separator(name).eval()
     mixtures = torch.randn(2, 2000)
     with torch.no_grad():
-        together = separate(mixtures, *model)
-        alone = separate(mixtures[:1], *model)
+        together = model(mixtures)
+        alone = model(mixtures[:1])
     assert torch.allclose(together[:1], alone, atol=1e-4 * alone.abs().max())
 
 
@@ -163,7 +162,8 @@ def test_what_is_left_out_of_the_layers_is_gone(bench, without):
     numbers = {"num_layers": 1, "lookback": 2, "lookahead": 2}
     reached = []
     for left_out in (None, without):
-        _, masknet, _ = bench.build("tiny", left_out, "frame", **numbers)
+        choice = {"without": left_out, "norm": "frame", **numbers}
+        masknet = bench.build_separator("tiny", **choice).parts[1]
         frames = torch.rand(1, 128, 400)
         other = frames.clone()
         other[:, :, -4:] = torch.rand(1, 128, 4)
@@ -179,8 +179,8 @@ def test_what_is_left_out_of_the_layers_is_gone(bench, without):
 
 def test_what_is_left_out_costs_nothing(bench):
     def count(**choice):
-        parts = bench.build("tiny", **choice)
-        return sum(p.numel() for part in parts for p in part.parameters())
+        model = bench.build_separator("tiny", **choice)
+        return sum(p.numel() for p in model.parameters())
 
     whole = count()
     for without in sys.modules["models"].WITHOUT:

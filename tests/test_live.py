@@ -17,6 +17,7 @@ import torch
 from speechbrain_flashformer import cli
 from speechbrain_flashformer.inference import FlashFormerSeparation
 from speechbrain_flashformer.live import Load, PcmReader, separate_live
+from speechbrain_flashformer.streaming import StreamingSeparator
 
 RATE = 8000
 
@@ -193,7 +194,8 @@ def test_load_is_told_in_little_memory():
     assert len(load.times) < 100
 
 
-def test_samples_that_are_no_sound_are_silence(model):
+@pytest.mark.parametrize("rate", [RATE, 44100])
+def test_samples_that_are_no_sound_are_silence(model, rate):
     samples = noise(4000)[:, 0]
     broken = samples.copy()
     broken[1000:1003] = np.nan, np.inf, 1e30
@@ -201,10 +203,25 @@ def test_samples_that_are_no_sound_are_silence(model):
     out = []
     for each in (samples, broken):
         sink, source = io.BytesIO(), io.BytesIO(each.tobytes())
-        with PcmReader(source, RATE, encoding="f32le") as reader:
+        with PcmReader(source, rate, encoding="f32le") as reader:
             load = separate_live(model, reader, 0.016, sink)
         out.append(sink.getvalue())
     assert out[0] == out[1] and load.silenced == 3
+
+
+def test_a_long_block_is_warmed_up_in_little_time(model, monkeypatch):
+    fed = []
+    feed = StreamingSeparator.feed
+
+    def _count(self, block):
+        fed.append(block.shape[1])
+        return feed(self, block)
+
+    monkeypatch.setattr(StreamingSeparator, "feed", _count)
+    sound = io.BytesIO(bytes(2 * RATE))
+    with PcmReader(sound, RATE) as reader:
+        separate_live(model, reader, 30, io.BytesIO())
+    assert sum(fed) < 4 * RATE
 
 
 # --- in a process ------------------------------------------------------------
@@ -339,7 +356,11 @@ def test_raw_sound_of_another_rate_and_channels(
         (("--format", "f32le"), "wav", 1, "--format is f32le, but the WAV"),
         (("-o", "another"), b"", 2, "one folder only"),
         (("--block", 0), b"", 2, "--block must be more than 0"),
+        (("--block", "inf"), b"", 2, "--block must be more than 0"),
         (("--rate", -1), b"", 2, "--rate and --input-channels must be 1"),
+        (("--rate", 0), b"", 2, "--rate and --input-channels must be 1"),
+        (("--rate", 44101), bytes(800), 1, "no filter of a sensible size"),
+        ((), b"fLaC" + bytes(800), 1, "is FLAC, not PCM: decode it"),
     ],
 )
 def test_wrong_use_is_told(
@@ -367,6 +388,35 @@ def test_an_offline_model_says_what_to_do(flashformer, packed, capsys):
     assert flashformer(bytes(2000), model=packed) == 1
     told = capsys.readouterr().err
     assert "not causal and cannot stream: give one that is as --model" in told
+
+
+def test_a_pipe_that_does_not_wait_is_read_to_its_end(packed_causal, tmp_path):
+    """As some parents leave it: nothing there yet is not the end."""
+    end, begin = os.pipe()
+    os.set_blocking(end, False)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "speechbrain_flashformer.cli", "stream"]
+        + ["--model", packed_causal, "-o", tmp_path / "out"],
+        stdin=end,
+        stderr=subprocess.PIPE,
+    )
+    os.write(begin, bytes(3200))
+    # It says this when all is ready and it begins to wait.
+    while b"latency" not in process.stderr.readline():
+        pass
+    time.sleep(2)
+    os.close(end)
+    os.write(begin, bytes(3200))
+    os.close(begin)
+    assert process.wait(60) == 0
+    assert soundfile.info(tmp_path / "out/stdin_s1.wav").frames == 3200
+    process.stderr.close()
+
+
+def test_closed_pipes_are_told(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert cli.main(["stream"]) == 2
+    assert "standard input or output is closed" in capsys.readouterr().err
 
 
 def test_terminals_are_told(monkeypatch, capsys):

@@ -95,6 +95,31 @@ def test_any_cutting_gives_the_whole(options, how):
 
 
 @torch.no_grad()
+def test_the_whole_is_given_beyond_what_is_remembered(monkeypatch):
+    """Longer than the span of the norm, than a piece, than one run."""
+    monkeypatch.setattr("speechbrain_flashformer.streaming.LONGEST", 10_001)
+    modules = make(future_tokens=1)
+    mixture = torch.randn(1, 50_000)
+    whole = separate(mixture, *modules)
+    for sizes in ([50_000], [777] * 65):
+        out = stream(modules, mixture, sizes)
+        torch.testing.assert_close(out, whole, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_after_a_click_all_is_as_exact_as_before():
+    """In sums over the past nothing of it stays."""
+    modules = make()
+    mixture = 0.1 * torch.randn(1, 60_000)
+    mixture[:, 20_000] = 1e9
+    whole = separate(mixture, *modules)[:, 40_000:]
+    out = stream(modules, mixture, [128] * 470)[:, 40_000:]
+    scale = whole.abs().max().item()
+    assert scale < 1
+    torch.testing.assert_close(out, whole, rtol=0, atol=1e-5 * scale)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("samples", [0, 1, 15, 16, 17, 24, 40, 41, 47, 48, 80])
 def test_streams_of_any_length_are_whole(samples):
     modules = make(future_tokens=1)
@@ -267,7 +292,33 @@ def test_streams_do_not_hear_each_other():
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_contexts_can_be_copied_and_saved():
+    _, masknet, _ = make(future_tokens=1)
+    mix_w = torch.rand(2, 16, 50)
+    context = masknet.make_streaming_context(2)
+    masknet.forward_streaming(mix_w, context)
+    file = io.BytesIO()
+    torch.save(context, file)
+    file.seek(0)
+    copies = copy.deepcopy(context), torch.load(file, weights_only=True)
+    expected = masknet.forward_streaming(mix_w, context)
+    for each in copies:
+        out = masknet.forward_streaming(mix_w, each)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
 # --- bad input ---------------------------------------------------------------
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return all(map(same, one, other))
+    return one == other
 
 
 @pytest.mark.parametrize(
@@ -278,6 +329,7 @@ def test_streams_do_not_hear_each_other():
         (torch.zeros(1, 1, 10), r"a block is \[1, samples\]"),
         (torch.zeros(1, 10, dtype=torch.int16), "floating point"),
         (torch.zeros(1, 10, dtype=torch.cfloat), "floating point"),
+        ([0.0], "a block is a torch.Tensor, got list"),
     ],
 )
 def test_blocks_that_do_not_fit_are_refused(block, message):
@@ -288,9 +340,9 @@ def test_blocks_that_do_not_fit_are_refused(block, message):
 def test_an_empty_block_changes_nothing():
     separator = StreamingSeparator(*make())
     separator.feed(torch.randn(1, 1000))
-    before = str(separator.state)
+    before = copy.deepcopy(separator.state)
     assert separator.feed(torch.zeros(1, 0)).shape == (1, 0, 2)
-    assert str(separator.state) == before
+    assert same(separator.state, before)
 
 
 def test_what_comes_out_can_be_used_in_training():
@@ -348,6 +400,31 @@ def test_states_of_others_are_refused(options):
     separator.state = StreamingSeparator(*make(**options)).state
     with pytest.raises(ValueError, match="was made by another"):
         separator.feed(torch.zeros(1, 1000))
+
+
+def test_states_that_do_not_fit_are_refused():
+    modules = make()
+    separator = StreamingSeparator(*modules)
+    wide = [module.double() for module in make()]
+    for state, message in (
+        ({}, "no state of a StreamingSeparator"),
+        (StreamingSeparator(*wide).state, "type torch.float64 in place of"),
+        (StreamingSeparator(*modules, 3).state, "streams 3 in place of 1"),
+    ):
+        separator.state = state
+        with pytest.raises(ValueError, match=message):
+            separator.feed(torch.zeros(1, 1000))
+
+
+def test_a_stream_at_least_is_asked_for():
+    with pytest.raises(ValueError, match="batch_size must be 1 or more"):
+        StreamingSeparator(*make(), batch_size=0)
+
+
+def test_other_masknets_are_refused():
+    encoder, _, decoder = make()
+    with pytest.raises(ValueError, match="causal FlashFormer as masknet, got"):
+        StreamingSeparator(encoder, torch.nn.Identity(), decoder)
 
 
 def test_a_decoder_with_a_bias_is_refused():
