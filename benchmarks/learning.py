@@ -15,8 +15,9 @@ MODEL is NAME[:KEY=VALUE]...: a size of hparams/ with numbers of its yaml
 (tiny:d_model=96:window=(62,62)), conv-tasnet, sepformer, re-sepformer, skim, or
 with the extra ``bench`` mossformer2 or fla-sepreformer.
 Further keys are ``optimizer`` (muon, the recipe's pair, the default of ours; or
-adamw, that of the peers), ``lr``, ``batch``, ``crop`` (samples) and, of ours,
-``without`` (see models.py) and ``norm=frame``.
+adamw, that of the peers), ``lr``, ``batch``, ``crop`` (samples),
+``precision=bf16`` and, of ours, ``without``, ``norm=frame``, ``start=cosine``
+(see models.py) and ``output=map`` (see peers.py).
 
 Writes OUT.csv, a row per run; OUT_curves.csv, what was measured on the way;
 OUT.md, the rows as a table; OUT.png, the curves. ``training`` is the mean
@@ -55,6 +56,7 @@ ROOT = Path(__file__).resolve().parent
 RATE = 8000
 SPEEDS = (95, 105)
 MAX_GRAD_NORM = 5
+PRECISIONS = ("fp32", "bf16")
 # Steps of rising, and the last part of the training, of falling rate.
 WARMUP, COOLDOWN = 50, 0.75
 # Test mixtures are cut to this; RTF and MACs are of so much audio too.
@@ -89,10 +91,13 @@ def parse(entry):
         "lr": 0.002 if ours else 0.001,
         "batch": 8,
         "crop": RATE,
+        "precision": "fp32",
     }
     training |= {k: numbers.pop(k) for k in list(numbers) if k in training}
     if training["optimizer"] not in ("muon", "adamw"):
         raise ValueError(f"{entry}: optimizer is muon or adamw")
+    if training["precision"] not in PRECISIONS:
+        raise ValueError(f"{entry}: precision is fp32 or bf16")
     for key in ("lr", "batch", "crop"):
         if not isinstance(training[key], int | float) or training[key] <= 0:
             raise ValueError(f"{entry}: {key} is a number above 0")
@@ -123,6 +128,7 @@ def clock():
 def train(model, mixtures, training, arguments, measure):
     """Train; ``measure`` is called with (steps, examples, minutes, dB)."""
     peak, size = training["lr"], training["batch"]
+    half = training["precision"] == "bf16"
     optimizers = make_optimizers(model, training["optimizer"], peak)
     steps, seconds, done, points, scores = 0, 0.0, 0.0, 0, []
     while done < 1:
@@ -136,7 +142,9 @@ def train(model, mixtures, training, arguments, measure):
             optimizer.zero_grad()
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        loss = pit_si_snr_loss(targets, model(mixture), lengths)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            estimates = model(mixture).float()
+        loss = pit_si_snr_loss(targets, estimates, lengths)
         loss.mean().backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         if norm.isfinite():
@@ -246,7 +254,7 @@ def run(entry, seed, speech, tests, arguments, done):
         seed,
         f"{source} ({len(recordings)} recordings)",
         f"{asked} {'examples' if arguments.examples else 'minutes'}",
-        *training.values(),
+        *(training[key] for key in ("optimizer", "lr", "batch", "crop")),
         arguments.mixtures,
         arguments.threads,
         round(count / 1e6, 3),

@@ -7,9 +7,11 @@ be no fair match for networks that do).
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 from hyperpyyaml import load_hyperpyyaml
+from scipy.fft import dct
 from speechbrain.lobes.models import conv_tasnet, dual_path, resepformer
 
 HPARAMS = Path(__file__).resolve().parent.parent / "hparams"
@@ -19,7 +21,7 @@ OURS = tuple(
 )
 
 
-def build(name, without=None, norm=None, **numbers):
+def build(name, without=None, norm=None, start=None, **numbers):
     """Encoder, masknet and decoder of a model.
 
     Arguments
@@ -31,6 +33,9 @@ def build(name, without=None, norm=None, **numbers):
         A part of one of ours to leave out, a key of ``WITHOUT``.
     norm : str, optional
         ``frame``: one of ours normalises its input frame by frame.
+    start : str, optional
+        ``cosine``: encoder and decoder of one of ours begin as cosine
+        transforms that give the mixture back, not at random.
     **numbers
         Take the place of those in the yaml of one of ours.
 
@@ -56,12 +61,16 @@ def build(name, without=None, norm=None, **numbers):
             raise ValueError(f"{name}: {error.args[0]}") from error
         model = [hparams[part] for part in ("Encoder", "MaskNet", "Decoder")]
         _change(model[1], without, norm)
+        if start is not None:
+            if start != "cosine":
+                raise ValueError("start is cosine")
+            start_as_cosines(model[0], model[2])
         return model
     if name not in PEERS:
         raise ValueError(
             f"no model named {name!r}: choose from {', '.join((*OURS, *PEERS))}"
         )
-    if numbers or without or norm:
+    if numbers or without or norm or start:
         raise ValueError(f"{name} is built as in its recipe: it takes no keys")
     masknet, channels = PEERS[name]()
     encoder = dual_path.Encoder(kernel_size=16, out_channels=channels)
@@ -198,6 +207,31 @@ PEERS = {
     "re-sepformer": _re_sepformer,
     "skim": _skim,
 }
+
+
+def start_as_cosines(encoder, decoder):
+    """Give encoder and decoder weights that undo each other.
+
+    Pairs of filters w and -w, whose difference after the encoder's ReLU is
+    linear; each a row of an orthonormal cosine transform (of type 2, then 4,
+    then again) under the root of a Hann window.
+    """
+    conv, deconv = encoder.conv1d, decoder
+    filters, _, kernel = conv.weight.shape
+    if filters % (2 * kernel):
+        raise ValueError(
+            f"start=cosine needs a multiple of {2 * kernel} filters, got "
+            f"{filters}"
+        )
+    window = torch.hann_window(kernel).sqrt()
+    bases = [dct(np.eye(kernel), kind, norm="ortho", axis=0) for kind in (2, 4)]
+    count = filters // (2 * kernel)
+    rows = [torch.from_numpy(bases[i % 2]).float() for i in range(count)]
+    rows = torch.cat(rows) * window
+    rows = torch.cat([rows, -rows]).unsqueeze(1)
+    with torch.no_grad():
+        conv.weight.copy_(rows)
+        deconv.weight.copy_(rows / count)
 
 
 class RowByRow(nn.Module):

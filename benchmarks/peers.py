@@ -8,11 +8,13 @@ import tempfile
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from models import build
 
-from speechbrain_flashformer.separate import separate
+from speechbrain_flashformer.separate import encoder_frame, separate
 
 SPEAKERS = 2
+WHOLE = ("mossformer2", "fla-sepreformer")
 
 
 class Separator(nn.Module):
@@ -27,6 +29,19 @@ class Separator(nn.Module):
         return separate(mixture, *self.parts)
 
 
+class Mapping(Separator):
+    """The sources are what the masknet gives, not masks of the mixture."""
+
+    def forward(self, mixture):
+        """Separate mixtures [B, T] into [B, T, S]."""
+        encoder, masknet, decoder = self.parts
+        (B, T), (kernel, stride) = mixture.shape, encoder_frame(encoder)
+        more = max(0, kernel - T) or (kernel - T) % stride
+        features = masknet(encoder(F.pad(mixture, (0, more))))
+        sources = decoder(features.flatten(0, 1)).view(SPEAKERS, B, -1)
+        return sources[..., :T].permute(1, 2, 0)
+
+
 class Stacked(nn.Module):
     """A model that gives a list of speakers [B, T]."""
 
@@ -39,8 +54,13 @@ class Stacked(nn.Module):
         return torch.stack(self.model(mixture), -1)
 
 
-def build_separator(name, **numbers):
+OUTPUTS = {"mask": Separator, "map": Mapping}
+
+
+def build_separator(name, output="mask", **numbers):
     """A model by name, with random weights; the rest is for ``models.build``.
+
+    With output ``map`` the network gives the sources, not masks.
 
     Raises
     ------
@@ -49,7 +69,7 @@ def build_separator(name, **numbers):
     ValueError
         When there is no such model, or it has no such number.
     """
-    if name in ("mossformer2", "fla-sepreformer") and numbers:
+    if name in WHOLE and (numbers or output != "mask"):
         raise ValueError(f"{name} is built as it comes: it takes no keys")
     if name == "mossformer2":
         from modelscope.models.audio.separation.m2.mossformer import (
@@ -60,7 +80,9 @@ def build_separator(name, **numbers):
         return MossFormer2(tempfile.gettempdir(), num_spks=SPEAKERS)
     if name == "fla-sepreformer":
         return _fla_sepreformer()
-    return Separator(*build(name, **numbers))
+    if output not in OUTPUTS:
+        raise ValueError(f"output is one of {', '.join(OUTPUTS)}")
+    return OUTPUTS[output](*build(name, **numbers))
 
 
 def _fla_sepreformer():

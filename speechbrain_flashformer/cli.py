@@ -16,7 +16,7 @@ from speechbrain_flashformer.jobs import exit_on_sigterm, run_jobs
 
 # Modules that load torch are imported in the commands: --help is quick.
 
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, USAGE, INTERRUPTED, UNHEARD = 0, 1, 2, 130, 141
 # Of a stream, milliseconds.
 LONGEST_BLOCK = 60_000
 
@@ -58,14 +58,23 @@ def main(arguments=None):
     """Run the command; returns its exit status.
 
     0: all done. 1: something failed, and its message tells what. 2: the
-    command line is wrong. 130: interrupted. 143: terminated.
+    command line is wrong. 130: interrupted. 141: nobody reads what it prints.
+    143: terminated.
     """
     parsed = _parser().parse_args(arguments)
     before = exit_on_sigterm()
     try:
-        return parsed.run(parsed)
+        status = parsed.run(parsed)
+        if sys.stdout:
+            sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        # Nobody reads on, as with `| head`: nothing more is to be said, nor
+        # at the end by Python.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNHEARD
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         print(f"flashformer: {error}", file=sys.stderr)
         return FAILED

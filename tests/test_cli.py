@@ -356,6 +356,19 @@ def test_info(packed, capsys):
         assert what in printed
 
 
+def test_a_reader_that_leaves_is_no_failure(packed):
+    end, begin = os.pipe()
+    os.close(end)
+    done = subprocess.run(
+        [sys.executable, "-m", "speechbrain_flashformer.cli", "info", packed],
+        stdout=begin,
+        stderr=subprocess.PIPE,
+    )
+    os.close(begin)
+    assert done.returncode == 141
+    assert b"ipe" not in done.stderr
+
+
 def test_pack(make_run, tmp_path, capsys):
     folder = make_run(tmp_path / "run", seed=0)
     out = tmp_path / "model"

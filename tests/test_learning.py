@@ -115,6 +115,9 @@ def test_all_models_learn_from_the_same_mixtures(bench, command, monkeypatch):
         ("tiny:without=sense --examples 8", "without is one of attention"),
         ("tiny:lr=high --examples 8", "lr is a number above 0"),
         ("tiny:optimizer=sgd --examples 8", "optimizer is muon or adamw"),
+        ("tiny:precision=half --examples 8", "precision is fp32 or bf16"),
+        ("tiny:output=guess --examples 8", "output is one of mask, map"),
+        ("tiny:start=here --examples 8", "start is cosine"),
         ("tiny:causal --examples 8", "is not KEY=VALUE"),
         ("skim:num_layers=2 --examples 8", "skim is built as in its recipe"),
         (f"{TINY} --examples 8 --test cv", "--test cv is not NAME=FOLDER"),
@@ -154,6 +157,47 @@ def test_mixtures_of_a_batch_do_not_hear_each_other(bench, name):
         together = model(mixtures)
         alone = model(mixtures[:1])
     assert torch.allclose(together[:1], alone, atol=1e-4 * alone.abs().max())
+
+
+def test_a_start_as_cosines_gives_the_mixture_back(bench):
+    encoder, _, decoder = bench.build_separator("tiny", start="cosine").parts
+    mixture = torch.randn(1, 1600)
+    with torch.no_grad():
+        out = decoder(encoder(mixture))
+    torch.testing.assert_close(out[:, 16:-16], mixture[:, 16:-16])
+
+
+@pytest.mark.parametrize("samples", [5, 32, 33, 1600])
+def test_a_mapping_gives_sources_as_long_as_the_mixture(bench, samples):
+    model = bench.build_separator("tiny", output="map", num_layers=1)
+    with torch.no_grad():
+        out = model(torch.randn(2, samples))
+        assert out.shape == (2, samples, 2)
+        # No mask: with the mixture out of it something comes all the same.
+        model.parts[1].masks.bias.add_(1)
+        assert model(torch.zeros(2, samples)).abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "how, expected", [("", torch.float32), (":precision=bf16", torch.bfloat16)]
+)
+def test_training_is_in_the_precision_asked_for(
+    bench, command, monkeypatch, how, expected
+):
+    real, seen = bench.build_separator, set()
+
+    def build(*args, **numbers):
+        model = real(*args, **numbers)
+        model.parts[1].register_forward_hook(
+            lambda masknet, _, out: seen.add((masknet.training, out.dtype))
+        )
+        return model
+
+    monkeypatch.setattr(bench, "build_separator", build)
+    command(f"{TINY}{how} --examples 8 --points 1")
+    # The scores are in full precision whatever the training is in.
+    assert (True, expected) in seen
+    assert {half for training, half in seen if not training} == {torch.float32}
 
 
 @pytest.mark.parametrize("without", ["attention", "token-fsmn", "token-memory"])
