@@ -163,7 +163,7 @@ def _parser():
         "--streaming",
         action="store_true",
         help="separate as a stream, as the command stream does; needs a causal "
-        "model and leaves no --chunk, --overlap, --norm and --precision",
+        "model, and no --chunk, --overlap, --norm or --precision with it",
     )
     add("--overwrite", action="store_true", help="replace existing files")
     add(

@@ -179,8 +179,11 @@ class FlashFormerSeparation(SepformerSeparation):
                         f"no {name} in {folder}: is it a folder made by "
                         "'flashformer pack'?"
                     )
-        elif folder.is_absolute() or str(source).startswith("."):
-            raise FileNotFoundError(f"no model folder {folder}")
+        elif str(source).startswith(("/", ".")) or str(source).count("/") != 1:
+            raise FileNotFoundError(
+                f"no model folder {folder}: give one made by 'flashformer "
+                "pack', or a model on a hub as OWNER/NAME"
+            )
         if savedir is not None:
             # Else the files of another model there would be loaded.
             kwargs.setdefault("fetch_config", FetchConfig(overwrite=True))

@@ -98,6 +98,14 @@ def test_help_of_each_command():
         assert ended.value.code == 0
 
 
+def test_help_does_without_torch():
+    code = (
+        "import sys; from speechbrain_flashformer import cli; "
+        "cli._parser(); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_no_command_is_an_error_of_use():
     with pytest.raises(SystemExit) as ended:
         run()
@@ -232,6 +240,7 @@ def test_separate_streaming(packed, packed_causal, tmp_path, capsys):
         (["--device", "warp"], 1, "--device warp"),
         (["--model", "./nowhere"], 1, "no model folder nowhere"),
         (["--jobs", "2", "--model", "./nowhere"], 1, "no model folder"),
+        (["--model", "nowhere"], 1, "no model folder nowhere: give one made"),
         (["--chunk", "4", "--overlap", "2"], 2, "less than half of --chunk"),
         (["--overlap", "0"], 2, "--overlap must be more than 0"),
         (["--jobs", "0"], 2, "--jobs must be 1 or more"),
