@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Make and list the speech that the shipped checkpoint is trained on.
 
-> python benchmarks/pretrained_data.py SPEECH OUT
+> python benchmarks/pretrained_data.py SPEECH OUT [VOICES]
 
 SPEECH holds picovoice-commands/ and picovoice-wakewords/ (Apache-2.0, from the
 speech-to-intent and wake-word benchmarks of Picovoice, as 8 kHz FLAC). Every
 tenth command is left out for validation. Few speakers become more: sentences
 are spoken again by voices with other vocal tracts and pitch, words are strung
-together. To them come synthetic voices. OUT/recordings.csv is then the
-``base_folder_dm`` of the recipe. Needs praat-parselmouth.
+together. To them come synthetic voices, and those of pretrained_voices.py in
+the folder VOICES. OUT/recordings.csv is then the ``base_folder_dm`` of the
+recipe. Needs praat-parselmouth.
 """
 
 import csv
@@ -46,13 +47,13 @@ def find_speech(speech):
     return [file for file in commands if file not in held_out], words
 
 
-def main(speech, out):
+def main(speech, out, more_voices=None):
     """Write OUT/voices, OUT/variants and OUT/recordings.csv."""
     commands, words = find_speech(speech)
     rng = np.random.default_rng(SEED)
     folder = out / "variants"
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [(path, path.stem) for path in commands for _ in range(2)]
+    rows = [(path, path.stem) for path in commands]
     for path in commands:
         rows += [(p, p.stem) for p in vary_sentence(path, folder, rng)]
     for path in words:
@@ -62,11 +63,23 @@ def main(speech, out):
     for path in sorted((voices / "wav8k/min/tr/s1").glob("*.wav")):
         vocal_tract = path.stem.split("_")[1][:-1]
         rows.append((path, f"voice {vocal_tract}"))
+    if more_voices:
+        # The closest to real speech of many people: heard twice as often.
+        for path in 2 * find_voices(more_voices):
+            rows.append((path, path.stem.partition("_")[2]))
     with (out / "recordings.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["wav", "speaker"])
         writer.writerows((path.resolve(), who) for path, who in rows)
     print(f"{len(rows)} recordings in {out / 'recordings.csv'}")
+
+
+def find_voices(folder):
+    """Paths NUMBER_VOICE.wav, as pretrained_voices.py writes them."""
+    found = sorted(folder.glob("*_*.wav"))
+    if not found:
+        raise FileNotFoundError(f"{folder} has no files NUMBER_VOICE.wav")
+    return found
 
 
 def vary_sentence(path, folder, rng):
@@ -136,9 +149,9 @@ def change_voice(signal, rate, formants, pitch, duration):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) not in (3, 4):
         sys.exit(__doc__)
     try:
-        main(Path(sys.argv[1]), Path(sys.argv[2]))
+        main(*map(Path, sys.argv[1:]))
     except FileNotFoundError as error:
         sys.exit(str(error))

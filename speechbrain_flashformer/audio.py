@@ -353,7 +353,7 @@ class SourceWriter:
                 raise IsADirectoryError(f"{path} is a folder")
             if path.exists() and not self.overwrite:
                 raise FileExistsError(
-                    f"{path} exists: remove it, or ask to overwrite"
+                    f"{path} exists: remove it, or overwrite it (--overwrite)"
                 )
 
     def _discard(self):

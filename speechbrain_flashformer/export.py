@@ -3,7 +3,10 @@
 Either for mixtures of any length, or for one block of a stream.
 """
 
+import logging
 import os
+import warnings
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -71,7 +74,7 @@ def export_onnx(model, path, overwrite=False):
     network = WaveformSeparator(*_networks(model)).eval()
     rate = model.hparams.sample_rate
     any_size = torch.export.Dim.DYNAMIC
-    with torch.no_grad():
+    with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             network,
             # Long enough for several blocks of attention: a size of one
@@ -142,7 +145,7 @@ def export_streaming_onnx(model, path, overwrite=False, block=16.0):
     names = list(state)
     rows = {0: torch.export.Dim.AUTO}
     shapes = [{} if name == "tokens" else rows for name in names]
-    with torch.no_grad():
+    with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             step,
             # Two streams: a size of one would be taken for a constant.
@@ -178,7 +181,23 @@ def _check_can_write(path, overwrite):
             "'speechbrain-flashformer[onnx]'"
         ) from error
     if Path(path).exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: remove it, or ask to overwrite")
+        raise FileExistsError(
+            f"{path} exists: remove it, or overwrite it (--overwrite)"
+        )
+
+
+@contextmanager
+def _quiet():
+    """Without what torch's exporter says of torchvision and of itself."""
+    log = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _write(program, path, model, properties, check):

@@ -174,6 +174,13 @@ def test_the_example_of_the_documents_runs(streaming_graph, monkeypatch):
     assert not {"torch", "speechbrain_flashformer"} & set(names)
 
 
+def test_an_export_is_silent(model, tmp_path, caplog, recwarn):
+    export.export_onnx(model, tmp_path / "a.onnx")
+    told = [each for each in caplog.records if each.levelno >= 30]
+    assert [each.getMessage() for each in told] == []
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 @pytest.mark.parametrize("block, mend", [(5, "take 4 or 6"), (0, "take 2")])
 def test_a_step_is_of_whole_tokens(streaming_model, tmp_path, block, mend):
     with pytest.raises(ValueError, match=f"a token is 2 ms: {mend}"):
