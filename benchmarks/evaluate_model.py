@@ -3,8 +3,9 @@
 
 > python benchmarks/evaluate_model.py MODEL NAME=FOLDER [NAME=FOLDER ...]
 
-FOLDER holds mix/, s1/ and s2/ with files of one name, at the model's rate; the
-NAME voices needs no folder: mixtures of generated voices that occur in no
+FOLDER holds mix/, s1/ and s2/ with files of one name, at the model's rate; or a
+folder for each speaker, of whose recordings of 3 s and more mixtures are made.
+The NAME voices needs no folder: mixtures of generated voices that occur in no
 training set of seed 0. Writes results/evaluate_model.csv: mean SI-SNRi and its
 5th percentile in dB, and how much louder the outputs are than the sources.
 """
@@ -20,9 +21,12 @@ import torch
 
 from speechbrain_flashformer.inference import FlashFormerSeparation
 from speechbrain_flashformer.metrics import best_order, reorder, si_snr
+from speechbrain_flashformer.mixing import DynamicMixtures, find_recordings
 from speechbrain_flashformer.voices import make_voices
 
 OUT = Path(__file__).parent / "results" / "evaluate_model.csv"
+MADE = 200  # mixtures of a folder of speakers
+SECONDS = 3
 
 
 def main(model, sets):
@@ -47,13 +51,9 @@ def main(model, sets):
 def score(model, folder):
     """Means over the mixtures of a folder."""
     gains, levels = [], []
-    for path in sorted((folder / "mix").glob("*.wav")):
-        mixture, *sources = (
-            torch.from_numpy(
-                soundfile.read(folder / part / path.name, dtype="float32")[0]
-            )
-            for part in ("mix", "s1", "s2")
-        )
+    ready = (folder / "mix").is_dir()
+    mixtures = read_mixtures(folder) if ready else make_mixtures(model, folder)
+    for mixture, *sources in mixtures:
         targets = torch.stack(sources, 1)[None]
         estimates = model.separate_batch(mixture[None])
         after, order = best_order(targets, estimates)
@@ -70,6 +70,30 @@ def score(model, folder):
         "level (dB)": round(float(np.mean(levels)), 2),
         "level deviation (dB)": round(float(np.std(levels)), 2),
     }
+
+
+def read_mixtures(folder):
+    """Mixtures of a set and their sources, each [T]."""
+    for path in sorted((folder / "mix").glob("*.wav")):
+        yield [
+            torch.from_numpy(
+                soundfile.read(folder / part / path.name, dtype="float32")[0]
+            )
+            for part in ("mix", "s1", "s2")
+        ]
+
+
+def make_mixtures(model, folder):
+    """Mixtures of the speakers in a folder and their sources, each [T]."""
+    recordings = [
+        (path, speaker)
+        for path, speaker in find_recordings(folder)
+        if soundfile.info(path).duration >= SECONDS
+    ]
+    rate = model.hparams.sample_rate
+    made = DynamicMixtures(recordings, 2, rate, SECONDS * rate, seed=0)
+    for n in range(MADE):
+        yield [made[n][name] for name in ("mix_sig", "s1_sig", "s2_sig")]
 
 
 if __name__ == "__main__":

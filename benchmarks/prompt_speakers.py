@@ -1,0 +1,47 @@
+#!/usr/bin/env python3
+"""Sort Debian's telephone prompts by speaker, a test set for evaluate_model.py.
+
+> apt-get download asterisk-core-sounds-{en,es,fr,it,ru}-wav \
+      asterisk-prompt-{it-menardi-wav,fr-armelle,es-co}
+> for package in *.deb; do dpkg -x $package SOUNDS; done
+> python benchmarks/prompt_speakers.py SOUNDS/usr/share/asterisk/sounds OUT
+> python benchmarks/evaluate_model.py MODEL prompts=OUT
+
+Seven announcers, most of them women, in five languages; no speaker and no
+microphone of the training. Creative Commons BY-SA 3.0, but for es-co (GPL-2)
+and fr-armelle (a licence like BSD's). For the test alone.
+"""
+
+import sys
+from pathlib import Path
+
+import soundfile
+
+
+def main(sounds, out):
+    """Write OUT/SPEAKER/NAME.wav."""
+    count = 0
+    for folder in sorted(sounds.iterdir()):
+        # en_US_f_Allison is Allison, who speaks es_MX_f_Allison too.
+        speaker = out / folder.name.split("_")[-1]
+        if folder.is_symlink() or not folder.is_dir():
+            continue
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".wav", ".gsm") and "silence" not in path.parts:
+                speaker.mkdir(parents=True, exist_ok=True)
+                signal, rate = soundfile.read(path)
+                name = "_".join(path.relative_to(sounds).with_suffix("").parts)
+                soundfile.write(speaker / f"{name}.wav", signal, rate)
+                count += 1
+    if not count:
+        raise FileNotFoundError(f"{sounds} has no folders with wav or gsm")
+    print(f"{count} prompts in {out}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    try:
+        main(Path(sys.argv[1]), Path(sys.argv[2]))
+    except FileNotFoundError as error:
+        sys.exit(str(error))

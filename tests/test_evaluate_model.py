@@ -1,0 +1,73 @@
+"""The score of a model on sets, and on mixtures made of speakers' folders."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    sys.path.insert(0, str(BENCHMARKS))
+    yield importlib.import_module("evaluate_model")
+    sys.path.pop(0)
+    sys.modules.pop("evaluate_model", None)
+
+
+class Model:
+    """Gives what ``separate`` makes of mixtures [1, T]."""
+
+    hparams = SimpleNamespace(sample_rate=8000)
+
+    def __init__(self, separate):
+        self.separate_batch = separate
+
+
+def write_set(folder, sources):
+    signals = {"mix": sum(sources), "s1": sources[0], "s2": sources[1]}
+    for part, signal in signals.items():
+        (folder / part).mkdir(parents=True)
+        soundfile.write(folder / part / "a.wav", signal, 8000, "FLOAT")
+
+
+def test_the_score_is_what_separation_adds(bench, tmp_path):
+    rng = np.random.default_rng(1)
+    sources = 0.1 * rng.normal(size=(2, 8000)).astype("f4")
+    write_set(tmp_path / "set", sources)
+    mixture = bench.score(
+        Model(lambda x: torch.stack([x, x], 2)), tmp_path / "set"
+    )
+    assert mixture["mixtures"] == 1
+    assert mixture["si-snr_i"] == 0
+    # The other order, each with a hundredth of the other: 40 dB, where the
+    # mixture has as much of both.
+    leaky = torch.from_numpy(sources[::-1] + 0.01 * sources).T[None]
+    near = bench.score(Model(lambda _: 2 * leaky), tmp_path / "set")
+    assert near["si-snr_i"] == pytest.approx(40, abs=0.5)
+    assert near["level (dB)"] == pytest.approx(6.02, abs=0.05)
+
+
+def test_a_folder_of_speakers_is_mixed(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "MADE", 5)
+    rng = np.random.default_rng(1)
+    for speaker in "ab":
+        (tmp_path / speaker).mkdir()
+        for name, seconds in (("short", 2), ("long", 4)):
+            noise = 0.1 * rng.normal(size=8000 * seconds)
+            path = tmp_path / speaker / f"{name}.wav"
+            soundfile.write(path, noise, 8000)
+    model = Model(lambda x: torch.stack([x, x], 2))
+    heard = list(bench.make_mixtures(model, tmp_path))
+    assert [len(signal) for signals in heard for signal in signals] == [
+        24000
+    ] * 15
+    for mixture, first, second in heard:
+        torch.testing.assert_close(mixture, first + second)
+    assert bench.score(model, tmp_path)["mixtures"] == 5
