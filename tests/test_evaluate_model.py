@@ -10,6 +10,8 @@ import pytest
 import soundfile
 import torch
 
+from speechbrain_flashformer import FlashFormer
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -18,7 +20,8 @@ def bench():
     sys.path.insert(0, str(BENCHMARKS))
     yield importlib.import_module("evaluate_model")
     sys.path.pop(0)
-    sys.modules.pop("evaluate_model", None)
+    for name in ("evaluate_model", "lesions", "models"):
+        sys.modules.pop(name, None)
 
 
 class Model:
@@ -71,3 +74,20 @@ def test_a_folder_of_speakers_is_mixed(bench, tmp_path, monkeypatch):
     for mixture, first, second in heard:
         torch.testing.assert_close(mixture, first + second)
     assert bench.score(model, tmp_path)["mixtures"] == 5
+
+
+def test_every_lesion_is_felt(bench):
+    lesions = importlib.import_module("lesions").lesions()
+    torch.manual_seed(0)
+    features = torch.rand(1, 16, 2400)  # 300 tokens
+    masks = []
+    for change in lesions.values():
+        torch.manual_seed(1)
+        masknet = FlashFormer(
+            16, d_model=16, num_layers=1, nhead=2, d_ffn=16, d_frame=16
+        )
+        change(masknet)
+        with torch.no_grad():
+            masks.append(masknet(features))
+    for mask in masks[1:]:
+        assert (mask - masks[0]).abs().max() > 1e-4 * masks[0].abs().max()
