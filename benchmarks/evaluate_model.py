@@ -25,7 +25,7 @@ from speechbrain_flashformer.mixing import DynamicMixtures, find_recordings
 from speechbrain_flashformer.voices import make_voices
 
 OUT = Path(__file__).parent / "results" / "evaluate_model.csv"
-MADE = 200  # mixtures of a folder of speakers
+MADE = 200  # mixtures of generated voices, or of a folder of speakers
 SECONDS = 3
 
 
@@ -34,18 +34,28 @@ def main(model, sets):
     model = FlashFormerSeparation.from_hparams(model)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        for word in sets:
-            name, _, folder = word.partition("=")
-            if name == "voices" and not folder:
-                made = make_voices(Path(scratch) / "set", sizes=(1, 1, 200))
-                folder = made / "wav8k/min/tt"
-            rows.append({"set": name, **score(model, Path(folder))})
+        for name, folder in find_sets(sets, Path(scratch)):
+            rows.append({"set": name, **score(model, folder)})
             print(rows[-1])
     OUT.parent.mkdir(exist_ok=True)
     with OUT.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+
+
+def find_sets(words, scratch):
+    """Name and folder of each set; generated voices go to ``scratch``."""
+    sets = []
+    for word in words:
+        name, _, folder = word.partition("=")
+        if name == "voices" and not folder:
+            made = make_voices(scratch / "voices", sizes=(1, 1, MADE))
+            folder = made / "wav8k/min/tt"
+        elif not Path(folder).is_dir() or not folder:
+            raise FileNotFoundError(f"{word} is not NAME=FOLDER")
+        sets.append((name, Path(folder)))
+    return sets
 
 
 def score(model, folder):
@@ -90,13 +100,21 @@ def make_mixtures(model, folder):
         for path, speaker in find_recordings(folder)
         if soundfile.info(path).duration >= SECONDS
     ]
+    if not recordings:
+        raise FileNotFoundError(
+            f"{folder}: no recording of {SECONDS} s or more"
+        )
     rate = model.hparams.sample_rate
     made = DynamicMixtures(recordings, 2, rate, SECONDS * rate, seed=0)
     for n in range(MADE):
-        yield [made[n][name] for name in ("mix_sig", "s1_sig", "s2_sig")]
+        item = made[n]
+        yield [item[name] for name in ("mix_sig", "s1_sig", "s2_sig")]
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit(__doc__)
-    main(sys.argv[1], sys.argv[2:])
+    try:
+        main(sys.argv[1], sys.argv[2:])
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(str(error))

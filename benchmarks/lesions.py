@@ -5,51 +5,62 @@
 
 MODEL and sets are as for evaluate_model.py. Nothing is trained again: a network
 that never had the part might do without it, so this does not measure what a
-part is worth, but a part that is hardly missed is idle. Writes
-results/lesions.csv, a row for each change: mean SI-SNRi in dB.
+part is worth, but a part that is hardly missed is idle. Not for causal models.
+Writes results/lesions.csv, a row for each change: mean SI-SNRi in dB.
 """
 
 import csv
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
-from evaluate_model import score
+from evaluate_model import find_sets, score
 from models import WITHOUT
 
 from speechbrain_flashformer.inference import FlashFormerSeparation
+from speechbrain_flashformer.separate import encoder_frame
 
 OUT = Path(__file__).parent / "results" / "lesions.csv"
-WINDOWS = (12, 31, 62, 125)  # tokens to each side
+WINDOWS = (0.1, 0.25, 0.5, 1)  # seconds to each side
 
 
 def narrow(masknet, tokens):
-    """Let attention see so many tokens to each side."""
+    """Let attention see at most so many tokens to each side."""
     for layer in masknet.layers:
-        layer.attention.window = (tokens, tokens)
+        layer.attention.window = tuple(
+            tokens if side < 0 else min(side, tokens)
+            for side in layer.attention.window
+        )
 
 
-def lesions():
+def lesions(token_rate):
     """What is done to a masknet, by name; nothing first."""
     found = {"none": lambda masknet: None}
-    for tokens in WINDOWS:
-        seconds = tokens / 125
-        found[f"window of {seconds:.2g} s"] = partial(narrow, tokens=tokens)
+    for seconds in WINDOWS:
+        tokens = round(seconds * token_rate)
+        found[f"window of {seconds} s"] = partial(narrow, tokens=tokens)
     return found | {f"without {name}": take for name, take in WITHOUT.items()}
 
 
 def main(source, sets):
     """Score each lesion on each set, write the rows."""
+    model = FlashFormerSeparation.from_hparams(source)
+    _, stride = encoder_frame(model.mods.encoder)
+    token = stride * model.mods.masknet.token_stride
+    if model.mods.masknet.causal:
+        raise ValueError(f"{source} is causal: its windows have no two sides")
     rows = []
-    for name, change in lesions().items():
-        model = FlashFormerSeparation.from_hparams(source)
-        change(model.mods.masknet)
-        row = {"lesion": name}
-        for word in sets:
-            title, _, folder = word.partition("=")
-            row[title] = score(model, Path(folder))["si-snr_i"]
-        rows.append(row)
-        print(row, flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        sets = find_sets(sets, Path(scratch))
+        for name, change in lesions(model.hparams.sample_rate / token).items():
+            model = FlashFormerSeparation.from_hparams(source)
+            change(model.mods.masknet)
+            row = {"lesion": name}
+            for title, folder in sets:
+                row[title] = score(model, folder)["si-snr_i"]
+            rows.append(row)
+            print(row, flush=True)
     OUT.parent.mkdir(exist_ok=True)
     with OUT.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -60,4 +71,7 @@ def main(source, sets):
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit(__doc__)
-    main(sys.argv[1], sys.argv[2:])
+    try:
+        main(sys.argv[1], sys.argv[2:])
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(str(error))

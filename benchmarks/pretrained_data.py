@@ -50,6 +50,8 @@ def find_speech(speech):
 def main(speech, out, more_voices=None):
     """Write OUT/voices, OUT/variants and OUT/recordings.csv."""
     commands, words = find_speech(speech)
+    # The closest to real speech of many people: heard twice as often.
+    more = 2 * find_voices(more_voices) if more_voices else []
     rng = np.random.default_rng(SEED)
     folder = out / "variants"
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,10 +65,10 @@ def main(speech, out, more_voices=None):
     for path in sorted((voices / "wav8k/min/tr/s1").glob("*.wav")):
         vocal_tract = path.stem.split("_")[1][:-1]
         rows.append((path, f"voice {vocal_tract}"))
-    if more_voices:
-        # The closest to real speech of many people: heard twice as often.
-        for path in 2 * find_voices(more_voices):
-            rows.append((path, path.stem.partition("_")[2]))
+    for path in more:
+        # Two voices mixed are one speaker, whichever comes first.
+        names = path.stem.partition("_")[2].split("-")
+        rows.append((path, "-".join(sorted(names))))
     with (out / "recordings.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["wav", "speaker"])

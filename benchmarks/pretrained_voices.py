@@ -14,6 +14,7 @@ kokoro-onnx; 45 minutes of speech take one core about as long.
 
 import re
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,8 +37,10 @@ DIGITS = "oh zero one two three four five six seven eight nine".split()
 def main(model, voices, text, out):
     """Write OUT/NAME.wav; a file that is there is kept."""
     import kokoro_onnx
-    import kokoro_onnx.tokenizer
 
+    if not Path(model).is_file():
+        raise FileNotFoundError(f"there is no model {model}")
+    sentences = find_sentences(text)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model, options)
@@ -49,13 +52,12 @@ def main(model, voices, text, out):
     }
     if len(styles) < 2:
         raise FileNotFoundError(f"{voices} has no voices NAME.bin")
-    packed = out / "styles.npz"
-    np.savez(packed, **styles)
-    speaker = kokoro_onnx.Kokoro.from_session(session, str(packed))
-    packed.unlink()
+    with tempfile.TemporaryDirectory() as scratch:
+        packed = f"{scratch}/styles.npz"
+        np.savez(packed, **styles)
+        speaker = kokoro_onnx.Kokoro.from_session(session, packed)
 
     rng = np.random.default_rng(SEED)
-    sentences = find_sentences(text)
     jobs = []
     for index in range(COUNT):
         voice, style = choose_voice(styles, rng)
@@ -88,7 +90,10 @@ def find_sentences(text):
     words = re.sub(r"^\S+\s", "", text.read_text(), flags=re.MULTILINE)
     parts = re.split(r"[.:;?!]\s*", words.replace("\n", " "))
     parts = [" ".join(part.split()) for part in parts]
-    return [part for part in parts if 5 <= len(part.split()) <= 14]
+    found = [part for part in parts if 5 <= len(part.split()) <= 14]
+    if not found:
+        raise ValueError(f"{text} has no sentence of 5 to 14 words")
+    return found
 
 
 def choose_voice(styles, rng):
@@ -117,5 +122,5 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         main(sys.argv[1], *map(Path, sys.argv[2:]))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))

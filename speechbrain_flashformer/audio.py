@@ -353,7 +353,8 @@ class SourceWriter:
                 raise IsADirectoryError(f"{path} is a folder")
             if path.exists() and not self.overwrite:
                 raise FileExistsError(
-                    f"{path} exists: remove it, or overwrite it (--overwrite)"
+                    f"{path} exists: remove it, or overwrite it "
+                    "(--overwrite, in Python overwrite=True)"
                 )
 
     def _discard(self):

@@ -182,7 +182,8 @@ def _check_can_write(path, overwrite):
         ) from error
     if Path(path).exists() and not overwrite:
         raise FileExistsError(
-            f"{path} exists: remove it, or overwrite it (--overwrite)"
+            f"{path} exists: remove it, or overwrite it "
+            "(--overwrite, in Python overwrite=True)"
         )
 
 

@@ -108,7 +108,8 @@ def pack(run, out, half=False, overwrite=False):
     if out.exists():
         if not overwrite:
             raise FileExistsError(
-                f"{out} exists: remove it, or overwrite it (--overwrite)"
+                f"{out} exists: remove it, or overwrite it "
+                "(--overwrite, in Python overwrite=True)"
             )
         if not out.is_dir() or {f.name for f in out.iterdir()} - PACKED:
             raise FileExistsError(
@@ -192,7 +193,7 @@ def _plain(node):
 
 def _results(run, meta):
     """What the run says of its quality, as a section of the card."""
-    when = f" after {meta['epoch']} epochs" if "epoch" in meta else ""
+    when = f" at epoch {meta['epoch']}" if "epoch" in meta else ""
     lines = [f"- validation: SI-SNR {-meta['si-snr']:.2f} dB{when}"]
     file = run / "test_results.csv"
     if file.is_file():

@@ -73,11 +73,29 @@ def test_a_folder_of_speakers_is_mixed(bench, tmp_path, monkeypatch):
     ] * 15
     for mixture, first, second in heard:
         torch.testing.assert_close(mixture, first + second)
+        # A recording shorter than the mixture would leave silence around it.
+        for source in (first, second):
+            assert source[:80].any() and source[-80:].any()
     assert bench.score(model, tmp_path)["mixtures"] == 5
 
 
+@pytest.mark.parametrize(
+    "word, message",
+    [("cv=nowhere", "is not NAME=FOLDER"), ("cv", "is not NAME=FOLDER")],
+)
+def test_a_set_is_a_folder(bench, tmp_path, word, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        bench.find_sets([word], tmp_path)
+
+
+def test_recordings_that_are_too_short_are_told(bench, tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.ones(8000), 8000)
+    with pytest.raises(FileNotFoundError, match="no recording of 3 s"):
+        bench.score(Model(None), tmp_path)
+
+
 def test_every_lesion_is_felt(bench):
-    lesions = importlib.import_module("lesions").lesions()
+    lesions = importlib.import_module("lesions").lesions(token_rate=125)
     torch.manual_seed(0)
     features = torch.rand(1, 16, 2400)  # 300 tokens
     masks = []

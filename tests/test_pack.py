@@ -28,7 +28,7 @@ def test_example_of_the_model_card_runs(packed, tmp_path, monkeypatch):
 
     soundfile.write(tmp_path / "mixture.wav", torch.randn(8000) * 0.1, 8000)
     card = (packed / "README.md").read_text()
-    assert "SI-SNR 9.50 dB after 7 epochs" in card
+    assert "SI-SNR 9.50 dB at epoch 7" in card
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     # The card names the folder as it was packed.
     packed.rename(tmp_path / "small")
