@@ -443,7 +443,9 @@ def compare(arguments):
             made = run(entry, seed, speech, tests, arguments, rows)
             if made is None:
                 continue
-            rows = [*read(files[".csv"], columns), made[0]]
+            # In the order of the columns, as those that are read.
+            row = {name: made[0][name] for name in columns}
+            rows = [*read(files[".csv"], columns), row]
             curves = [*read(files["_curves.csv"], CURVES), *made[1]]
             write(files["_curves.csv"], CURVES, curves)
             write(files[".csv"], columns, rows)

@@ -86,9 +86,10 @@ def test_it_trains_measures_and_does_nothing_twice(
     assert again[2]["training"] != again[0]["training"]
 
 
-def test_training_for_minutes_ends_with_them(command, tmp_path):
+def test_training_for_minutes_ends_with_them(bench, command, tmp_path):
     command(f"{TINY}:batch=1 --minutes 0.02 --points 1")
     (row,) = rows(tmp_path / "out.csv")
+    assert (tmp_path / "out.md").read_text() == bench.table([row])
     assert 0.02 <= float(row["minutes"]) < 0.1
     assert int(row["examples"]) == int(row["steps"]) > 1
 
@@ -233,7 +234,7 @@ def test_what_is_left_out_costs_nothing(bench):
     assert count(without="frame-memory") > count(without="frame-fsmn")
 
 
-@pytest.mark.parametrize("name", ["ablations", "peers"])
+@pytest.mark.parametrize("name", ["ablations", "hour", "peers"])
 def test_the_page_says_what_the_figures_say(bench, name):
     table = bench.table(rows(RESULTS / f"{name}.csv"))
     assert table == (RESULTS / f"{name}.md").read_text()
