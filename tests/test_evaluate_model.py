@@ -1,5 +1,6 @@
 """The score of a model on sets, and on mixtures made of speakers' folders."""
 
+import csv
 import importlib
 import sys
 from pathlib import Path
@@ -92,6 +93,19 @@ def test_recordings_that_are_too_short_are_told(bench, tmp_path):
     soundfile.write(tmp_path / "a.wav", np.ones(8000), 8000)
     with pytest.raises(FileNotFoundError, match="no recording of 3 s"):
         bench.score(Model(None), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["lesions", "evaluate_model"])
+def test_the_page_says_what_the_figures_say(name):
+    page = (BENCHMARKS.parent / "docs" / "experiments.md").read_text()
+    with (BENCHMARKS / "results" / f"{name}.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if name == "lesions":
+        lines = [" | ".join(row.values()) for row in rows]
+    else:
+        lines = [" | ".join(row["si-snr_i"] for row in rows)]
+    for line in lines:
+        assert f"| {line} |" in page
 
 
 def test_every_lesion_is_felt(bench):
