@@ -346,6 +346,7 @@ def draw(path, curves):
         layout="constrained",
     )
     styles = ("-", "--", ":", "-.")
+    markers = ".x+^"
     for line, name in zip(axes, sets):
         for axis, what in zip(line, ("examples", "minutes")):
             for i, (label, rows) in enumerate(runs.items()):
@@ -355,7 +356,7 @@ def draw(path, curves):
                     [float(row["db"]) for row in rows],
                     color=f"C{i % 10}",
                     linestyle=styles[i // 10 % len(styles)],
-                    marker=".",
+                    marker=markers[i // 10 % len(markers)],
                     label=label,
                 )
             axis.set(xlabel=what)
