@@ -7,7 +7,8 @@ FOLDER holds mix/, s1/ and s2/ with files of one name, at the model's rate; or a
 folder for each speaker, of whose recordings of 3 s and more mixtures are made.
 The NAME voices needs no folder: mixtures of generated voices that occur in no
 training set of seed 0. Writes results/evaluate_model.csv: mean SI-SNRi and its
-5th percentile in dB, and how much louder the outputs are than the sources.
+5th percentile in dB, the share of mixtures that come out worse than they went
+in, and how much louder the outputs are than the sources.
 """
 
 import csv
@@ -37,11 +38,18 @@ def main(model, sets):
         for name, folder in find_sets(sets, Path(scratch)):
             rows.append({"set": name, **score(model, folder)})
             print(rows[-1])
-    OUT.parent.mkdir(exist_ok=True)
-    with OUT.open("w", newline="") as file:
+    write_rows(OUT, rows)
+
+
+def write_rows(path, rows):
+    """Write rows as a CSV, whole or not at all."""
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+    partial.replace(path)
 
 
 def find_sets(words, scratch):
@@ -53,7 +61,7 @@ def find_sets(words, scratch):
             made = make_voices(scratch / "voices", sizes=(1, 1, MADE))
             folder = made / "wav8k/min/tt"
         elif not Path(folder).is_dir() or not folder:
-            raise FileNotFoundError(f"{word} is not NAME=FOLDER")
+            raise FileNotFoundError(f"{word}: give NAME=FOLDER, a folder")
         sets.append((name, Path(folder)))
     return sets
 
@@ -73,10 +81,13 @@ def score(model, folder):
             1
         ) / targets.square().mean(1)
         levels.append(10 * power.log10().mean().item())
+    if not gains:
+        raise FileNotFoundError(f"{folder}/mix has no wav files")
     return {
         "mixtures": len(gains),
         "si-snr_i": round(float(np.mean(gains)), 2),
         "5th percentile": round(float(np.percentile(gains, 5)), 2),
+        "worse (%)": round(100 * float(np.mean(np.less(gains, 0))), 1),
         "level (dB)": round(float(np.mean(levels)), 2),
         "level deviation (dB)": round(float(np.std(levels)), 2),
     }
@@ -111,10 +122,15 @@ def make_mixtures(model, folder):
         yield [item[name] for name in ("mix_sig", "s1_sig", "s2_sig")]
 
 
-if __name__ == "__main__":
+def command(usage, main):
+    """Run ``main(MODEL, sets)`` with the words of the command line."""
     if len(sys.argv) < 3:
-        sys.exit(__doc__)
+        sys.exit(usage)
     try:
         main(sys.argv[1], sys.argv[2:])
     except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    command(__doc__, main)

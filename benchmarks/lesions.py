@@ -9,13 +9,11 @@ part is worth, but a part that is hardly missed is idle. Not for causal models.
 Writes results/lesions.csv, a row for each change: mean SI-SNRi in dB.
 """
 
-import csv
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
 
-from evaluate_model import find_sets, score
+from evaluate_model import command, find_sets, score, write_rows
 from models import WITHOUT
 
 from speechbrain_flashformer.inference import FlashFormerSeparation
@@ -46,10 +44,10 @@ def lesions(token_rate):
 def main(source, sets):
     """Score each lesion on each set, write the rows."""
     model = FlashFormerSeparation.from_hparams(source)
-    _, stride = encoder_frame(model.mods.encoder)
-    token = stride * model.mods.masknet.token_stride
     if model.mods.masknet.causal:
         raise ValueError(f"{source} is causal: its windows have no two sides")
+    _, stride = encoder_frame(model.mods.encoder)
+    token = stride * model.mods.masknet.token_stride
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         sets = find_sets(sets, Path(scratch))
@@ -61,17 +59,8 @@ def main(source, sets):
                 row[title] = score(model, folder)["si-snr_i"]
             rows.append(row)
             print(row, flush=True)
-    OUT.parent.mkdir(exist_ok=True)
-    with OUT.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(OUT, rows)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        sys.exit(__doc__)
-    try:
-        main(sys.argv[1], sys.argv[2:])
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(str(error))
+    command(__doc__, main)

@@ -25,19 +25,18 @@ def main(sounds, out):
     """Write OUT/SPEAKER/NAME.wav."""
     count = 0
     for folder in sorted(sounds.iterdir()):
-        # en_US_f_Allison is Allison, who speaks es_MX_f_Allison too.
-        speaker = out / folder.name.split("_")[-1]
         if folder.is_symlink() or not folder.is_dir():
             continue
+        # en_US_f_Allison is Allison, who speaks es_MX_f_Allison too.
+        speaker = out / folder.name.split("_")[-1]
         for path in sorted(folder.rglob("*")):
-            if set(path.with_suffix("").parts) & set(NOT_SPEECH):
+            parts = path.relative_to(sounds).with_suffix("").parts
+            if path.suffix not in (".wav", ".gsm") or {*parts} & {*NOT_SPEECH}:
                 continue
-            if path.suffix in (".wav", ".gsm"):
-                speaker.mkdir(parents=True, exist_ok=True)
-                signal, rate = soundfile.read(path)
-                name = "_".join(path.relative_to(sounds).with_suffix("").parts)
-                soundfile.write(speaker / f"{name}.wav", signal, rate)
-                count += 1
+            speaker.mkdir(parents=True, exist_ok=True)
+            signal, rate = soundfile.read(path)
+            soundfile.write(speaker / f"{'_'.join(parts)}.wav", signal, rate)
+            count += 1
     if not count:
         raise FileNotFoundError(f"{sounds} has no folders with wav or gsm")
     print(f"{count} prompts in {out}")

@@ -12,6 +12,7 @@ import soundfile
 import torch
 
 from speechbrain_flashformer import FlashFormer
+from speechbrain_flashformer.inference import built_in_model
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -21,7 +22,7 @@ def bench():
     sys.path.insert(0, str(BENCHMARKS))
     yield importlib.import_module("evaluate_model")
     sys.path.pop(0)
-    for name in ("evaluate_model", "lesions", "models"):
+    for name in ("evaluate_model", "lesions", "models", "prompt_speakers"):
         sys.modules.pop(name, None)
 
 
@@ -56,6 +57,10 @@ def test_the_score_is_what_separation_adds(bench, tmp_path):
     near = bench.score(Model(lambda _: 2 * leaky), tmp_path / "set")
     assert near["si-snr_i"] == pytest.approx(40, abs=0.5)
     assert near["level (dB)"] == pytest.approx(6.02, abs=0.05)
+    assert near["worse (%)"] == 0
+    noise = torch.from_numpy(rng.normal(size=(1, 8000, 2)).astype("f4"))
+    far = bench.score(Model(lambda _: noise), tmp_path / "set")
+    assert far["worse (%)"] == 100
 
 
 def test_a_folder_of_speakers_is_mixed(bench, tmp_path, monkeypatch):
@@ -80,13 +85,33 @@ def test_a_folder_of_speakers_is_mixed(bench, tmp_path, monkeypatch):
     assert bench.score(model, tmp_path)["mixtures"] == 5
 
 
-@pytest.mark.parametrize(
-    "word, message",
-    [("cv=nowhere", "is not NAME=FOLDER"), ("cv", "is not NAME=FOLDER")],
-)
-def test_a_set_is_a_folder(bench, tmp_path, word, message):
-    with pytest.raises(FileNotFoundError, match=message):
+@pytest.mark.parametrize("word", ["cv=nowhere", "cv"])
+def test_a_set_is_a_folder(bench, tmp_path, word):
+    with pytest.raises(FileNotFoundError, match=f"{word}: give NAME=FOLDER"):
         bench.find_sets([word], tmp_path)
+
+
+def test_an_empty_set_is_told(bench, tmp_path):
+    (tmp_path / "mix").mkdir()
+    with pytest.raises(FileNotFoundError, match="mix has no wav files"):
+        bench.score(Model(None), tmp_path)
+
+
+def test_prompts_are_sorted_by_who_speaks(bench, tmp_path):
+    sounds = tmp_path / "sounds"
+    for name in ("en_f_Ann/digits/1", "es_f_Ann/1", "fr/silence/2", "fr/3"):
+        path = sounds / f"{name}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, np.ones(80), 8000)
+    soundfile.write(sounds / "fr/tt-monkeys.wav", np.ones(80), 8000)
+    importlib.import_module("prompt_speakers").main(sounds, tmp_path / "out")
+    found = sorted((tmp_path / "out").rglob("*.wav"))
+    names = [path.relative_to(tmp_path / "out").as_posix() for path in found]
+    assert names == [
+        "Ann/en_f_Ann_digits_1.wav",
+        "Ann/es_f_Ann_1.wav",
+        "fr/fr_3.wav",
+    ]
 
 
 def test_recordings_that_are_too_short_are_told(bench, tmp_path):
@@ -106,6 +131,29 @@ def test_the_page_says_what_the_figures_say(name):
         lines = [" | ".join(row["si-snr_i"] for row in rows)]
     for line in lines:
         assert f"| {line} |" in page
+
+
+def test_the_card_says_what_the_figures_say():
+    card = (built_in_model() / "README.md").read_text()
+    path = BENCHMARKS / "results" / "evaluate_model.csv"
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = ("si-snr_i", "5th percentile", "worse (%)")
+    for row in rows:
+        figures = (f"{float(row[name]):.1f}" for name in columns)
+        assert f"| {' | '.join(figures)} |" in card
+
+
+def test_a_window_is_never_widened(bench):
+    masknet = FlashFormer(16, d_model=16, num_layers=1, nhead=2, window=(3, -1))
+    importlib.import_module("lesions").narrow(masknet, 12)
+    assert masknet.layers[0].attention.window == (3, 12)
+
+
+def test_a_causal_model_is_refused(bench, packed_causal):
+    lesions = importlib.import_module("lesions")
+    with pytest.raises(ValueError, match="is causal"):
+        lesions.main(packed_causal, [])
 
 
 def test_every_lesion_is_felt(bench):
