@@ -266,6 +266,9 @@ class Separation(sb.Brain):
         levels = [level for level in levels if math.isfinite(level)]
         if levels:
             meta["level_db"] = sum(levels) / len(levels)
+            # SI-SNR does not see the sign; a network has one for all outputs.
+            inverted = sum(row["polarity"] < 0 for row in rows)
+            meta["polarity"] = -1 if 2 * inverted > len(rows) else 1
         self.checkpointer.save_and_keep_only(
             meta=meta,
             num_to_keep=self.avg_checkpoints,

@@ -35,6 +35,9 @@ TRIES = 100
 # Least share of its time that a speaker speaks when turns are taken.
 SHORTEST_TURN = 0.2
 
+# Longest pause between two recordings that are joined, seconds.
+LONGEST_PAUSE = 1.0
+
 # The rooms' reverberation times, seconds; drawn uniformly.
 ROOM_T60 = (0.1, 0.5)
 
@@ -45,7 +48,7 @@ def load_mixtures(hparams):
     Reads ``base_folder_dm``, ``dm_speaker``, ``num_spks``, ``sample_rate``,
     ``training_signal_len``, ``seed``, ``use_speedperturb``,
     ``speed_changes`` (of which the least and the greatest count),
-    ``dm_turn_share``, ``dm_noise_folder``, ``dm_noise_share``,
+    ``dm_join_share``, ``dm_turn_share``, ``dm_noise_folder``, ``dm_noise_share``,
     ``dm_noise_snr``, ``dm_room_share`` and ``dm_colour_db``.
     """
     if not hparams["base_folder_dm"]:
@@ -67,6 +70,7 @@ def load_mixtures(hparams):
         hparams["training_signal_len"],
         hparams["seed"],
         speeds,
+        hparams["dm_join_share"],
         hparams["dm_turn_share"],
         noise,
         hparams["dm_noise_share"],
@@ -158,6 +162,9 @@ class DynamicMixtures(Dataset):
         The same seed gives the same mixtures.
     speeds : tuple of int
         Least and greatest speed, in percent; pitch and formants go with it.
+    join_share : float
+        Share of the mixtures in which each speaker goes on for all of
+        ``samples``, with recordings of theirs and pauses between.
     turn_share : float
         Share of the mixtures in which each speaker says only a part, a fifth
         at least, of what there is time for: as in a conversation.
@@ -195,6 +202,7 @@ class DynamicMixtures(Dataset):
         samples,
         seed,
         speeds=(100, 100),
+        join_share=0.0,
         turn_share=0.0,
         noise=(),
         noise_share=0.0,
@@ -204,7 +212,8 @@ class DynamicMixtures(Dataset):
     ):
         self.num_spks, self.samples = num_spks, samples
         self.sample_rate, self.seed = sample_rate, seed
-        self.speeds, self.turn_share = speeds, turn_share
+        self.speeds = speeds
+        self.join_share, self.turn_share = join_share, turn_share
         self.noise = list(noise)
         self.noise_share, self.noise_snr = noise_share, noise_snr
         self.room_share = room_share
@@ -233,13 +242,18 @@ class DynamicMixtures(Dataset):
     def __getitem__(self, n):
         """Mixture n: id, mix_sig [T] and s1_sig to sS_sig [T]."""
         rng = np.random.default_rng([self.seed, n])
+        # Without it, a seed gives the mixtures that it gave before.
+        joined = self.join_share > 0 and rng.random() < self.join_share
         in_turns = rng.random() < self.turn_share
         cuts, taken, length = [], set(), 0
         for _ in range(TRIES):
             pick = np.searchsorted(self.upto, rng.random() * self.upto[-1])
             if self.speakers[pick] in taken:
                 continue
-            cut = self._cut(pick, rng)
+            percent = int(rng.integers(self.speeds[0], self.speeds[1] + 1))
+            cut = self._cut(pick, percent, rng)
+            if joined:
+                cut = self._join(cut, pick, percent, rng)
             whole = len(cut)
             if in_turns:
                 cut = cut[: ceil(whole * rng.uniform(SHORTEST_TURN, 1))]
@@ -254,9 +268,24 @@ class DynamicMixtures(Dataset):
             f"tries; the last was silent or taken: {self.paths[pick]}"
         )
 
-    def _cut(self, pick, rng):
-        """A piece of a recording at a random speed, at most ``samples``."""
-        percent = int(rng.integers(self.speeds[0], self.speeds[1] + 1))
+    def _join(self, cut, pick, percent, rng):
+        """``samples`` of what a speaker says, of which ``cut`` is the first."""
+        level = _level_db(cut)
+        same = np.flatnonzero(self.speakers == self.speakers[pick])
+        longest = round(LONGEST_PAUSE * self.sample_rate)
+        pieces, length = [], 0
+        while length < self.samples:
+            pause = np.zeros(rng.integers(longest), np.float32)
+            pieces += [pause, cut]
+            length += len(pause) + len(cut)
+            cut = self._cut(rng.choice(same), percent, rng)
+            # Recordings of one person may differ in level; pauses stay quiet.
+            if _level_db(cut) > SILENCE_DB:
+                cut = cut * 10 ** ((level - _level_db(cut)) / 20)
+        return np.concatenate(pieces)[: self.samples]
+
+    def _cut(self, pick, percent, rng):
+        """A piece of a recording at a speed, at most ``samples``."""
         rate = int(self.rates[pick])
         # Faster speech is a recording that claims a higher rate.
         new, old = self.sample_rate * 100, rate * percent

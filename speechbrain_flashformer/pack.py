@@ -71,8 +71,9 @@ def pack(run, out, half=False, overwrite=False):
 
     The folder loads with ``FlashFormerSeparation.from_hparams`` and with
     SpeechBrain's own ``SepformerSeparation.from_hparams``. SI-SNR leaves the
-    scale of the outputs free, so the decoder is given the gain that brings
-    them, on average over the validation set, to the level of their sources.
+    scale of the outputs free, and their sign, so the decoder is given the gain
+    that brings them, on average over the validation set, to the level and
+    polarity of their sources.
 
     Arguments
     ---------
@@ -138,6 +139,7 @@ def pack(run, out, half=False, overwrite=False):
             state = {k.removeprefix("module."): v for k, v in state.items()}
             if name == "decoder":
                 gain = 10 ** (-best[0].meta.get("level_db", 0.0) / 20)
+                gain *= best[0].meta.get("polarity", 1)
                 state = {k: v * gain for k, v in state.items()}
             parameters += sum(value.numel() for value in state.values())
             if half:

@@ -51,9 +51,9 @@ def quick_scores(names, mixture, targets, predictions, lengths):
     Returns
     -------
     tuple
-        Rows (dict) with ``snt_id``, ``si-snr``, ``si-snr_i`` in dB and
-        ``level_db``, how much louder the estimates are; and for each item its
-        signals (mixture [T], targets [S, T], estimates [S, T] in the order of
+        Rows (dict) with ``snt_id``, ``si-snr``, ``si-snr_i`` in dB,
+        ``level_db``, how much louder the estimates are, and ``polarity``, -1
+        where they are upside down; and for each item its signals (mixture [T], targets [S, T], estimates [S, T] in the order of
         the targets), cut to length.
     """
     scores, order = best_order(targets, predictions, lengths)
@@ -71,6 +71,7 @@ def quick_scores(names, mixture, targets, predictions, lengths):
                 "si-snr": scores[b].mean().item(),
                 "si-snr_i": gains[b].mean().item(),
                 "level_db": 10 * torch.log10(power).mean().item(),
+                "polarity": (clean * separated).sum().sign().item(),
             }
         )
         signals.append((mixture[b, :n], clean, separated))
@@ -192,8 +193,8 @@ def _values(rows, column, only_numbers):
 def write_example(folder, name, mixture, targets, predictions, sample_rate):
     """Write NAME_mix.wav, and NAME_s1.wav and NAME_s1hat.wav of each source.
 
-    Estimates are brought to the level of their source: SI-SNR training leaves
-    the scale free, and a quiet or clipped file tells nothing.
+    Estimates are brought to the level and polarity of their source: SI-SNR
+    training leaves both free, and a quiet or clipped file tells nothing.
 
     Arguments
     ---------
@@ -213,6 +214,8 @@ def write_example(folder, name, mixture, targets, predictions, sample_rate):
     signals = {"mix": mixture}
     for i, (target, estimate) in enumerate(zip(targets, predictions), 1):
         gain = target.norm() / estimate.norm().clamp(min=1e-8)
+        if target @ estimate < 0:
+            gain = -gain
         signals[f"s{i}"] = target
         signals[f"s{i}hat"] = estimate * gain
     # One gain for all, so that they stay comparable.

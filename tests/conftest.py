@@ -50,7 +50,7 @@ def make_run():
     return _make_run
 
 
-def _make_run(folder, seed, level_db=0.0, causal=False):
+def _make_run(folder, seed, level_db=0.0, causal=False, polarity=1):
     """The output folder of a training that took no steps."""
     torch.manual_seed(seed)
     folder.mkdir(parents=True)
@@ -60,7 +60,12 @@ def _make_run(folder, seed, level_db=0.0, causal=False):
     (folder / "hyperparams.yaml").write_text(resolved.getvalue())
     checkpointer = Checkpointer(folder / "save", hparams["modules"])
     checkpointer.save_checkpoint(
-        meta={"si-snr": -9.5, "epoch": 7, "level_db": level_db}
+        meta={
+            "si-snr": -9.5,
+            "epoch": 7,
+            "level_db": level_db,
+            "polarity": polarity,
+        }
     )
     return folder
 

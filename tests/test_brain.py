@@ -206,16 +206,31 @@ def test_a_schedule_that_nobody_would_step_is_refused(make):
         make(lr_scheduler=CyclicLRScheduler())
 
 
+def row(score, level_db=0.0, polarity=1.0):
+    names = ("si-snr", "si-snr_i", "level_db", "polarity")
+    return dict(zip(names, (score, score, level_db, polarity)))
+
+
+@pytest.mark.parametrize(
+    "signs, polarity",
+    [((1, 1, -1), 1), ((-1, -1, 1), -1), ((math.nan, 1, 0), 1)],
+)
+def test_most_outputs_say_the_polarity(make, signs, polarity):
+    brain = make()
+    brain.on_fit_start()
+    brain.train_stats = {"si-snr": 0.0}
+    brain.rows = [row(1.0, polarity=sign) for sign in signs]
+    brain.on_stage_end(sb.Stage.VALID, torch.tensor(0.0), 1)
+    best = brain.checkpointer.find_checkpoint(min_key="si-snr")
+    assert best.meta["polarity"] == polarity
+
+
 def test_broken_validation_is_never_the_best(make):
     brain = make()
     brain.on_fit_start()
     brain.train_stats = {"si-snr": 0.0}
     for epoch, score in enumerate((3.0, math.nan, 2.0), 1):
-        row = {"si-snr": score, "si-snr_i": score, "level_db": score}
-        brain.rows = [
-            {"si-snr": 20.0, "si-snr_i": 20.0, "level_db": 5.0},
-            row,
-        ]
+        brain.rows = [row(20.0, 5.0), row(score, score)]
         brain.on_stage_end(sb.Stage.VALID, torch.tensor(-20.0), epoch)
     best = brain.checkpointer.find_checkpoint(min_key="si-snr")
     assert best.meta["epoch"] == 1
@@ -317,8 +332,7 @@ def test_the_mean_of_the_best_checkpoints_is_tested(make):
     weight = brain.checkpointer.recoverables["masknet"].masks.weight
     for epoch, score in enumerate((3.0, 1.0, 5.0, 2.0), 1):
         torch.nn.init.constant_(weight, score)
-        row = {"si-snr": score, "si-snr_i": score, "level_db": 0.0}
-        brain.rows = [row]
+        brain.rows = [row(score)]
         brain.on_stage_end(sb.Stage.VALID, torch.tensor(0.0), epoch)
     brain.on_evaluate_start(min_key="si-snr")
     assert weight.unique().tolist() == [4.0]
@@ -329,6 +343,6 @@ def test_statistics_go_to_the_board_too(make):
     brain = make(tensorboard_train_logger=board)
     brain.on_fit_start()
     brain.train_stats = {"si-snr": 0.0}
-    brain.rows = [{"si-snr": 1.0, "si-snr_i": 1.0, "level_db": 0.0}]
+    brain.rows = [row(1.0)]
     brain.on_stage_end(sb.Stage.VALID, torch.tensor(0.0), 1)
     assert board.lines == brain.hparams.train_logger.lines != []

@@ -194,6 +194,35 @@ def test_turns_leave_a_speaker_silent_for_a_part(speech):
     assert min(spoken) < 0.4 and max(spoken) > 0.8 and min(spoken) > 0.15
 
 
+def test_joined_recordings_are_of_one_speaker_and_go_on(speech):
+    # The recordings have 1 to 3 s; each speaker is one tone.
+    joined = mixtures(speech, samples=64000, join_share=1.0)
+    several = 0
+    for n in range(20):
+        item = joined[n]
+        assert len(item["mix_sig"]) == 64000
+        for name in ("s1_sig", "s2_sig"):
+            source = item[name].numpy()
+            heard = np.flatnonzero(np.abs(source) > 1e-5)
+            gaps = np.diff(heard, prepend=0, append=64000)
+            assert gaps.max() <= 8000 + 40
+            pieces = np.split(source, heard[1:][np.diff(heard) > 400])
+            several += len(pieces) > 2
+            tones = {round(pitch(x)) for x in pieces if len(x) > 1000}
+            assert len(tones) == 1
+            levels = [np.abs(x).max() for x in pieces if len(x) > 1000]
+            assert max(levels) < 1.3 * min(levels)
+    assert several > 20
+
+
+def test_a_share_is_joined_the_rest_is_as_it_was(speech):
+    alone = mixtures(speech, samples=64000)
+    some = mixtures(speech, samples=64000, join_share=0.5)
+    lengths = [len(some[n]["mix_sig"]) for n in range(60)]
+    assert 15 < sum(length == 64000 for length in lengths) < 45
+    assert max(len(alone[n]["mix_sig"]) for n in range(60)) < 64000
+
+
 def test_no_turn_is_silent(tmp_path):
     rng = np.random.default_rng(0)
     for name in "abc":

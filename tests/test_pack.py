@@ -38,15 +38,19 @@ def test_example_of_the_model_card_runs(packed, tmp_path, monkeypatch):
     assert names["sources"].shape == (1, 8000, 2)
 
 
-def test_the_decoder_brings_the_level_of_the_sources(make_run, tmp_path):
+def test_the_decoder_brings_level_and_polarity_of_the_sources(
+    make_run, tmp_path
+):
     mixture = torch.randn(1, 8000)
-    out = {}
-    for level_db in (0.0, 20.0):
-        run = make_run(tmp_path / f"run{level_db}", 0, level_db)
+    out = []
+    for level_db, polarity in ((0.0, 1), (20.0, -1)):
+        run = make_run(
+            tmp_path / f"run{level_db}", 0, level_db, polarity=polarity
+        )
         folder = pack(run, tmp_path / f"model{level_db}")
         model = FlashFormerSeparation.from_hparams(folder)
-        out[level_db] = model.separate_batch(mixture)
-    torch.testing.assert_close(out[20.0], out[0.0] / 10)
+        out.append(model.separate_batch(mixture))
+    torch.testing.assert_close(out[1], out[0] / -10)
 
 
 def test_half_precision_halves_the_files(make_run, packed_once, tmp_path):

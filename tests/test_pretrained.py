@@ -10,7 +10,7 @@ from speechbrain_flashformer.inference import (
     FlashFormerSeparation,
     built_in_model,
 )
-from speechbrain_flashformer.metrics import best_order, si_snr
+from speechbrain_flashformer.metrics import best_order, reorder, si_snr
 from speechbrain_flashformer.voices import make_voices
 
 
@@ -36,20 +36,24 @@ def test_it_is_small_and_says_what_it_is():
 
 def test_it_separates_voices_it_has_not_heard(mixtures):
     model = FlashFormerSeparation.from_hparams(built_in_model())
-    gains, levels = [], []
+    gains, levels, upright = [], [], []
     for path in sorted((mixtures / "mix").iterdir()):
         targets = torch.stack(
             [read(mixtures / s / path.name) for s in ("s1", "s2")], 1
         )[None]
         mixture = read(path)
         estimates = model.separate_batch(mixture[None])
-        after, _ = best_order(targets, estimates)
+        after, order = best_order(targets, estimates)
         before = si_snr(targets, mixture[None, :, None].expand_as(targets))
         gains.append((after - before).mean().item())
         levels.append(estimates.square().sum() / targets.square().sum())
+        # SI-SNR does not see what is upside down.
+        same = (targets * reorder(estimates, order)).sum()
+        upright.append((same > 0).item())
     # Its card says what it reaches on far more; half of that is a defect.
     assert np.mean(gains) > 2
     assert abs(10 * np.log10(np.mean(levels))) < 3
+    assert all(upright)
 
 
 def test_the_command_takes_it_unasked(mixtures, tmp_path, capsys):

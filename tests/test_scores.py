@@ -139,15 +139,22 @@ def test_items_of_a_batch_are_scored_on_their_own_length():
     assert torch.equal(separated, estimates[0, :1000].T)
     for name in ("si-snr", "si-snr_i", "level_db"):
         assert padded[name] == pytest.approx(one[0][name], abs=1e-3)
+    assert padded["polarity"] == 1
+    inverted, _ = quick_scores(
+        ["a"], mixture, targets, -estimates, torch.ones(1)
+    )
+    assert inverted[0]["polarity"] == -1
 
 
-def test_estimates_are_saved_at_the_level_of_their_source(tmp_path):
+@pytest.mark.parametrize("gain", [50, -50])
+def test_estimates_are_saved_as_their_source_is(tmp_path, gain):
     mixture, targets, estimates = signals(4000)
-    write_example(tmp_path, "a", mixture, targets, 50 * estimates, 8000)
+    write_example(tmp_path, "a", mixture, targets, gain * estimates, 8000)
     clean, rate = soundfile.read(tmp_path / "a_s2.wav")
     estimate, _ = soundfile.read(tmp_path / "a_s2hat.wav")
     assert rate == 8000
     assert estimate.std() == pytest.approx(clean.std(), rel=1e-2)
+    assert np.dot(clean, estimate) > 0
     assert len(list(tmp_path.iterdir())) == 5
 
 
