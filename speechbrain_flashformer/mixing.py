@@ -48,8 +48,9 @@ def load_mixtures(hparams):
     Reads ``base_folder_dm``, ``dm_speaker``, ``num_spks``, ``sample_rate``,
     ``training_signal_len``, ``seed``, ``use_speedperturb``,
     ``speed_changes`` (of which the least and the greatest count),
-    ``dm_join_share``, ``dm_turn_share``, ``dm_noise_folder``, ``dm_noise_share``,
-    ``dm_noise_snr``, ``dm_room_share`` and ``dm_colour_db``.
+    ``dm_join_share``, ``dm_turn_share``, ``dm_noise_folder``,
+    ``dm_noise_share``, ``dm_noise_snr``, ``dm_room_share`` and
+    ``dm_colour_db``.
     """
     if not hparams["base_folder_dm"]:
         raise ValueError(

@@ -53,8 +53,9 @@ def quick_scores(names, mixture, targets, predictions, lengths):
     tuple
         Rows (dict) with ``snt_id``, ``si-snr``, ``si-snr_i`` in dB,
         ``level_db``, how much louder the estimates are, and ``polarity``, -1
-        where they are upside down; and for each item its signals (mixture [T], targets [S, T], estimates [S, T] in the order of
-        the targets), cut to length.
+        where they are upside down; and for each item its signals (mixture
+        [T], targets [S, T], estimates [S, T] in the order of the targets), cut
+        to length.
     """
     scores, order = best_order(targets, predictions, lengths)
     predictions = reorder(predictions, order)
