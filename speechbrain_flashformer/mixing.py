@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from scipy.signal import fftconvolve, firwin2
+from scipy.signal import butter, fftconvolve, firwin2, sosfilt
 from torch.utils.data import Dataset
 from torchaudio.functional import resample
 from tqdm import tqdm
@@ -38,6 +38,12 @@ SHORTEST_TURN = 0.2
 # Longest pause between two recordings that are joined, seconds.
 LONGEST_PAUSE = 1.0
 
+# Telephones: lower edge in Hz, upper edge as a share of half the rate (2.8 to
+# 3.8 kHz at 8 kHz), steepness as the order of the filter.
+TELEPHONE_LOW = (100.0, 400.0)
+TELEPHONE_HIGH = (0.7, 0.95)
+TELEPHONE_ORDER = (2, 6)
+
 # The rooms' reverberation times, seconds; drawn uniformly.
 ROOM_T60 = (0.1, 0.5)
 
@@ -49,8 +55,8 @@ def load_mixtures(hparams):
     ``training_signal_len``, ``seed``, ``use_speedperturb``,
     ``speed_changes`` (of which the least and the greatest count),
     ``dm_join_share``, ``dm_turn_share``, ``dm_noise_folder``,
-    ``dm_noise_share``, ``dm_noise_snr``, ``dm_room_share`` and
-    ``dm_colour_db``.
+    ``dm_noise_share``, ``dm_noise_snr``, ``dm_room_share``,
+    ``dm_colour_db`` and ``dm_telephone_share``.
     """
     if not hparams["base_folder_dm"]:
         raise ValueError(
@@ -78,6 +84,7 @@ def load_mixtures(hparams):
         hparams["dm_noise_snr"],
         hparams["dm_room_share"],
         hparams["dm_colour_db"],
+        hparams["dm_telephone_share"],
     )
 
 
@@ -182,6 +189,9 @@ class DynamicMixtures(Dataset):
     colour_db : float
         Each source passes a random filter up to so many dB up or down, as if
         through another microphone.
+    telephone_share : float
+        Share of the mixtures whose sources all pass one band, as if recorded
+        from a telephone.
 
     Example
     -------
@@ -210,6 +220,7 @@ class DynamicMixtures(Dataset):
         noise_snr=(5.0, 35.0),
         room_share=0.0,
         colour_db=0.0,
+        telephone_share=0.0,
     ):
         self.num_spks, self.samples = num_spks, samples
         self.sample_rate, self.seed = sample_rate, seed
@@ -218,7 +229,7 @@ class DynamicMixtures(Dataset):
         self.noise = list(noise)
         self.noise_share, self.noise_snr = noise_share, noise_snr
         self.room_share = room_share
-        self.colour_db = colour_db
+        self.colour_db, self.telephone_share = colour_db, telephone_share
         self.paths = [str(path) for path, _ in recordings]
         names, self.speakers = np.unique(
             [name for _, name in recordings], return_inverse=True
@@ -243,8 +254,8 @@ class DynamicMixtures(Dataset):
     def __getitem__(self, n):
         """Mixture n: id, mix_sig [T] and s1_sig to sS_sig [T]."""
         rng = np.random.default_rng([self.seed, n])
-        # Without it, a seed gives the mixtures that it gave before.
-        joined = self.join_share > 0 and rng.random() < self.join_share
+        # A share of 0 draws nothing: a seed's mixtures stay what they were.
+        joined = self.join_share and rng.random() < self.join_share
         in_turns = rng.random() < self.turn_share
         cuts, taken, length = [], set(), 0
         for _ in range(TRIES):
@@ -308,6 +319,9 @@ class DynamicMixtures(Dataset):
     def _mix(self, n, cuts, length, rng):
         in_room = rng.random() < self.room_share
         t60 = rng.uniform(*ROOM_T60)
+        band = None
+        if self.telephone_share and rng.random() < self.telephone_share:
+            band = telephone(self.sample_rate, rng)
         first = rng.normal(*FIRST_LEVEL_DB)
         sources = []
         for i, cut in enumerate(cuts):
@@ -319,6 +333,8 @@ class DynamicMixtures(Dataset):
                 source = colour(source, self.colour_db, rng)
             if in_room:
                 source = reverberate(source, t60, self.sample_rate, rng)
+            if band is not None:
+                source = sosfilt(band, source)
             spoken = source[start : start + len(cut)]
             gain_db = np.clip(level, *LEVEL_LIMITS_DB) - _level_db(spoken)
             sources.append(source * 10 ** (gain_db / 20))
@@ -354,6 +370,14 @@ def colour(signal, most_db, rng):
     edges = np.linspace(0, 1, 7)
     gains = 10 ** (rng.uniform(-most_db, most_db, len(edges)) / 20)
     return np.convolve(signal, firwin2(65, edges, gains), "same")
+
+
+def telephone(sample_rate, rng):
+    """A random band of speech, as second-order sections for ``sosfilt``."""
+    edges = [rng.uniform(*TELEPHONE_LOW)]
+    edges.append(rng.uniform(*TELEPHONE_HIGH) * sample_rate / 2)
+    order = rng.integers(TELEPHONE_ORDER[0], TELEPHONE_ORDER[1] + 1)
+    return butter(order, edges, "bandpass", fs=sample_rate, output="sos")
 
 
 def reverberate(signal, t60, sample_rate, rng):

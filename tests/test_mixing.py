@@ -135,7 +135,14 @@ def test_number_and_seed_say_all(speech):
     "workers, method", [(1, "fork"), (2, "fork"), (2, "spawn")]
 )
 def test_workers_make_no_difference(speech, workers, method):
-    dataset = mixtures(speech, noise_share=0.5, room_share=0.5, colour_db=6)
+    dataset = mixtures(
+        speech,
+        join_share=0.5,
+        noise_share=0.5,
+        room_share=0.5,
+        colour_db=6,
+        telephone_share=0.5,
+    )
     sampler = EpochSampler(6)
     sampler.set_epoch(3)
 
@@ -298,6 +305,31 @@ def test_colour_stays_within_its_range():
     ]
     assert np.max(gains) < 6.5 and np.min(gains) > -6.5
     assert np.std(gains) > 1
+
+
+@pytest.mark.parametrize("rate", [8000, 16000])
+def test_a_telephone_passes_speech_and_little_else(tmp_path, rate):
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        noise = 0.1 * rng.normal(size=4 * rate)
+        soundfile.write(tmp_path / f"{name}.wav", noise, rate)
+    called = DynamicMixtures(
+        find_recordings(tmp_path, "file"),
+        *(2, rate, 4 * rate, 1),
+        telephone_share=1.0,
+    )
+    hertz = np.fft.rfftfreq(4 * rate, 1 / rate)
+    edges = []
+    for n in range(10):
+        item = called[n]
+        total = item["s1_sig"] + item["s2_sig"]
+        torch.testing.assert_close(item["mix_sig"], total)
+        power = np.abs(np.fft.rfft(item["s1_sig"].numpy())) ** 2
+        middle = power[(hertz > 1000) & (hertz < 2000)].mean()
+        for outside in (hertz < 40, hertz > 0.99 * rate / 2):
+            assert power[outside].mean() < 0.1 * middle
+        edges.append(power[(hertz > 250) & (hertz < 350)].mean() / middle)
+    assert min(edges) < 0.5 and max(edges) > 0.8
 
 
 def test_noise_is_of_many_colours():
