@@ -32,7 +32,8 @@ PEAK = 0.9
 SILENCE_DB = -60.0
 TRIES = 100
 
-# Least share of its time that a speaker speaks when turns are taken.
+# Least share of its time that a speaker speaks when turns are taken, and that
+# is left when mixtures stand in silence.
 SHORTEST_TURN = 0.2
 
 # Longest pause between two recordings that are joined, seconds.
@@ -54,9 +55,9 @@ def load_mixtures(hparams):
     Reads ``base_folder_dm``, ``dm_speaker``, ``num_spks``, ``sample_rate``,
     ``training_signal_len``, ``seed``, ``use_speedperturb``,
     ``speed_changes`` (of which the least and the greatest count),
-    ``dm_join_share``, ``dm_turn_share``, ``dm_noise_folder``,
-    ``dm_noise_share``, ``dm_noise_snr``, ``dm_room_share``,
-    ``dm_colour_db`` and ``dm_telephone_share``.
+    ``dm_join_share``, ``dm_turn_share``, ``dm_silence_share``,
+    ``dm_noise_folder``, ``dm_noise_share``, ``dm_noise_snr``,
+    ``dm_room_share``, ``dm_colour_db`` and ``dm_telephone_share``.
     """
     if not hparams["base_folder_dm"]:
         raise ValueError(
@@ -79,6 +80,7 @@ def load_mixtures(hparams):
         speeds,
         hparams["dm_join_share"],
         hparams["dm_turn_share"],
+        hparams["dm_silence_share"],
         noise,
         hparams["dm_noise_share"],
         hparams["dm_noise_snr"],
@@ -176,6 +178,9 @@ class DynamicMixtures(Dataset):
     turn_share : float
         Share of the mixtures in which each speaker says only a part, a fifth
         at least, of what there is time for: as in a conversation.
+    silence_share : float
+        Share of the mixtures that are cut short and stand in silence, which
+        then takes up to four fifths of the time.
     noise : list of Path
         Noise recordings.
     noise_share : float
@@ -215,6 +220,7 @@ class DynamicMixtures(Dataset):
         speeds=(100, 100),
         join_share=0.0,
         turn_share=0.0,
+        silence_share=0.0,
         noise=(),
         noise_share=0.0,
         noise_snr=(5.0, 35.0),
@@ -226,6 +232,7 @@ class DynamicMixtures(Dataset):
         self.sample_rate, self.seed = sample_rate, seed
         self.speeds = speeds
         self.join_share, self.turn_share = join_share, turn_share
+        self.silence_share = silence_share
         self.noise = list(noise)
         self.noise_share, self.noise_snr = noise_share, noise_snr
         self.room_share = room_share
@@ -257,6 +264,9 @@ class DynamicMixtures(Dataset):
         # A share of 0 draws nothing: a seed's mixtures stay what they were.
         joined = self.join_share and rng.random() < self.join_share
         in_turns = rng.random() < self.turn_share
+        spoken = 1.0
+        if self.silence_share and rng.random() < self.silence_share:
+            spoken = rng.uniform(SHORTEST_TURN, 1)
         cuts, taken, length = [], set(), 0
         for _ in range(TRIES):
             pick = np.searchsorted(self.upto, rng.random() * self.upto[-1])
@@ -266,6 +276,7 @@ class DynamicMixtures(Dataset):
             cut = self._cut(pick, percent, rng)
             if joined:
                 cut = self._join(cut, pick, percent, rng)
+            cut = cut[: ceil(len(cut) * spoken)]
             whole = len(cut)
             if in_turns:
                 cut = cut[: ceil(whole * rng.uniform(SHORTEST_TURN, 1))]
@@ -274,7 +285,7 @@ class DynamicMixtures(Dataset):
                 cuts.append(cut)
                 length = max(length, whole)
             if len(cuts) == self.num_spks:
-                return self._mix(n, cuts, length, rng)
+                return self._mix(n, cuts, length, spoken, rng)
         raise ValueError(
             f"no {self.num_spks} speakers who say something found in {TRIES} "
             f"tries; the last was silent or taken: {self.paths[pick]}"
@@ -316,7 +327,9 @@ class DynamicMixtures(Dataset):
         signal = torch.from_numpy(signal)
         return resample(signal, old // shared, new // shared).numpy()
 
-    def _mix(self, n, cuts, length, rng):
+    def _mix(self, n, cuts, length, spoken, rng):
+        total = min(int(length / spoken), self.samples)
+        begin = rng.integers(total - length + 1) if spoken < 1 else 0
         in_room = rng.random() < self.room_share
         t60 = rng.uniform(*ROOM_T60)
         band = None
@@ -326,8 +339,8 @@ class DynamicMixtures(Dataset):
         sources = []
         for i, cut in enumerate(cuts):
             level = first + (rng.normal(*RELATIVE_LEVEL_DB) if i else 0)
-            source = np.zeros(length, np.float32)
-            start = rng.integers(length - len(cut) + 1)
+            source = np.zeros(total, np.float32)
+            start = begin + rng.integers(length - len(cut) + 1)
             source[start : start + len(cut)] = cut
             if self.colour_db:
                 source = colour(source, self.colour_db, rng)
@@ -340,7 +353,7 @@ class DynamicMixtures(Dataset):
             sources.append(source * 10 ** (gain_db / 20))
         mixture = sum(sources)
         if rng.random() < self.noise_share:
-            noise = self._noise(length, rng)
+            noise = self._noise(total, rng)
             snr = rng.uniform(*self.noise_snr)
             gain_db = _level_db(mixture) - snr - _level_db(noise)
             mixture = mixture + noise * 10 ** (gain_db / 20)

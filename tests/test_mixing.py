@@ -138,6 +138,7 @@ def test_workers_make_no_difference(speech, workers, method):
     dataset = mixtures(
         speech,
         join_share=0.5,
+        silence_share=0.5,
         noise_share=0.5,
         room_share=0.5,
         colour_db=6,
@@ -228,6 +229,23 @@ def test_a_share_is_joined_the_rest_is_as_it_was(speech):
     lengths = [len(some[n]["mix_sig"]) for n in range(60)]
     assert 15 < sum(length == 64000 for length in lengths) < 45
     assert max(len(alone[n]["mix_sig"]) for n in range(60)) < 64000
+
+
+def test_a_mixture_may_stand_in_silence(speech):
+    quiet = mixtures(speech, silence_share=1.0)
+    shares, starts, levels = [], [], []
+    for n in range(40):
+        item = quiet[n]
+        assert len(item["mix_sig"]) <= 8000
+        heard = np.flatnonzero(item["mix_sig"].abs() > 1e-4)
+        shares.append(np.ptp(heard) / len(item["mix_sig"]))
+        starts.append(heard[0])
+        power = item["s1_sig"][heard[0] : heard[-1]].square().mean()
+        levels.append(10 * np.log10(power))
+    assert min(shares) < 0.4 and max(shares) > 0.8 and min(shares) > 0.15
+    assert len(set(starts)) > 20
+    # The speech is as loud as ever: silence does not count.
+    assert abs(np.mean(levels) + 27.43) < 1.5
 
 
 def test_no_turn_is_silent(tmp_path):
