@@ -15,9 +15,10 @@ MODEL is NAME[:KEY=VALUE]...: a size of hparams/ with numbers of its yaml
 (tiny:d_model=96:window=(62,62)), conv-tasnet, sepformer, re-sepformer, skim, or
 with the extra ``bench`` mossformer2 or fla-sepreformer.
 Further keys are ``optimizer`` (muon, the recipe's pair, the default of ours; or
-adamw, that of the peers), ``lr``, ``batch``, ``crop`` (samples),
-``precision=bf16`` and, of ours, ``without``, ``norm=frame``, ``start=cosine``
-(see models.py) and ``output=map`` (see peers.py).
+adamw, that of the peers), ``lr``, ``batch``, ``crop`` (samples; (4000,12000)
+grows from one to the other), ``precision=bf16`` and, of ours, ``without``,
+``norm=frame``, ``start=cosine``, ``variant`` (see models.py) and ``output=map``
+(see peers.py).
 
 Writes OUT.csv, a row per run; OUT_curves.csv, what was measured on the way;
 OUT.md, the rows as a table; OUT.png, the curves. ``training`` is the mean
@@ -59,6 +60,8 @@ MAX_GRAD_NORM = 5
 PRECISIONS = ("fp32", "bf16")
 # Steps of rising, and the last part of the training, of falling rate.
 WARMUP, COOLDOWN = 50, 0.75
+# Of the mean loss of the stages before the last.
+STAGE_WEIGHT = 0.4
 # Test mixtures are cut to this; RTF and MACs are of so much audio too.
 TEST_SECONDS = 4
 # The set of generated voices, for training or test.
@@ -99,7 +102,9 @@ def parse(entry):
     if training["precision"] not in PRECISIONS:
         raise ValueError(f"{entry}: precision is fp32 or bf16")
     for key in ("lr", "batch", "crop"):
-        if not isinstance(training[key], int | float) or training[key] <= 0:
+        given = training[key]
+        some = given if key == "crop" and isinstance(given, tuple) else [given]
+        if any(not isinstance(x, int | float) or x <= 0 for x in some):
             raise ValueError(f"{entry}: {key} is a number above 0")
     return name, training, numbers
 
@@ -119,6 +124,11 @@ def make_optimizers(model, kind, lr):
     ]
 
 
+def crops(crop):
+    """Samples of a mixture at the begin and at the end of a training."""
+    return crop if isinstance(crop, tuple) else (crop, crop)
+
+
 def clock():
     """Seconds that only this process spends, where that can be told."""
     one = torch.get_num_threads() == 1
@@ -131,8 +141,10 @@ def train(model, mixtures, training, arguments, measure):
     half = training["precision"] == "bf16"
     optimizers = make_optimizers(model, training["optimizer"], peak)
     steps, seconds, done, points, scores = 0, 0.0, 0.0, 0, []
+    shortest, longest = crops(training["crop"])
     while done < 1:
         begin = clock()
+        mixtures.samples = round(shortest + done * (longest - shortest))
         items = [mixtures[n] for n in range(steps * size, (steps + 1) * size)]
         batch = PaddedBatch(items)
         mixture, lengths = batch.mix_sig
@@ -144,13 +156,20 @@ def train(model, mixtures, training, arguments, measure):
                 group["lr"] = rate
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             estimates = model(mixture).float()
-        loss = pit_si_snr_loss(targets, estimates, lengths)
-        loss.mean().backward()
+        # All but the first are of earlier stages, where there are such.
+        losses = [
+            pit_si_snr_loss(targets, stage, lengths).mean()
+            for stage in estimates.split(targets.shape[2], 2)
+        ]
+        loss = losses[0]
+        if earlier := losses[1:]:
+            loss = loss + STAGE_WEIGHT * sum(earlier) / len(earlier)
+        loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         if norm.isfinite():
             for optimizer in optimizers:
                 optimizer.step()
-        scores.append(-loss.mean().item())
+        scores.append(-losses[0].item())
         seconds += clock() - begin
         steps += 1
         if arguments.examples:
@@ -241,7 +260,7 @@ def run(entry, seed, speech, tests, arguments, done):
     model = build_separator(name, **numbers)
     source, recordings = speech
     mixtures = DynamicMixtures(
-        recordings, 2, RATE, training["crop"], seed, SPEEDS
+        recordings, 2, RATE, crops(training["crop"])[0], seed, SPEEDS
     )
     seconds = torch.randn(1, TEST_SECONDS * RATE)
     # Without the fused kernel, of which the counter sees nothing in an LSTM.

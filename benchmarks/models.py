@@ -13,6 +13,7 @@ import torch.nn as nn
 from hyperpyyaml import load_hyperpyyaml
 from scipy.fft import dct
 from speechbrain.lobes.models import conv_tasnet, dual_path, resepformer
+from variants import VARIANTS
 
 HPARAMS = Path(__file__).resolve().parent.parent / "hparams"
 OURS = tuple(
@@ -21,7 +22,7 @@ OURS = tuple(
 )
 
 
-def build(name, without=None, norm=None, start=None, **numbers):
+def build(name, without=None, norm=None, start=None, variant=None, **numbers):
     """Encoder, masknet and decoder of a model.
 
     Arguments
@@ -36,6 +37,8 @@ def build(name, without=None, norm=None, start=None, **numbers):
     start : str, optional
         ``cosine``: encoder and decoder of one of ours begin as cosine
         transforms that give the mixture back, not at random.
+    variant : str, optional
+        Another shape of one of ours, a key of ``VARIANTS``.
     **numbers
         Take the place of those in the yaml of one of ours.
 
@@ -65,12 +68,16 @@ def build(name, without=None, norm=None, start=None, **numbers):
             if start != "cosine":
                 raise ValueError("start is cosine")
             start_as_cosines(model[0], model[2])
+        if variant is not None:
+            if variant not in VARIANTS:
+                raise ValueError(f"variant is one of {', '.join(VARIANTS)}")
+            model[1] = VARIANTS[variant](model[1])
         return model
     if name not in PEERS:
         raise ValueError(
             f"no model named {name!r}: choose from {', '.join((*OURS, *PEERS))}"
         )
-    if numbers or without or norm or start:
+    if numbers or without or norm or start or variant:
         raise ValueError(f"{name} is built as in its recipe: it takes no keys")
     masknet, channels = PEERS[name]()
     encoder = dual_path.Encoder(kernel_size=16, out_channels=channels)

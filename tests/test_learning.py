@@ -21,7 +21,7 @@ def bench():
     sys.path.insert(0, str(ROOT / "benchmarks"))
     yield importlib.import_module("learning")
     sys.path.pop(0)
-    for name in ("learning", "models", "peers", "pretrained_data"):
+    for name in ("learning", "models", "peers", "pretrained_data", "variants"):
         sys.modules.pop(name, None)
 
 
@@ -119,6 +119,8 @@ def test_all_models_learn_from_the_same_mixtures(bench, command, monkeypatch):
         ("tiny:precision=half --examples 8", "precision is fp32 or bf16"),
         ("tiny:output=guess --examples 8", "output is one of mask, map"),
         ("tiny:start=here --examples 8", "start is cosine"),
+        ("tiny:variant=new --examples 8", "variant is one of one-merge"),
+        ("tiny:crop=(1,0) --examples 8", "crop is a number above 0"),
         ("tiny:causal --examples 8", "is not KEY=VALUE"),
         ("skim:num_layers=2 --examples 8", "skim is built as in its recipe"),
         (f"{TINY} --examples 8 --test cv", "--test cv is not NAME=FOLDER"),
@@ -232,6 +234,70 @@ def test_what_is_left_out_costs_nothing(bench):
         assert count(without=without) < whole
     assert count(without="token-memory") > count(without="token-fsmn")
     assert count(without="frame-memory") > count(without="frame-fsmn")
+
+
+def test_a_variant_goes_through_the_parts_as_the_network_does(bench):
+    variants = sys.modules["variants"]
+    for size in ("tiny", "base"):
+        masknet = bench.build_separator(size, num_layers=2).parts[1].eval()
+        # Whole tokens: a variant hears what the last one is filled up with.
+        frames = torch.rand(2, masknet.in_channels, 104)
+        with torch.no_grad():
+            expected = masknet(frames)
+            for kind in (variants.Variant, variants.StageLosses):
+                made = kind(masknet).eval()(frames)
+                torch.testing.assert_close(made, expected)
+
+
+@pytest.mark.parametrize(
+    "variant, sources",
+    [("one-merge", 2), ("early-split", 2), ("stage-losses", 6)],
+)
+def test_all_of_a_variant_learns(bench, variant, sources):
+    numbers = {"variant": variant, "num_layers": 3}
+    model = bench.build_separator("tiny", **numbers)
+    estimates = model(torch.randn(2, 1601))
+    assert estimates.shape == (2, 1601, sources)
+    estimates.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert model.eval()(torch.randn(1, 800)).shape == (1, 800, 2)
+
+
+def test_streams_of_an_early_split_are_alike_but_not_the_same(bench):
+    """Weights are shared: exchanged streams give exchanged masks."""
+    numbers = {"variant": "early-split", "num_layers": 2}
+    model = bench.build_separator("tiny", **numbers).eval()
+    mixture, divide = torch.randn(1, 1600), model.parts[1].divide
+    with torch.no_grad():
+        before = model(mixture)
+        for parameter in (divide.weight, divide.bias):
+            parameter.copy_(torch.cat(parameter.chunk(2)[::-1]))
+        after = model(mixture)
+    torch.testing.assert_close(after, before.flip(2))
+    assert not torch.allclose(after, before, atol=1e-3)
+
+
+def test_stages_are_trained_and_the_last_is_scored(command, tmp_path):
+    command(
+        f"{TINY.replace('num_layers=1', 'num_layers=2')}:"
+        "variant=stage-losses --examples 16 --points 1"
+    )
+    (row,) = rows(tmp_path / "out.csv")
+    assert -60 < float(row["training"]) < 30 and row["steps"] == "2"
+
+
+def test_a_crop_grows(bench, command, monkeypatch):
+    heard = []
+    real = bench.DynamicMixtures.__getitem__
+
+    def listen(mixtures, n):
+        heard.append(mixtures.samples)
+        return real(mixtures, n)
+
+    monkeypatch.setattr(bench.DynamicMixtures, "__getitem__", listen)
+    line = TINY.replace("crop=2000", "crop=(1000,3000)")
+    command(f"{line}:batch=1 --examples 5 --points 1")
+    assert heard == [1000, 1400, 1800, 2200, 2600]
 
 
 @pytest.mark.parametrize("name", ["ablations", "hour", "peers"])
