@@ -601,8 +601,9 @@ def _pack(parsed):
 def _info(parsed):
     from speechbrain_flashformer.inference import FlashFormerSeparation
 
-    model = FlashFormerSeparation.from_hparams(_model_folder(parsed.model))
-    for name, value in model.describe().items():
+    folder = _model_folder(parsed.model)
+    model = FlashFormerSeparation.from_hparams(folder)
+    for name, value in {"model": folder, **model.describe()}.items():
         print(f"{name:24}{value}")
     return OK
 

@@ -1,4 +1,4 @@
-"""From a training run to a folder that needs nothing else to separate."""
+"""From a training run to a folder that needs nothing else, and back."""
 
 import csv
 import os
@@ -161,6 +161,44 @@ def pack(run, out, half=False, overwrite=False):
         for folder in (partial, old):
             shutil.rmtree(folder, ignore_errors=True)
     return out
+
+
+def start_from(folder, modules):
+    """Give modules the weights of a packed model, to train on.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Made by ``pack``.
+    modules : dict
+        The encoder, masknet and decoder, by name.
+
+    Raises
+    ------
+    FileNotFoundError
+        When the folder lacks one of them.
+    ValueError
+        When the weights are those of another network.
+    """
+    for name in MODULES:
+        path = Path(folder) / f"{name}.ckpt"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no {path} to start from: give a folder made by 'flashformer "
+                "pack'"
+            )
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        own = modules[name].state_dict()
+        both = own.keys() & state.keys()
+        wrong = own.keys() ^ state.keys()
+        wrong |= {key for key in both if own[key].shape != state[key].shape}
+        if wrong:
+            raise ValueError(
+                f"{path} does not fit the {name} of the yaml in {len(wrong)} "
+                f"weights, such as {min(wrong)}: take over the numbers of the "
+                "hyperparams.yaml beside it"
+            )
+        modules[name].load_state_dict(state)
 
 
 def _write_hyperparams(tree, file):

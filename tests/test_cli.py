@@ -361,8 +361,8 @@ def test_a_recording_named_twice_is_separated_once(packed, tmp_path, capsys):
 def test_info(packed, capsys):
     assert run("info", packed) == 0
     printed = capsys.readouterr().out
-    for what in ("speakers", "8000 Hz", "GMAC per second", "sdpa"):
-        assert what in printed
+    for what in (packed, "speakers", "8000 Hz", "GMAC per second", "sdpa"):
+        assert str(what) in printed
 
 
 def test_a_reader_that_leaves_is_no_failure(packed):

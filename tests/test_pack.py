@@ -1,13 +1,14 @@
 """A run becomes a folder that needs nothing else."""
 
 import re
+import shutil
 
 import pytest
 import torch
 from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_flashformer.inference import FlashFormerSeparation
-from speechbrain_flashformer.pack import pack
+from speechbrain_flashformer.pack import pack, start_from
 
 
 def test_packed_folder_is_whole_and_flat(packed_once):
@@ -51,6 +52,38 @@ def test_the_decoder_brings_level_and_polarity_of_the_sources(
         model = FlashFormerSeparation.from_hparams(folder)
         out.append(model.separate_batch(mixture))
     torch.testing.assert_close(out[1], out[0] / -10)
+
+
+def test_training_starts_from_a_packed_model(make_run, tmp_path):
+    half = pack(make_run(tmp_path / "a", 0), tmp_path / "half", half=True)
+    other = FlashFormerSeparation.from_hparams(
+        pack(make_run(tmp_path / "b", seed=1), tmp_path / "other")
+    )
+    mixture = torch.randn(1, 4000)
+    first = FlashFormerSeparation.from_hparams(half)
+    expected = first.separate_batch(mixture)
+    assert not torch.allclose(other.separate_batch(mixture), expected)
+    start_from(half, other.mods)
+    assert torch.equal(other.separate_batch(mixture), expected)
+    # Trained in full precision, whatever it was stored in.
+    weights = {p.dtype for p in other.mods.parameters()}
+    assert weights == {torch.float32}
+
+
+@pytest.mark.parametrize("change", ["shape", "key"])
+def test_a_start_from_another_network_is_an_error(
+    packed_once, tmp_path, change
+):
+    folder = tmp_path / "model"
+    shutil.copytree(packed_once, folder)
+    state = torch.load(folder / "masknet.ckpt", weights_only=True)
+    weight = state.pop("project.bias")
+    if change == "shape":
+        state["project.bias"] = weight[1:]
+    torch.save(state, folder / "masknet.ckpt")
+    model = FlashFormerSeparation.from_hparams(packed_once)
+    with pytest.raises(ValueError, match="masknet of the yaml in 1 weights"):
+        start_from(folder, model.mods)
 
 
 def test_half_precision_halves_the_files(make_run, packed_once, tmp_path):

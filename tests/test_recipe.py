@@ -216,6 +216,7 @@ def test_the_default_makes_the_starter_set_and_says_so(tmp_path):
         (["--output_folder", "/dev/null/run"], "/dev/null"),
         (["--batch_size", "49"], "an epoch has 0 batches"),
         (["--grad_accumulation_factor", "7"], "gather 7 for a step"),
+        (["--start_from", "nowhere"], "no nowhere/encoder.ckpt to start from"),
     ],
 )
 def test_bad_input_stops_before_training(data, tmp_path, options, message):

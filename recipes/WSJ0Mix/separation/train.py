@@ -34,6 +34,7 @@ from speechbrain_flashformer.data import (
 )
 from speechbrain_flashformer.metrics import check_perceptual
 from speechbrain_flashformer.mixing import load_mixtures
+from speechbrain_flashformer.pack import start_from
 from speechbrain_flashformer.voices import make_voices
 
 logger = get_logger(__name__)
@@ -119,6 +120,8 @@ def main():
         hparams["tensorboard_train_logger"] = TensorboardLogger(
             hparams["tensorboard_logs"]
         )
+    if hparams["start_from"]:
+        start_from(hparams["start_from"], hparams["modules"])
     if "pretrained_separator" in hparams:
         run_on_main(hparams["pretrained_separator"].collect_files)
         hparams["pretrained_separator"].load_collected()
