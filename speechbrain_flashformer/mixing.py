@@ -78,15 +78,15 @@ def load_mixtures(hparams):
         hparams["training_signal_len"],
         hparams["seed"],
         speeds,
-        hparams["dm_join_share"],
-        hparams["dm_turn_share"],
-        hparams["dm_silence_share"],
-        noise,
-        hparams["dm_noise_share"],
-        hparams["dm_noise_snr"],
-        hparams["dm_room_share"],
-        hparams["dm_colour_db"],
-        hparams["dm_telephone_share"],
+        noise=noise,
+        join_share=hparams["dm_join_share"],
+        turn_share=hparams["dm_turn_share"],
+        silence_share=hparams["dm_silence_share"],
+        noise_share=hparams["dm_noise_share"],
+        noise_snr=hparams["dm_noise_snr"],
+        room_share=hparams["dm_room_share"],
+        colour_db=hparams["dm_colour_db"],
+        telephone_share=hparams["dm_telephone_share"],
     )
 
 
@@ -348,8 +348,8 @@ class DynamicMixtures(Dataset):
                 source = reverberate(source, t60, self.sample_rate, rng)
             if band is not None:
                 source = sosfilt(band, source)
-            spoken = source[start : start + len(cut)]
-            gain_db = np.clip(level, *LEVEL_LIMITS_DB) - _level_db(spoken)
+            said = source[start : start + len(cut)]
+            gain_db = np.clip(level, *LEVEL_LIMITS_DB) - _level_db(said)
             sources.append(source * 10 ** (gain_db / 20))
         mixture = sum(sources)
         if rng.random() < self.noise_share:
