@@ -15,6 +15,8 @@ from scipy.fft import dct
 from speechbrain.lobes.models import conv_tasnet, dual_path, resepformer
 from variants import VARIANTS
 
+from speechbrain_flashformer.masknet import GlobalNorm
+
 HPARAMS = Path(__file__).resolve().parent.parent / "hparams"
 OURS = tuple(
     path.stem.removeprefix("flashformer-")
@@ -33,7 +35,7 @@ def build(name, without=None, norm=None, start=None, variant=None, **numbers):
     without : str, optional
         A part of one of ours to leave out, a key of ``WITHOUT``.
     norm : str, optional
-        ``frame``: one of ours normalises its input frame by frame.
+        How one of ours normalises its input, a key of ``NORMS``.
     start : str, optional
         ``cosine``: encoder and decoder of one of ours begin as cosine
         transforms that give the mixture back, not at random.
@@ -281,6 +283,25 @@ class FrameNorm(nn.LayerNorm):
         return super().forward(x)
 
 
+class EnergyNorm(GlobalNorm):
+    """In the place of the global norm: each frame counts by its energy.
+
+    Silence around the speech then changes nothing.
+    """
+
+    def forward(self, x, *_):
+        """Normalise x [B, L, N]."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        power = wide.square().mean(2)
+        share = power / power.amax(1, keepdim=True).clamp(min=self.eps**2)
+        share = share / share.sum(1, keepdim=True).clamp(min=self.eps)
+        mean = (share * wide.mean(2)).sum(1)
+        return super().forward(x, statistics=(mean, (share * power).sum(1)))
+
+
+NORMS = {"frame": FrameNorm, "energy": EnergyNorm}
+
+
 def _no_attention(masknet):
     for layer in masknet.layers:
         layer.attention = NoUpdate()
@@ -325,6 +346,6 @@ def _change(masknet, without, norm):
             raise ValueError(f"without is one of {', '.join(WITHOUT)}")
         WITHOUT[without](masknet)
     if norm is not None:
-        if norm != "frame":
-            raise ValueError("norm is frame")
-        masknet.norm_in = FrameNorm(masknet.in_channels)
+        if norm not in NORMS:
+            raise ValueError(f"norm is one of {', '.join(NORMS)}")
+        masknet.norm_in = NORMS[norm](masknet.in_channels)
