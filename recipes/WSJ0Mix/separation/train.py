@@ -25,7 +25,11 @@ from speechbrain.utils.distributed import (
 )
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.train_logger import TensorboardLogger
-from torch.distributed import get_world_size, is_initialized
+from torch.distributed import (
+    destroy_process_group,
+    get_world_size,
+    is_initialized,
+)
 
 from speechbrain_flashformer.brain import Separation
 from speechbrain_flashformer.data import (
@@ -150,6 +154,9 @@ def main():
     if hparams["plot_results"]:
         run_on_main(plot_results, args=[hparams["output_folder"]])
         run_on_main(plot_evaluation, args=[hparams["output_folder"]])
+    if is_initialized():
+        # Else its threads may still run when the process ends, and abort it.
+        destroy_process_group()
 
 
 def steps_per_epoch(separator, loader_opts):
