@@ -11,7 +11,6 @@ training set of seed 0. Writes results/evaluate_model.csv: mean SI-SNRi and its
 in, and how much louder the outputs are than the sources.
 """
 
-import csv
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from csv_files import write_csv
 
 from speechbrain_flashformer.inference import FlashFormerSeparation
 from speechbrain_flashformer.metrics import best_order, reorder, si_snr
@@ -38,18 +38,7 @@ def main(model, sets):
         for name, folder in find_sets(sets, Path(scratch)):
             rows.append({"set": name, **score(model, folder)})
             print(rows[-1])
-    write_rows(OUT, rows)
-
-
-def write_rows(path, rows):
-    """Write rows as a CSV, whole or not at all."""
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(path)
+    write_csv(OUT, rows)
 
 
 def find_sets(words, scratch):

@@ -11,7 +11,6 @@ SpeechBrain's recipe does: SI-SNR with all orders twice, and ``mir_eval``'s
 results/evaluation_speed.csv: seconds per mixture.
 """
 
-import csv
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from csv_files import write_csv
 from mir_eval.separation import bss_eval_sources
 from speechbrain.nnet.losses import get_si_snr_with_pitwrapper
 
@@ -58,11 +58,7 @@ def main(count):
     ratio = seconds["speechbrain"] / seconds["flashformer"]
     print(*rows, f"ratio {ratio:.1f}", sep="\n")
     print(f"greatest difference of SDRi: {worst:.1e} dB")
-    OUT.parent.mkdir(exist_ok=True)
-    with OUT.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(OUT, rows)
 
 
 def score_ours(items):

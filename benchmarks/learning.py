@@ -39,6 +39,7 @@ from pathlib import Path
 import soundfile
 import torch
 import torch.nn as nn
+from csv_files import write_csv
 from models import OURS
 from peers import build_separator
 from pretrained_data import real_speech
@@ -315,16 +316,6 @@ def read(path, columns):
         return list(rows)
 
 
-def write(path, columns, rows):
-    """Write rows as a CSV, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, path)
-
-
 def table(rows):
     """Rows of OUT.csv as a Markdown table."""
     sets = list(rows[0])[len(KEY) + len(MEASURED) :]
@@ -467,8 +458,8 @@ def compare(arguments):
             row = {name: made[0][name] for name in columns}
             rows = [*read(files[".csv"], columns), row]
             curves = [*read(files["_curves.csv"], CURVES), *made[1]]
-            write(files["_curves.csv"], CURVES, curves)
-            write(files[".csv"], columns, rows)
+            write_csv(files["_curves.csv"], curves, CURVES)
+            write_csv(files[".csv"], rows, columns)
             partial = out.with_name(out.name + ".md.partial")
             partial.write_text(table(rows))
             os.replace(partial, files[".md"])

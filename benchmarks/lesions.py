@@ -13,7 +13,8 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from evaluate_model import command, find_sets, score, write_rows
+from csv_files import write_csv
+from evaluate_model import command, find_sets, score
 from models import WITHOUT
 
 from speechbrain_flashformer.inference import FlashFormerSeparation
@@ -59,7 +60,7 @@ def main(source, sets):
                 row[title] = score(model, folder)["si-snr_i"]
             rows.append(row)
             print(row, flush=True)
-    write_rows(OUT, rows)
+    write_csv(OUT, rows)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from csv_files import write_csv
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.dataio.batch import PaddedBatch
 from torch.utils.data import DataLoader
@@ -42,11 +43,7 @@ def main():
         ]
     for row in rows:
         print(row)
-    OUT.parent.mkdir(exist_ok=True)
-    with OUT.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(OUT, rows)
 
 
 def make_sets(folder):

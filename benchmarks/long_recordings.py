@@ -19,7 +19,6 @@ WHAT is ``length`` or ``order``.
 """
 
 import argparse
-import csv
 import json
 import resource
 import subprocess
@@ -31,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from csv_files import write_csv
 
 from speechbrain_flashformer.chunks import ChunkPlan, separate_long
 from speechbrain_flashformer.inference import FlashFormerSeparation
@@ -59,18 +59,11 @@ def main():
         return
     if args.only != "order":
         rows = [run_alone(args.model, minutes) for minutes in MINUTES]
-        save("long_length.csv", rows)
+        write_csv(RESULTS / "long_length.csv", rows)
     if args.only != "length":
-        save("long_order.csv", measure_order(args.model, args.speech))
-
-
-def save(name, rows):
-    """Write the rows of a table."""
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / name).open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+        write_csv(
+            RESULTS / "long_order.csv", measure_order(args.model, args.speech)
+        )
 
 
 def run_alone(model, minutes):

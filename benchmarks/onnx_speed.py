@@ -9,7 +9,6 @@ outputs are from those in float (SI-SNR in dB; a model of 10 dB loses 0.2 dB
 to an error at 23 dB).
 """
 
-import csv
 import statistics
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import onnxruntime
 import torch
+from csv_files import write_csv
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from speechbrain_flashformer.export import export_onnx
@@ -79,14 +79,10 @@ def main(model):
                     }
                     rows.append(row)
                     print(row)
-    OUT.parent.mkdir(exist_ok=True)
-    with OUT.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        for row in rows:
-            row["rtf"] = f"{row['rtf']:.5f}"
-            row["si-snr to torch"] = f"{row['si-snr to torch']:.1f}"
-            writer.writerow(row)
+    for row in rows:
+        row["rtf"] = f"{row['rtf']:.5f}"
+        row["si-snr to torch"] = f"{row['si-snr to torch']:.1f}"
+    write_csv(OUT, rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ per second of the clock and, for a machine that has other work, per second of
 computing.
 """
 
-import csv
 import os
 import statistics
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+from csv_files import write_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "recipes/WSJ0Mix/separation"))
@@ -29,6 +29,7 @@ from prepare_data import prepare_wsjmix  # noqa: E402
 SIZES = {"tr": 800, "cv": 100, "tt": 100}  # mixtures
 SECONDS, RATE, RUNS = 5, 8000, 5
 OUT = Path(__file__).parent / "results" / "preparation_speed.csv"
+COLUMNS = ("files", "number", "cores", "per second", "per CPU second")
 
 
 def make(folder):
@@ -74,17 +75,14 @@ def main():
             if "new, from disk" in seconds:
                 forget(files)
                 prepare(f"disk{run}", "new, from disk")
-    OUT.parent.mkdir(exist_ok=True)
-    with OUT.open("w", newline="") as file:
-        writer = csv.writer(file)
-        header = ["files", "number", "cores", "per second", "per CPU second"]
-        writer.writerow(header)
-        for what, times in seconds.items():
-            medians = [statistics.median(kind) for kind in zip(*times)]
-            speeds = [round(len(files) / median) for median in medians]
-            row = [what, len(files), os.cpu_count(), *speeds]
-            writer.writerow(row)
-            print(*row)
+    rows = []
+    for what, times in seconds.items():
+        medians = [statistics.median(kind) for kind in zip(*times)]
+        speeds = [round(len(files) / median) for median in medians]
+        row = (what, len(files), os.cpu_count(), *speeds)
+        rows.append(dict(zip(COLUMNS, row)))
+        print(*row)
+    write_csv(OUT, rows)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ import sys
 import time
 from pathlib import Path
 
+from csv_files import write_csv
+
 RATE = 8000
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "side_by_side.csv"
@@ -286,13 +288,7 @@ def write(rows):
             row["seconds"],
         ),
     )
-    RESULTS.parent.mkdir(exist_ok=True)
-    partial = RESULTS.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, RESULTS)
+    write_csv(RESULTS, rows, COLUMNS)
 
 
 def _replace(path, text):

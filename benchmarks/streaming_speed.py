@@ -14,7 +14,6 @@ results/streaming_speed.csv.
 """
 
 import argparse
-import csv
 import json
 import os
 import resource
@@ -26,6 +25,7 @@ import time
 from pathlib import Path
 
 import torch
+from csv_files import write_csv
 from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_flashformer.export import export_streaming_onnx
@@ -54,11 +54,7 @@ def main():
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(rows[-1])
-    OUT.parent.mkdir(exist_ok=True)
-    with OUT.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(OUT, rows)
 
 
 def measure(runtime, threads, minutes):

@@ -18,6 +18,7 @@ from speechbrain_flashformer.audio import (
     check_finite,
     resample_blocks,
 )
+from speechbrain_flashformer.checkpoints import misfits
 from speechbrain_flashformer.chunks import ChunkPlan, separate_long
 from speechbrain_flashformer.metrics import count_macs
 from speechbrain_flashformer.separate import (
@@ -189,19 +190,17 @@ class FlashFormerSeparation(SepformerSeparation):
             kwargs.setdefault("fetch_config", FetchConfig(overwrite=True))
         model = super().from_hparams(str(source), savedir=savedir, **kwargs)
         if model is not None:
-            model._check_keys()
+            model._check_weights()
         return model
 
-    def _check_keys(self):
+    def _check_weights(self):
         """SpeechBrain loads what fits and warns; wrong weights are an error."""
         for name, path in self.hparams.pretrainer.paths.items():
-            there = torch.load(path, map_location="cpu", weights_only=True)
-            wrong = set(there) ^ set(self.mods[name].state_dict())
-            if wrong:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if wrong := misfits(state, self.mods[name]):
                 raise ValueError(
-                    f"{path} does not fit the {name} of hyperparams.yaml: "
-                    f"{len(wrong)} keys are missing or unknown, such as "
-                    f"{sorted(wrong)[0]}"
+                    f"{path} does not fit the {name} of hyperparams.yaml in "
+                    f"{len(wrong)} weights, such as {wrong[0]}"
                 )
 
     def describe(self):

@@ -32,9 +32,9 @@ PEAK = 0.9
 SILENCE_DB = -60.0
 TRIES = 100
 
-# Least share of its time that a speaker speaks when turns are taken, and that
-# is left when mixtures stand in silence.
-SHORTEST_TURN = 0.2
+# Least share of its time that is spoken: by a speaker when turns are taken, in
+# a mixture that stands in silence.
+LEAST_SPOKEN = 0.2
 
 # Longest pause between two recordings that are joined, seconds.
 LONGEST_PAUSE = 1.0
@@ -261,12 +261,11 @@ class DynamicMixtures(Dataset):
     def __getitem__(self, n):
         """Mixture n: id, mix_sig [T] and s1_sig to sS_sig [T]."""
         rng = np.random.default_rng([self.seed, n])
-        # A share of 0 draws nothing: a seed's mixtures stay what they were.
-        joined = self.join_share and rng.random() < self.join_share
+        joined = _happens(self.join_share, rng)
         in_turns = rng.random() < self.turn_share
         spoken = 1.0
-        if self.silence_share and rng.random() < self.silence_share:
-            spoken = rng.uniform(SHORTEST_TURN, 1)
+        if _happens(self.silence_share, rng):
+            spoken = rng.uniform(LEAST_SPOKEN, 1)
         cuts, taken, length = [], set(), 0
         for _ in range(TRIES):
             pick = np.searchsorted(self.upto, rng.random() * self.upto[-1])
@@ -279,7 +278,7 @@ class DynamicMixtures(Dataset):
             cut = cut[: ceil(len(cut) * spoken)]
             whole = len(cut)
             if in_turns:
-                cut = cut[: ceil(whole * rng.uniform(SHORTEST_TURN, 1))]
+                cut = cut[: ceil(whole * rng.uniform(LEAST_SPOKEN, 1))]
             if _level_db(cut) > SILENCE_DB:
                 taken.add(self.speakers[pick])
                 cuts.append(cut)
@@ -333,7 +332,7 @@ class DynamicMixtures(Dataset):
         in_room = rng.random() < self.room_share
         t60 = rng.uniform(*ROOM_T60)
         band = None
-        if self.telephone_share and rng.random() < self.telephone_share:
+        if _happens(self.telephone_share, rng):
             band = telephone(self.sample_rate, rng)
         first = rng.normal(*FIRST_LEVEL_DB)
         sources = []
@@ -414,6 +413,12 @@ def random_noise(length, rng):
     spectrum = np.fft.rfft(rng.normal(size=length))
     frequency = np.maximum(np.arange(len(spectrum)), 1)
     return np.fft.irfft(spectrum / frequency ** rng.uniform(0, 1), length)
+
+
+def _happens(share, rng):
+    # A share of 0 draws nothing: a seed's mixtures stay what they were before
+    # there was the choice.
+    return share > 0 and rng.random() < share
 
 
 def _level_db(signal):

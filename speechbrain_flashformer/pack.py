@@ -12,7 +12,7 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_flashformer import __version__
-from speechbrain_flashformer.checkpoints import averaged_weights
+from speechbrain_flashformer.checkpoints import averaged_weights, misfits
 from speechbrain_flashformer.scores import SUMMARY
 from speechbrain_flashformer.separate import MODULES
 
@@ -188,14 +188,10 @@ def start_from(folder, modules):
                 "pack'"
             )
         state = torch.load(path, map_location="cpu", weights_only=True)
-        own = modules[name].state_dict()
-        both = own.keys() & state.keys()
-        wrong = own.keys() ^ state.keys()
-        wrong |= {key for key in both if own[key].shape != state[key].shape}
-        if wrong:
+        if wrong := misfits(state, modules[name]):
             raise ValueError(
                 f"{path} does not fit the {name} of the yaml in {len(wrong)} "
-                f"weights, such as {min(wrong)}: take over the numbers of the "
+                f"weights, such as {wrong[0]}: take over the numbers of the "
                 "hyperparams.yaml beside it"
             )
         modules[name].load_state_dict(state)

@@ -1,7 +1,10 @@
 """What several tests share: a small model, packed as training leaves it."""
 
+import importlib
 import os
 import shutil
+import sys
+from pathlib import Path
 
 # Two processes of tests with threads of their own would wait for each other.
 # Torch reads it when it is imported; the recipes that tests start inherit it.
@@ -43,6 +46,19 @@ modules:
     masknet: !ref <MaskNet>
     decoder: !ref <Decoder>
 """
+
+
+@pytest.fixture(scope="module")
+def load_benchmark():
+    """Import a command of benchmarks/ as a module, and what is beside it."""
+    folder = str(Path(__file__).parent.parent / "benchmarks")
+    before = set(sys.modules)
+    sys.path.insert(0, folder)
+    yield importlib.import_module
+    sys.path.remove(folder)
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(folder):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

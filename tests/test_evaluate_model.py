@@ -2,7 +2,6 @@
 
 import csv
 import importlib
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,12 +17,8 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def bench():
-    sys.path.insert(0, str(BENCHMARKS))
-    yield importlib.import_module("evaluate_model")
-    sys.path.pop(0)
-    for name in ("evaluate_model", "lesions", "models", "prompt_speakers"):
-        sys.modules.pop(name, None)
+def bench(load_benchmark):
+    return load_benchmark("evaluate_model")
 
 
 class Model:

@@ -1,7 +1,5 @@
 """The check for GPUs: here on a CPU, where wrong kernels are made to order."""
 
-import importlib
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,13 +12,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def check():
-    """The command as a module, and the models beside it."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    yield importlib.import_module("gpu_check")
-    sys.path.pop(0)
-    for name in ("gpu_check", "models"):
-        sys.modules.pop(name, None)
+def check(load_benchmark):
+    return load_benchmark("gpu_check")
 
 
 def case(check, name):

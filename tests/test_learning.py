@@ -2,7 +2,6 @@
 
 import csv
 import importlib
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,8 @@ TINY = "tiny:d_model=16:d_frame=16:num_layers=1:nhead=2:d_ffn=16:crop=2000"
 
 
 @pytest.fixture(scope="module")
-def bench():
-    """The command as a module, and the models beside it."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    yield importlib.import_module("learning")
-    sys.path.pop(0)
-    for name in ("learning", "models", "peers", "pretrained_data", "variants"):
-        sys.modules.pop(name, None)
+def bench(load_benchmark):
+    return load_benchmark("learning")
 
 
 @pytest.fixture(scope="module")
@@ -245,14 +239,14 @@ def test_what_is_left_out_costs_nothing(bench):
         return sum(p.numel() for p in model.parameters())
 
     whole = count()
-    for without in sys.modules["models"].WITHOUT:
+    for without in importlib.import_module("models").WITHOUT:
         assert count(without=without) < whole
     assert count(without="token-memory") > count(without="token-fsmn")
     assert count(without="frame-memory") > count(without="frame-fsmn")
 
 
 def test_a_variant_goes_through_the_parts_as_the_network_does(bench):
-    variants = sys.modules["variants"]
+    variants = importlib.import_module("variants")
     for size in ("tiny", "base"):
         masknet = bench.build_separator(size, num_layers=2).parts[1].eval()
         # Whole tokens: a variant hears what the last one is filled up with.
@@ -292,13 +286,43 @@ def test_streams_of_an_early_split_are_alike_but_not_the_same(bench):
     assert not torch.allclose(after, before, atol=1e-3)
 
 
-def test_stages_are_trained_and_the_last_is_scored(command, tmp_path):
-    command(
-        f"{TINY.replace('num_layers=1', 'num_layers=2')}:"
-        "variant=stage-losses --examples 16 --points 1"
-    )
+def test_stages_are_trained_and_the_last_is_scored(
+    bench, command, tmp_path, monkeypatch
+):
+    """The loss of each stage is a number here; what is seen of its gradient."""
+    seen = {}
+
+    class Stages(torch.nn.Module):
+        """Sources of three stages, the last first."""
+
+        def __init__(self):
+            super().__init__()
+            self.stages = torch.nn.Parameter(torch.zeros(3))
+
+        def forward(self, mixture):
+            stages = self.stages if self.training else self.stages[:1]
+            return stages.repeat_interleave(2).expand(*mixture.shape, -1)
+
+    def build(*_, **__):
+        seen["model"] = Stages()
+        return seen["model"]
+
+    def loss(targets, estimates, lengths):
+        assert targets.shape == estimates.shape
+        return estimates[:, 0, 0] + 5
+
+    def step(optimizer):
+        seen["gradient"] = seen["model"].stages.grad.clone()
+
+    monkeypatch.setattr(bench, "build_separator", build)
+    monkeypatch.setattr(bench, "pit_si_snr_loss", loss)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    command("tiny:crop=2000:optimizer=adamw --examples 8 --points 1")
+    weight = bench.STAGE_WEIGHT / 2
+    expected = torch.tensor([1, weight, weight])
+    torch.testing.assert_close(seen["gradient"], expected)
     (row,) = rows(tmp_path / "out.csv")
-    assert -60 < float(row["training"]) < 30 and row["steps"] == "2"
+    assert float(row["training"]) == -5
 
 
 def test_a_crop_grows(bench, command, monkeypatch):

@@ -1,24 +1,15 @@
 """The mean of two packed models."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from speechbrain_flashformer.inference import FlashFormerSeparation
 from speechbrain_flashformer.pack import pack
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def bench():
-    sys.path.insert(0, str(BENCHMARKS))
-    yield importlib.import_module("mean_weights")
-    sys.path.pop(0)
-    sys.modules.pop("mean_weights")
+def bench(load_benchmark):
+    return load_benchmark("mean_weights")
 
 
 def masks(folder):

@@ -226,9 +226,15 @@ def test_joined_recordings_are_of_one_speaker_and_go_on(speech):
 def test_a_share_is_joined_the_rest_is_as_it_was(speech):
     alone = mixtures(speech, samples=64000)
     some = mixtures(speech, samples=64000, join_share=0.5)
-    lengths = [len(some[n]["mix_sig"]) for n in range(60)]
-    assert 15 < sum(length == 64000 for length in lengths) < 45
+    items = [some[n] for n in range(60)]
+    joined = [len(item["mix_sig"]) == 64000 for item in items]
+    assert 15 < sum(joined) < 45
     assert max(len(alone[n]["mix_sig"]) for n in range(60)) < 64000
+    # One source after another, each a recording of 1 to 3 s and one tone.
+    for item in (x for x, all_of_it in zip(items, joined) if not all_of_it):
+        for name in ("s1_sig", "s2_sig"):
+            heard = np.flatnonzero(item[name].abs() > 1e-5)
+            assert np.diff(heard).max() < 40 and len(heard) < 25200
 
 
 def test_a_mixture_may_stand_in_silence(speech):

@@ -143,11 +143,11 @@ def test_train_stop_resume_and_test(data, tmp_path):
 def test_train_with_dynamic_mixing_then_pack_and_separate(data, tmp_path):
     output, model = tmp_path / "run", tmp_path / "model"
     part = data / "wav8k/min/tr"
-    options = ["--data_folder", data, "--N_epochs", 2]
+    options = ["--data_folder", data]
     options += ["--dynamic_mixing", True, "--base_folder_dm", part / "s1"]
     # Files are called NAME_SPEAKER_OTHER.wav.
     options += ["--dm_speaker", "_([^_]+)_", "--dm_noise_share", 0.5]
-    train("flashformer-demo", output, *options)
+    train("flashformer-demo", output, *options, "--N_epochs", 2)
     assert list(epochs(output)) == [1, 2]
 
     # Nothing of the recipe and no network is needed to separate.
@@ -178,6 +178,16 @@ def test_train_with_dynamic_mixing_then_pack_and_separate(data, tmp_path):
             # this one has learned too little for them to agree.
             likeness.append(abs(source @ tested) / norms)
         assert max(likeness) > 0.999
+
+    # Trained on at a rate of 0 it is what it was.
+    options += ["--start_from", model, "--N_epochs", 1, "--lr", 0]
+    train("flashformer-demo", tmp_path / "more", *options)
+    flashformer("pack", tmp_path / "more", tmp_path / "same")
+    for name in ("encoder.ckpt", "masknet.ckpt"):
+        before, after = (
+            torch.load(folder / name) for folder in (model, tmp_path / "same")
+        )
+        assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_the_default_makes_the_starter_set_and_says_so(tmp_path):

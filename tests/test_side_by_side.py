@@ -1,7 +1,5 @@
 """The bench beside the peers: what it measures, keeps, and shows."""
 
-import importlib
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,13 +9,8 @@ TINY = "flashformer-tiny"
 
 
 @pytest.fixture(scope="module")
-def bench():
-    """The command as a module, and the models beside it."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    yield importlib.import_module("side_by_side")
-    sys.path.pop(0)
-    for name in ("side_by_side", "peers", "models"):
-        sys.modules.pop(name, None)
+def bench(load_benchmark):
+    return load_benchmark("side_by_side")
 
 
 @pytest.fixture
