@@ -58,9 +58,7 @@ def find_sets(words, scratch):
 def score(model, folder):
     """Means over the mixtures of a folder."""
     gains, levels = [], []
-    ready = (folder / "mix").is_dir()
-    mixtures = read_mixtures(folder) if ready else make_mixtures(model, folder)
-    for mixture, *sources in mixtures:
+    for mixture, *sources in load_mixtures(model, folder):
         targets = torch.stack(sources, 1)[None]
         estimates = model.separate_batch(mixture[None])
         after, order = best_order(targets, estimates)
@@ -70,8 +68,6 @@ def score(model, folder):
             1
         ) / targets.square().mean(1)
         levels.append(10 * power.log10().mean().item())
-    if not gains:
-        raise FileNotFoundError(f"{folder}/mix has no wav files")
     return {
         "mixtures": len(gains),
         "si-snr_i": round(float(np.mean(gains)), 2),
@@ -82,9 +78,19 @@ def score(model, folder):
     }
 
 
+def load_mixtures(model, folder):
+    """Mixtures of a set, or made of its speakers, and their sources: [T]."""
+    if (folder / "mix").is_dir():
+        return read_mixtures(folder)
+    return make_mixtures(model, folder)
+
+
 def read_mixtures(folder):
     """Mixtures of a set and their sources, each [T]."""
-    for path in sorted((folder / "mix").glob("*.wav")):
+    paths = sorted((folder / "mix").glob("*.wav"))
+    if not paths:
+        raise FileNotFoundError(f"{folder}/mix has no wav files")
+    for path in paths:
         yield [
             torch.from_numpy(
                 soundfile.read(folder / part / path.name, dtype="float32")[0]

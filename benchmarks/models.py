@@ -15,7 +15,7 @@ from scipy.fft import dct
 from speechbrain.lobes.models import conv_tasnet, dual_path, resepformer
 from variants import VARIANTS
 
-from speechbrain_flashformer.masknet import GlobalNorm
+from speechbrain_flashformer.norm import GlobalNorm
 
 HPARAMS = Path(__file__).resolve().parent.parent / "hparams"
 OURS = tuple(
@@ -283,23 +283,17 @@ class FrameNorm(nn.LayerNorm):
         return super().forward(x)
 
 
-class EnergyNorm(GlobalNorm):
-    """In the place of the global norm: each frame counts by its energy.
-
-    Silence around the speech then changes nothing.
-    """
+class UniformNorm(GlobalNorm):
+    """In the place of the global norm: gLN, in which all frames count alike."""
 
     def forward(self, x, *_):
         """Normalise x [B, L, N]."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        power = wide.square().mean(2)
-        share = power / power.amax(1, keepdim=True).clamp(min=self.eps**2)
-        share = share / share.sum(1, keepdim=True).clamp(min=self.eps)
-        mean = (share * wide.mean(2)).sum(1)
-        return super().forward(x, statistics=(mean, (share * power).sum(1)))
+        given = wide.mean((1, 2)), wide.square().mean((1, 2))
+        return super().forward(x, statistics=given)
 
 
-NORMS = {"frame": FrameNorm, "energy": EnergyNorm}
+NORMS = {"frame": FrameNorm, "uniform": UniformNorm}
 
 
 def _no_attention(masknet):

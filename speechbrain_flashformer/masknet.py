@@ -23,124 +23,13 @@ from speechbrain_flashformer.attention import (
     stream_mask,
 )
 from speechbrain_flashformer.fsmn import GatedFSMN
+from speechbrain_flashformer.norm import CumulativeNorm, GlobalNorm
 
 # Tokens that the input norm of a causal network remembers: 4 s at 125 a second.
 NORM_TOKENS = 500
 # Tokens that a stream runs at once: half a second at 125 a second. What the
 # layers hold is bounded however long a block is.
 PIECE = 64
-
-
-class GlobalNorm(nn.Module):
-    """Norm over all channels and valid frames of a recording (gLN).
-
-    One mean and one variance per recording keep the level differences between
-    frames, which a norm per frame would hide. Source: Conv-TasNet
-    (arXiv:1809.07454, eq. 9 to 11).
-
-    Arguments
-    ---------
-    channels : int
-        N.
-    eps : float
-        Least standard deviation: silence stays finite. So small that the
-        level of a recording makes no difference.
-
-    Example
-    -------
-    >>> GlobalNorm(16)(torch.randn(2, 50, 16)).shape
-    torch.Size([2, 50, 16])
-    """
-
-    def __init__(self, channels, eps=1e-8):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x, keep=None, statistics=None):
-        """Normalise x [B, L, N].
-
-        keep [B, L, 1] is 0 at padded frames; statistics are mean and mean
-        square [B] of the recording that x is a part of.
-        """
-        # Autocast would sum the squares in half precision.
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        if statistics is None:
-            frames = x.shape[1]
-            if keep is not None:
-                keep = keep.to(wide.dtype)
-                wide, frames = wide * keep, keep.sum((1, 2))
-            count = x.shape[2] * frames
-            mean = wide.sum((1, 2)) / count
-            power = torch.linalg.vector_norm(wide, dim=(1, 2)).square() / count
-        else:
-            mean, power = (s.to(wide) for s in statistics)
-        variance = (power - mean.square()).clamp(min=0)
-        scale = (variance + self.eps**2).rsqrt()
-        # One pass over the frames, which are many: gain * x + shift.
-        gain = scale[:, None, None] * self.weight
-        shift = self.bias - mean[:, None, None] * gain
-        return torch.addcmul(shift, wide, gain).to(x.dtype)
-
-
-class CumulativeNorm(GlobalNorm):
-    """``GlobalNorm`` over the past: at each frame, over the last ``span``.
-
-    Weights are those of ``GlobalNorm``. A span that ends forgets: a loud word
-    does not quieten the hour after it.
-
-    Arguments
-    ---------
-    channels : int
-        N.
-    span : int
-        Frames.
-
-    Example
-    -------
-    >>> norm = CumulativeNorm(16, span=100)
-    >>> x = torch.randn(2, 50, 16)
-    >>> torch.allclose(norm(x)[:, :20], norm(x[:, :20]), atol=1e-6)
-    True
-    """
-
-    def __init__(self, channels, span, eps=1e-8):
-        super().__init__(channels, eps)
-        self.span = span
-
-    def make_past(self, like):
-        """What ``forward_streaming`` begins with; like is any [B, n, N]."""
-        return like.new_zeros(like.shape[0], 3, self.span, dtype=torch.double)
-
-    def forward(self, x):
-        """Normalise x [B, L, N]."""
-        return self.forward_streaming(x, self.make_past(x))[0]
-
-    def forward_streaming(self, x, past):
-        """Normalise the next frames x [B, n, N]; also the new past.
-
-        past [B, 3, span] holds, for each of the last frames, the sum over its
-        channels, that of their squares, and 1 (0 before the beginning).
-        """
-        wide = x.double()
-        one = torch.ones_like(wide[:, :, 0])
-        sums = torch.stack([wide.sum(2), wide.square().sum(2), one], 1)
-        known = torch.cat([past, sums], 2)
-        # Span by span: what is left of the span before, and what is new. No
-        # difference of running totals, in which a click would never be over.
-        spans = F.pad(known, (0, -x.shape[1] % self.span))
-        spans = spans.unflatten(2, (-1, self.span))
-        left = spans[:, :, :-1].flip(3).cumsum(3).flip(3)
-        left = F.pad(left[..., 1:], (0, 1))
-        total = left + spans[:, :, 1:].cumsum(3)
-        total = total.flatten(2)[:, :, : x.shape[1]]
-        mean, power = total[:, :2].div(total[:, 2:] * x.shape[2]).unbind(1)
-        variance = (power - mean.square()).clamp(min=0)
-        scale = (variance + self.eps**2).rsqrt()
-        out = (wide - mean[:, :, None]) * scale[:, :, None]
-        out = out.to(x.dtype) * self.weight + self.bias
-        return out, known[:, :, x.shape[1] :]
 
 
 class LayerScale(nn.Module):

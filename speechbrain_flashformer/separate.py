@@ -7,6 +7,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from speechbrain_flashformer.norm import energy_sums, moments
+
 # The parts of a model, as SpeechBrain's recipes and interfaces call them.
 MODULES = ("encoder", "masknet", "decoder")
 
@@ -75,7 +77,7 @@ def separate(mixture, encoder, masknet, decoder, lengths=None, statistics=None):
 
 
 def encoder_statistics(blocks, encoder):
-    """Mean and mean square of the encoder output over whole recordings.
+    """Statistics for the input norm: encoder output of whole recordings.
 
     Arguments
     ---------
@@ -87,7 +89,8 @@ def encoder_statistics(blocks, encoder):
     Returns
     -------
     tuple of torch.Tensor
-        Mean and mean square, [C] each.
+        Mean and mean square, [C] each, of frames that count by their energy
+        as in ``norm.energy_sums``.
 
     Example
     -------
@@ -95,32 +98,33 @@ def encoder_statistics(blocks, encoder):
     >>> encoder = Encoder(kernel_size=16, out_channels=32)
     >>> mixture = torch.randn(1, 1600)
     >>> mean, _ = encoder_statistics(mixture.split(100, 1), encoder)
-    >>> torch.allclose(mean.float(), encoder(mixture).mean())
+    >>> silence = torch.zeros(1, 8000)
+    >>> among, _ = encoder_statistics([mixture, silence], encoder)
+    >>> torch.allclose(mean, among, rtol=0.01)
     True
     """
     kernel, stride = encoder_frame(encoder)
     device = next(encoder.parameters()).device
-    total, squares, count, rest = 0, 0, 0, None
+    sums, frames, rest = 0, 0, None
 
     def _add(samples):
-        nonlocal total, squares, count
+        nonlocal sums, frames
         mix_w = encoder(samples.to(device)).double()
-        total = total + mix_w.sum((1, 2))
-        squares = squares + mix_w.square().sum((1, 2))
-        count += mix_w.shape[1] * mix_w.shape[2]
+        sums = sums + energy_sums(mix_w.transpose(1, 2)).sum(2)
+        frames += mix_w.shape[2]
 
     for block in blocks:
         samples = block if rest is None else torch.cat([rest, block], 1)
         if samples.shape[1] >= kernel:
             _add(samples)
-            frames = 1 + (samples.shape[1] - kernel) // stride
-            samples = samples[:, frames * stride :]
+            whole = 1 + (samples.shape[1] - kernel) // stride
+            samples = samples[:, whole * stride :]
         rest = samples
     # What a last frame covers that only the padding fills.
-    covered = kernel - stride if count else 0
+    covered = kernel - stride if frames else 0
     if rest.shape[1] > covered:
         _add(F.pad(rest, (0, kernel - rest.shape[1])))
-    return total / count, squares / count
+    return moments(sums)
 
 
 def _keep(lengths, size):

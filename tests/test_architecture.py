@@ -15,8 +15,9 @@ MAY_IMPORT = {
     "__init__": {"masknet", "streaming"},
     "attention": set(),
     "fsmn": set(),
-    "masknet": {"attention", "fsmn"},
-    "separate": set(),
+    "norm": set(),
+    "masknet": {"attention", "fsmn", "norm"},
+    "separate": {"norm"},
     "streaming": {"separate"},
     "metrics": set(),
     "data": set(),
@@ -31,6 +32,7 @@ MAY_IMPORT = {
     "inference": {
         "attention",
         "audio",
+        "checkpoints",
         "chunks",
         "metrics",
         "separate",
@@ -48,6 +50,7 @@ LAZY = {"flash_attn", "pesq", "pystoi"}
 TORCH_ONLY = (
     "attention",
     "fsmn",
+    "norm",
     "masknet",
     "separate",
     "streaming",

@@ -8,7 +8,7 @@ import torch
 from speechbrain.lobes.models.dual_path import Decoder, Encoder
 
 from speechbrain_flashformer import FlashFormer
-from speechbrain_flashformer.masknet import CumulativeNorm
+from speechbrain_flashformer.norm import CumulativeNorm
 from speechbrain_flashformer.separate import separate
 from speechbrain_flashformer.streaming import (
     StreamingSeparator,

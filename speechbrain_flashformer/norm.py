@@ -1,0 +1,158 @@
+"""Norms of the input, in which frames count by their energy.
+
+One mean and one variance for all channels of many frames keep the differences
+in level between frames, which a norm per frame would hide. In Conv-TasNet's gLN
+(arXiv:1809.07454, eq. 9 to 11) all frames count alike, and speech is the louder
+to the network the more silence there is around it. Here silence changes
+nothing.
+
+Axes: B batch, L frames, N channels.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# Least sum of energies that is divided by: silence, and its gradient, stay
+# finite. Far below one frame of the least standard deviation.
+TINY = 1e-20
+
+
+def energy_sums(x, keep=None):
+    """What a mean and a mean square of frames weighted by energy are made of.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        [B, L, N], in single precision at least: half would overflow.
+    keep : torch.Tensor, optional
+        [B, L, 1], 0 at padded frames.
+
+    Returns
+    -------
+    torch.Tensor
+        [B, 3, L]: for each frame its mean square over the channels times its
+        mean, times itself, and alone. The sums of the first two over any
+        frames, over the sum of the third, are the mean and mean square.
+
+    Example
+    -------
+    >>> x = torch.tensor([[[1.0, 3.0], [0.0, 0.0]]])  # second frame: silence
+    >>> energy_sums(x)
+    tensor([[[10.,  0.],
+             [25.,  0.],
+             [ 5.,  0.]]])
+    """
+    energy = torch.linalg.vector_norm(x, dim=2).square() / x.shape[2]
+    weight = energy if keep is None else energy * keep.squeeze(2)
+    return torch.stack([weight * x.mean(2), weight * energy, weight], 1)
+
+
+def moments(sums):
+    """Mean and mean square of ``energy_sums`` summed over frames [B, 3, ...].
+
+    They are 0 where there was only silence.
+    """
+    return (sums[:, :2] / sums[:, 2:].clamp(min=TINY)).unbind(1)
+
+
+class GlobalNorm(nn.Module):
+    """Norm over all channels and valid frames of a recording.
+
+    Arguments
+    ---------
+    channels : int
+        N.
+    eps : float
+        Least standard deviation: silence stays finite. So small that the
+        level of a recording makes no difference.
+
+    Example
+    -------
+    >>> norm, x = GlobalNorm(16), torch.randn(2, 50, 16)
+    >>> silence = torch.zeros(2, 500, 16)
+    >>> among = norm(torch.cat([silence, x], 1))[:, 500:]
+    >>> torch.allclose(among, norm(x), atol=1e-5)
+    True
+    """
+
+    def __init__(self, channels, eps=1e-8):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x, keep=None, statistics=None):
+        """Normalise x [B, L, N].
+
+        keep [B, L, 1] is 0 at padded frames; statistics are mean and mean
+        square [B] of the recording that x is a part of, from ``energy_sums``.
+        """
+        # Autocast would sum the squares in half precision.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if statistics is None:
+            statistics = moments(energy_sums(wide, keep).sum(2))
+        mean, power = (s.to(wide) for s in statistics)
+        variance = (power - mean.square()).clamp(min=0)
+        scale = (variance + self.eps**2).rsqrt()
+        # One pass over the frames, which are many: gain * x + shift.
+        gain = scale[:, None, None] * self.weight
+        shift = self.bias - mean[:, None, None] * gain
+        return torch.addcmul(shift, wide, gain).to(x.dtype)
+
+
+class CumulativeNorm(GlobalNorm):
+    """``GlobalNorm`` over the past: at each frame, over the last ``span``.
+
+    Weights are those of ``GlobalNorm``. A span that ends forgets: a loud word
+    does not quieten the hour after it.
+
+    Arguments
+    ---------
+    channels : int
+        N.
+    span : int
+        Frames.
+
+    Example
+    -------
+    >>> norm = CumulativeNorm(16, span=100)
+    >>> x = torch.randn(2, 50, 16)
+    >>> torch.allclose(norm(x)[:, :20], norm(x[:, :20]), atol=1e-6)
+    True
+    """
+
+    def __init__(self, channels, span, eps=1e-8):
+        super().__init__(channels, eps)
+        self.span = span
+
+    def make_past(self, like):
+        """What ``forward_streaming`` begins with; like is any [B, n, N]."""
+        return like.new_zeros(like.shape[0], 3, self.span, dtype=torch.double)
+
+    def forward(self, x):
+        """Normalise x [B, L, N]."""
+        return self.forward_streaming(x, self.make_past(x))[0]
+
+    def forward_streaming(self, x, past):
+        """Normalise the next frames x [B, n, N]; also the new past.
+
+        past [B, 3, span] holds ``energy_sums`` of the last frames, 0 before
+        the beginning.
+        """
+        wide = x.double()
+        known = torch.cat([past, energy_sums(wide)], 2)
+        # Span by span: what is left of the span before, and what is new. No
+        # difference of running totals, in which a click would never be over.
+        spans = F.pad(known, (0, -x.shape[1] % self.span))
+        spans = spans.unflatten(2, (-1, self.span))
+        left = spans[:, :, :-1].flip(3).cumsum(3).flip(3)
+        left = F.pad(left[..., 1:], (0, 1))
+        total = left + spans[:, :, 1:].cumsum(3)
+        total = total.flatten(2)[:, :, : x.shape[1]]
+        mean, power = moments(total)
+        variance = (power - mean.square()).clamp(min=0)
+        scale = (variance + self.eps**2).rsqrt()
+        out = (wide - mean[:, :, None]) * scale[:, :, None]
+        out = out.to(x.dtype) * self.weight + self.bias
+        return out, known[:, :, x.shape[1] :]
