@@ -293,7 +293,19 @@ class UniformNorm(GlobalNorm):
         return super().forward(x, statistics=given)
 
 
-NORMS = {"frame": FrameNorm, "uniform": UniformNorm}
+class EnergyNorm(GlobalNorm):
+    """In the place of the global norm: frames count by their energy."""
+
+    def forward(self, x, *_):
+        """Normalise x [B, L, N]."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        energy = wide.square().mean(2)
+        share = energy / energy.sum(1, keepdim=True).clamp(min=self.eps**2)
+        mean = (share * wide.mean(2)).sum(1)
+        return super().forward(x, statistics=(mean, (share * energy).sum(1)))
+
+
+NORMS = {"frame": FrameNorm, "uniform": UniformNorm, "energy": EnergyNorm}
 
 
 def _no_attention(masknet):

@@ -1,10 +1,11 @@
-"""Norms of the input, in which frames count by their energy.
+"""Norms of the input, in which frames count by their amplitude.
 
 One mean and one variance for all channels of many frames keep the differences
 in level between frames, which a norm per frame would hide. In Conv-TasNet's gLN
 (arXiv:1809.07454, eq. 9 to 11) all frames count alike, and speech is the louder
 to the network the more silence there is around it. Here silence changes
-nothing.
+nothing. Energies in place of amplitudes would do that too, but let one click
+decide for the whole recording.
 
 Axes: B batch, L frames, N channels.
 """
@@ -13,13 +14,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# Least sum of energies that is divided by: silence, and its gradient, stay
+# Least sum of amplitudes that is divided by: silence, and its gradient, stay
 # finite. Far below one frame of the least standard deviation.
 TINY = 1e-20
 
 
-def energy_sums(x, keep=None):
-    """What a mean and a mean square of frames weighted by energy are made of.
+def weighted_sums(x, keep=None):
+    """What mean and mean square of frames weighted by amplitude are made of.
 
     Arguments
     ---------
@@ -31,25 +32,27 @@ def energy_sums(x, keep=None):
     Returns
     -------
     torch.Tensor
-        [B, 3, L]: for each frame its mean square over the channels times its
-        mean, times itself, and alone. The sums of the first two over any
-        frames, over the sum of the third, are the mean and mean square.
+        [B, 3, L]: for each frame its root mean square over the channels times
+        its mean, times its mean square, and alone. The sums of the first two
+        over any frames, over the sum of the third, are mean and mean square.
 
     Example
     -------
-    >>> x = torch.tensor([[[1.0, 3.0], [0.0, 0.0]]])  # second frame: silence
-    >>> energy_sums(x)
-    tensor([[[10.,  0.],
-             [25.,  0.],
-             [ 5.,  0.]]])
+    >>> x = torch.tensor([[[1.0, 7.0], [0.0, 0.0]]])  # second frame: silence
+    >>> weighted_sums(x)
+    tensor([[[ 20.,   0.],
+             [125.,   0.],
+             [  5.,   0.]]])
     """
-    energy = torch.linalg.vector_norm(x, dim=2).square() / x.shape[2]
-    weight = energy if keep is None else energy * keep.squeeze(2)
-    return torch.stack([weight * x.mean(2), weight * energy, weight], 1)
+    # One pass over the channels; the squares would be kept for the gradient.
+    amplitude = torch.linalg.vector_norm(x, dim=2) / x.shape[2] ** 0.5
+    weight = amplitude if keep is None else amplitude * keep.squeeze(2)
+    sums = [weight * x.mean(2), weight * amplitude.square(), weight]
+    return torch.stack(sums, 1)
 
 
 def moments(sums):
-    """Mean and mean square of ``energy_sums`` summed over frames [B, 3, ...].
+    """Mean and mean square of ``weighted_sums`` summed over frames [B, 3, ...].
 
     They are 0 where there was only silence.
     """
@@ -86,12 +89,12 @@ class GlobalNorm(nn.Module):
         """Normalise x [B, L, N].
 
         keep [B, L, 1] is 0 at padded frames; statistics are mean and mean
-        square [B] of the recording that x is a part of, from ``energy_sums``.
+        square [B] of the recording that x is a part of, from ``weighted_sums``.
         """
         # Autocast would sum the squares in half precision.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if statistics is None:
-            statistics = moments(energy_sums(wide, keep).sum(2))
+            statistics = moments(weighted_sums(wide, keep).sum(2))
         mean, power = (s.to(wide) for s in statistics)
         variance = (power - mean.square()).clamp(min=0)
         scale = (variance + self.eps**2).rsqrt()
@@ -137,11 +140,11 @@ class CumulativeNorm(GlobalNorm):
     def forward_streaming(self, x, past):
         """Normalise the next frames x [B, n, N]; also the new past.
 
-        past [B, 3, span] holds ``energy_sums`` of the last frames, 0 before
+        past [B, 3, span] holds ``weighted_sums`` of the last frames, 0 before
         the beginning.
         """
         wide = x.double()
-        known = torch.cat([past, energy_sums(wide)], 2)
+        known = torch.cat([past, weighted_sums(wide)], 2)
         # Span by span: what is left of the span before, and what is new. No
         # difference of running totals, in which a click would never be over.
         spans = F.pad(known, (0, -x.shape[1] % self.span))

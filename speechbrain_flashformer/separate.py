@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from speechbrain_flashformer.norm import energy_sums, moments
+from speechbrain_flashformer.norm import moments, weighted_sums
 
 # The parts of a model, as SpeechBrain's recipes and interfaces call them.
 MODULES = ("encoder", "masknet", "decoder")
@@ -89,8 +89,8 @@ def encoder_statistics(blocks, encoder):
     Returns
     -------
     tuple of torch.Tensor
-        Mean and mean square, [C] each, of frames that count by their energy
-        as in ``norm.energy_sums``.
+        Mean and mean square, [C] each, of frames that count by their
+        amplitude as in ``norm.weighted_sums``.
 
     Example
     -------
@@ -110,7 +110,7 @@ def encoder_statistics(blocks, encoder):
     def _add(samples):
         nonlocal sums, frames
         mix_w = encoder(samples.to(device)).double()
-        sums = sums + energy_sums(mix_w.transpose(1, 2)).sum(2)
+        sums = sums + weighted_sums(mix_w.transpose(1, 2)).sum(2)
         frames += mix_w.shape[2]
 
     for block in blocks:

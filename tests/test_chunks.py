@@ -154,10 +154,10 @@ def test_encoder_statistics_are_those_of_the_whole(small, samples):
 
     separate(mixture, encoder, masknet, small[2])
     mean, power = encoder_statistics(mixture.split(7, 1), encoder)
-    # Each frame as often as it has energy.
     energy = given[0].square().mean(1)
+    weight = energy.sqrt()
     for found, frames in ((mean, given[0].mean(1)), (power, energy)):
-        expected = (frames * energy).sum(1) / energy.sum(1)
+        expected = (frames * weight).sum(1) / weight.sum(1)
         torch.testing.assert_close(found.float(), expected)
 
 

@@ -8,7 +8,6 @@ import torch
 from speechbrain.lobes.models.dual_path import Decoder, Encoder
 
 from speechbrain_flashformer import FlashFormer
-from speechbrain_flashformer.norm import CumulativeNorm
 from speechbrain_flashformer.separate import separate
 from speechbrain_flashformer.streaming import (
     StreamingSeparator,
@@ -169,21 +168,6 @@ def test_rows_of_unlike_length_are_as_alone():
     together = separate(mixture, *modules, lengths)
     alone = separate(mixture[1:, :1890], *modules)
     torch.testing.assert_close(together[1:, :1890], alone, rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
-def test_the_norm_forgets():
-    """A loud beginning is over when the span is, in both forms."""
-    norm = CumulativeNorm(8, span=50)
-    x = torch.randn(1, 300, 8)
-    loud = x.clone()
-    loud[:, :100] *= 1000
-    torch.testing.assert_close(norm(x)[:, 150:], norm(loud)[:, 150:])
-    past, parts = norm.make_past(x), []
-    for part in loud.split(7, 1):
-        out, past = norm.forward_streaming(part, past)
-        parts.append(out)
-    torch.testing.assert_close(torch.cat(parts, 1), norm(loud))
 
 
 def test_weights_are_those_of_the_offline_network():

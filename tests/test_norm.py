@@ -1,0 +1,73 @@
+"""Norms of the input: what counts, what does not, what stays finite."""
+
+import pytest
+import torch
+
+from speechbrain_flashformer.norm import CumulativeNorm, GlobalNorm
+
+
+def reference(x):
+    """The last frame of x [L, N] by the mean and variance over all of x."""
+    weight = x.square().mean(1).sqrt()
+    weight = (weight / weight.sum())[:, None]
+    mean = (weight * x).sum() / x.shape[1]
+    variance = (weight * (x - mean).square()).sum() / x.shape[1]
+    return (x[-1] - mean) / variance.sqrt()
+
+
+def test_each_frame_counts_by_its_amplitude():
+    x = torch.randn(2, 50, 12) * torch.rand(2, 50, 1) + 1
+    normed = GlobalNorm(12)(x)
+    for row, frames in zip(normed, x):
+        torch.testing.assert_close(row[-1], reference(frames))
+
+
+def test_a_stream_counts_the_frames_of_its_span():
+    x = torch.randn(1, 60, 12) * torch.rand(1, 60, 1) + 1
+    normed = CumulativeNorm(12, span=20)(x)
+    for place in (0, 5, 19, 20, 21, 59):
+        span = x[0, max(0, place - 19) : place + 1]
+        torch.testing.assert_close(normed[0, place], reference(span))
+
+
+def test_silence_changes_nothing():
+    x = torch.randn(2, 50, 12)
+    silence = torch.zeros(2, 400, 12)
+    for norm in (GlobalNorm(12), CumulativeNorm(12, span=1000)):
+        among = norm(torch.cat([silence, x[:, :20], silence, x[:, 20:]], 1))
+        spoken = torch.cat([among[:, 400:420], among[:, 820:]], 1)
+        torch.testing.assert_close(spoken, norm(x), atol=1e-5, rtol=1e-5)
+
+
+def test_padded_frames_do_not_count():
+    x = torch.randn(1, 50, 12)
+    keep = torch.arange(50)[None, :, None] < 30
+    alone = GlobalNorm(12)(x[:, :30])
+    padded = GlobalNorm(12)(torch.cat([x[:, :30], 9 * x[:, 30:]], 1), keep)
+    torch.testing.assert_close(padded[:, :30], alone)
+
+
+@pytest.mark.parametrize("level", [1e-5, 1e10])
+def test_the_level_makes_no_difference(level):
+    x = torch.rand(1, 4000, 12)
+    for norm in (GlobalNorm(12), CumulativeNorm(12, span=1000)):
+        given = (level * x).requires_grad_()
+        normed = norm(given)
+        torch.testing.assert_close(normed, norm(x), atol=1e-3, rtol=1e-3)
+        normed.square().sum().backward()
+        assert given.grad.isfinite().all()
+
+
+@torch.no_grad()
+def test_the_norm_forgets():
+    """A loud beginning is over when the span is, in both forms."""
+    norm = CumulativeNorm(8, span=50)
+    x = torch.randn(1, 300, 8)
+    loud = x.clone()
+    loud[:, :100] *= 1000
+    torch.testing.assert_close(norm(x)[:, 150:], norm(loud)[:, 150:])
+    past, parts = norm.make_past(x), []
+    for part in loud.split(7, 1):
+        out, past = norm.forward_streaming(part, past)
+        parts.append(out)
+    torch.testing.assert_close(torch.cat(parts, 1), norm(loud))
