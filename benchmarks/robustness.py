@@ -40,9 +40,9 @@ def after_silence(seconds, rate, signals):
 
 
 def after_click(rate, signals):
-    """Let the mixture begin with one loud sample, 50 ms before the rest."""
-    signals = after_silence(0.05, rate, signals)
-    signals[0, 0] = 10 * signals[:, 0].abs().max()
+    """Let one loud sample be heard in the silence 50 ms before the rest."""
+    signals = after_silence(0.1, rate, signals)
+    signals[rate // 20, 0] = 10 * signals[:, 0].abs().max()
     return signals
 
 
