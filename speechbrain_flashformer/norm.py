@@ -52,9 +52,24 @@ def weighted_sums(x, keep=None):
 
 
 def moments(sums):
-    """Mean and mean square of ``weighted_sums`` summed over frames [B, 3, ...].
+    """Mean and mean square of ``weighted_sums``.
 
-    They are 0 where there was only silence.
+    Arguments
+    ---------
+    sums : torch.Tensor
+        [B, 3, ...], summed over frames.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        [B, ...] each; 0 where there was only silence.
+
+    Example
+    -------
+    >>> x = torch.tensor([[[1.0, 7.0], [0.0, 0.0]]])
+    >>> mean, power = moments(weighted_sums(x).sum(2))
+    >>> mean.item(), power.item()
+    (4.0, 25.0)
     """
     return (sums[:, :2] / sums[:, 2:].clamp(min=TINY)).unbind(1)
 
