@@ -188,7 +188,16 @@ class FlashFormerSeparation(SepformerSeparation):
         if savedir is not None:
             # Else the files of another model there would be loaded.
             kwargs.setdefault("fetch_config", FetchConfig(overwrite=True))
-        model = super().from_hparams(str(source), savedir=savedir, **kwargs)
+        try:
+            model = super().from_hparams(str(source), savedir=savedir, **kwargs)
+        except RuntimeError as error:
+            # Torch's own words where a weight has another shape.
+            if "loading state_dict" not in str(error):
+                raise
+            raise ValueError(
+                f"a checkpoint of {source} does not fit its hyperparams.yaml: "
+                f"{error}"
+            ) from error
         if model is not None:
             model._check_weights()
         return model

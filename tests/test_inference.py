@@ -404,15 +404,20 @@ def test_a_missing_folder_is_refused(tmp_path):
         FlashFormerSeparation.from_hparams(tmp_path / "gone")
 
 
-@pytest.mark.parametrize("change", ["missing", "unknown"])
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
 def test_weights_of_another_model_are_refused(packed, change):
     path = packed / "masknet.ckpt"
     state = torch.load(path, weights_only=True)
     value = state.pop("norm_out.bias")
     if change == "unknown":
         state |= {"norm_out.bias": value, "another": value}
+    if change == "shape":
+        state["norm_out.bias"] = value[1:]
     torch.save(state, path)
-    with pytest.raises(ValueError, match="masknet of .* in 1 weights"):
+    message = "masknet of hyperparams.yaml in 1 weights, such as (norm_o|ano)"
+    if change == "shape":
+        message = r"does not fit its hyperparams.yaml: [\s\S]*norm_out.bias"
+    with pytest.raises(ValueError, match=message):
         FlashFormerSeparation.from_hparams(packed)
 
 

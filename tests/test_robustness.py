@@ -81,7 +81,12 @@ def test_one_row_for_each_condition(bench, packed_once, tmp_path, monkeypatch):
         "load_mixtures",
         lambda *_: iter([list(torch.randn(3, 9000))] * 2),
     )
+    scored, gain = [], bench.gain
+    monkeypatch.setattr(
+        bench, "gain", lambda *words: scored.append(words) or gain(*words)
+    )
     bench.main(packed_once, [])
+    assert len(scored) == len(bench.CONDITIONS)
     lines = (tmp_path / "out.csv").read_text().splitlines()
     assert lines[0] == "condition,noise"
     assert len(lines) == 1 + len(bench.CONDITIONS)
