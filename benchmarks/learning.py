@@ -17,7 +17,7 @@ with the extra ``bench`` mossformer2 or fla-sepreformer.
 Further keys are ``optimizer`` (muon, the recipe's pair, the default of ours; or
 adamw, that of the peers), ``lr``, ``batch``, ``crop`` (samples; (4000,12000)
 grows from one to the other), ``precision=bf16`` and, of ours, ``without``,
-``norm``, ``start=cosine``, ``variant`` (see models.py) and ``output=map`` (see
+``norm``, ``start``, ``variant`` (see models.py) and ``output=map`` (see
 peers.py).
 
 Writes OUT.csv, a row per run; OUT_curves.csv, what was measured on the way;

@@ -7,14 +7,13 @@ be no fair match for networks that do).
 
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 from hyperpyyaml import load_hyperpyyaml
-from scipy.fft import dct
 from speechbrain.lobes.models import conv_tasnet, dual_path, resepformer
 from variants import VARIANTS
 
+from speechbrain_flashformer.filterbank import fourier_filters
 from speechbrain_flashformer.norm import GlobalNorm
 
 HPARAMS = Path(__file__).resolve().parent.parent / "hparams"
@@ -37,8 +36,8 @@ def build(name, without=None, norm=None, start=None, variant=None, **numbers):
     norm : str, optional
         How one of ours normalises its input, a key of ``NORMS``.
     start : str, optional
-        ``cosine``: encoder and decoder of one of ours begin as cosine
-        transforms that give the mixture back, not at random.
+        How encoder and decoder begin, a key of ``STARTS``; else ours as in
+        its yaml and a peer at random.
     variant : str, optional
         Another shape of one of ours, a key of ``VARIANTS``.
     **numbers
@@ -66,27 +65,30 @@ def build(name, without=None, norm=None, start=None, variant=None, **numbers):
             raise ValueError(f"{name}: {error.args[0]}") from error
         model = [hparams[part] for part in ("Encoder", "MaskNet", "Decoder")]
         _change(model[1], without, norm)
-        if start is not None:
-            if start != "cosine":
-                raise ValueError("start is cosine")
-            start_as_cosines(model[0], model[2])
         if variant is not None:
             if variant not in VARIANTS:
                 raise ValueError(f"variant is one of {', '.join(VARIANTS)}")
             model[1] = VARIANTS[variant](model[1])
-        return model
-    if name not in PEERS:
+    elif name in PEERS:
+        if numbers or without or norm or variant:
+            raise ValueError(
+                f"{name} is built as in its recipe: no key but start"
+            )
+        masknet, channels = PEERS[name]()
+        encoder = dual_path.Encoder(kernel_size=16, out_channels=channels)
+        decoder = dual_path.Decoder(
+            channels, 1, kernel_size=16, stride=8, bias=False
+        )
+        model = [encoder, masknet, decoder]
+    else:
         raise ValueError(
             f"no model named {name!r}: choose from {', '.join((*OURS, *PEERS))}"
         )
-    if numbers or without or norm or start or variant:
-        raise ValueError(f"{name} is built as in its recipe: it takes no keys")
-    masknet, channels = PEERS[name]()
-    encoder = dual_path.Encoder(kernel_size=16, out_channels=channels)
-    decoder = dual_path.Decoder(
-        channels, 1, kernel_size=16, stride=8, bias=False
-    )
-    return [encoder, masknet, decoder]
+    if start is not None:
+        if start not in STARTS:
+            raise ValueError(f"start is one of {', '.join(STARTS)}")
+        STARTS[start](model[0].conv1d, model[2])
+    return model
 
 
 def _conv_tasnet():
@@ -218,29 +220,19 @@ PEERS = {
 }
 
 
-def start_as_cosines(encoder, decoder):
-    """Give encoder and decoder weights that undo each other.
-
-    Pairs of filters w and -w, whose difference after the encoder's ReLU is
-    linear; each a row of an orthonormal cosine transform (of type 2, then 4,
-    then again) under the root of a Hann window.
-    """
-    conv, deconv = encoder.conv1d, decoder
-    filters, _, kernel = conv.weight.shape
-    if filters % (2 * kernel):
-        raise ValueError(
-            f"start=cosine needs a multiple of {2 * kernel} filters, got "
-            f"{filters}"
-        )
-    window = torch.hann_window(kernel).sqrt()
-    bases = [dct(np.eye(kernel), kind, norm="ortho", axis=0) for kind in (2, 4)]
-    count = filters // (2 * kernel)
-    rows = [torch.from_numpy(bases[i % 2]).float() for i in range(count)]
-    rows = torch.cat(rows) * window
-    rows = torch.cat([rows, -rows]).unsqueeze(1)
+def _start_as_fourier(conv, deconv):
+    filters = fourier_filters(conv.out_channels, *conv.kernel_size)
     with torch.no_grad():
-        conv.weight.copy_(rows)
-        deconv.weight.copy_(rows / count)
+        conv.weight.copy_(filters)
+        deconv.weight.copy_(filters)
+
+
+def _start_at_random(conv, deconv):
+    nn.Conv1d.reset_parameters(conv)
+    nn.ConvTranspose1d.reset_parameters(deconv)
+
+
+STARTS = {"fourier": _start_as_fourier, "random": _start_at_random}
 
 
 class RowByRow(nn.Module):

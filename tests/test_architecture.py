@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "attention": set(),
     "fsmn": set(),
     "norm": set(),
+    "filterbank": set(),
     "masknet": {"attention", "fsmn", "norm"},
     "separate": {"norm"},
     "streaming": {"separate"},

@@ -44,7 +44,7 @@ def test_every_number_can_be_overridden(name):
     numbers = {
         "num_spks": 3,
         "sample_rate": 16000,
-        "N_encoder_out": 24,
+        "N_encoder_out": 68,
         "kernel_size": 32,
         "d_model": 32,
         "num_layers": 1,

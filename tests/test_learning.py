@@ -112,7 +112,7 @@ def test_all_models_learn_from_the_same_mixtures(bench, command, monkeypatch):
         ("tiny:optimizer=sgd --examples 8", "optimizer is muon or adamw"),
         ("tiny:precision=half --examples 8", "precision is fp32 or bf16"),
         ("tiny:output=guess --examples 8", "output is one of mask, map"),
-        ("tiny:start=here --examples 8", "start is cosine"),
+        ("tiny:start=here --examples 8", "start is one of fourier, random"),
         (
             "tiny:norm=none --examples 8",
             "norm is one of frame, uniform",
@@ -160,12 +160,22 @@ def test_mixtures_of_a_batch_do_not_hear_each_other(bench, name):
     assert torch.allclose(together[:1], alone, atol=1e-4 * alone.abs().max())
 
 
-def test_a_start_as_cosines_gives_the_mixture_back(bench):
-    encoder, _, decoder = bench.build_separator("tiny", start="cosine").parts
+@pytest.mark.parametrize(
+    "name, start, same",
+    [
+        ("tiny", None, True),
+        ("tiny", "random", False),
+        ("skim", None, False),
+        ("skim", "fourier", True),
+    ],
+)
+def test_a_start_as_fourier_gives_the_mixture_back(bench, name, start, same):
+    encoder, _, decoder = bench.build_separator(name, start=start).parts
     mixture = torch.randn(1, 1600)
     with torch.no_grad():
         out = decoder(encoder(mixture))
-    torch.testing.assert_close(out[:, 16:-16], mixture[:, 16:-16])
+    inner = slice(16, -16)
+    assert torch.allclose(out[:, inner], mixture[:, inner], atol=1e-5) == same
 
 
 @pytest.mark.parametrize("samples", [5, 32, 33, 1600])

@@ -1,0 +1,131 @@
+"""Encoder and decoder that begin as a short-time Fourier transform and back.
+
+SpeechBrain's begin at random, and the mask network must wait until they tell
+frequencies apart. These have the same weights under the same names, and begin
+where the two undo each other: masks of one give the mixture back. They stay
+free to learn (arXiv:1910.10400 compares filterbanks that do and do not).
+
+Axes: B batch, N encoder channels, K samples of a filter, L frames.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+from speechbrain.lobes.models import dual_path
+
+
+def fourier_filters(channels, kernel_size):
+    """Rows of a Fourier transform under a window, each also upside down.
+
+    Of a filter and its negative the ReLU of the encoder keeps one half each,
+    so that their difference is linear. With the root of a Hann window here and
+    in the decoder, frames half a filter apart add up to the whole.
+
+    Arguments
+    ---------
+    channels : int
+        N, a multiple of 4 and at least 2 K: cosine, sine and the negatives of
+        both for each of N / 4 frequencies, evenly from 0 to half the sampling
+        rate.
+    kernel_size : int
+        K.
+
+    Raises
+    ------
+    ValueError
+        With another number of channels.
+
+    Returns
+    -------
+    torch.Tensor
+        [N, 1, K], scaled so that they are encoder and decoder alike.
+
+    Example
+    -------
+    >>> filters = fourier_filters(64, 16).squeeze(1)
+    >>> frame = torch.rand(16) - 0.5
+    >>> back = (filters @ frame).relu() @ filters
+    >>> torch.allclose(back, frame * torch.hann_window(16), atol=1e-6)
+    True
+    """
+    if channels % 4 or channels < 2 * kernel_size:
+        raise ValueError(
+            f"filters of {kernel_size} samples need a multiple of 4 channels, "
+            f"at least {2 * kernel_size}, to begin as a Fourier transform; "
+            f"got {channels}. SpeechBrain's own Encoder and Decoder begin at "
+            "random with any number"
+        )
+    count = channels // 4
+    frequencies = (torch.arange(count) + 0.5) / (2 * count)  # of the rate
+    time = torch.arange(kernel_size) - (kernel_size - 1) / 2
+    angles = 2 * math.pi * frequencies[:, None] * time
+    half = torch.cat([angles.cos(), angles.sin()]) / math.sqrt(count)
+    half = half * torch.hann_window(kernel_size).sqrt()
+    return torch.cat([half, -half]).unsqueeze(1)
+
+
+class _Analysis(nn.Conv1d):
+    """A Conv1d that a recipe may reset without losing its start."""
+
+    def reset_parameters(self):
+        """Begin again; called when it is made and by recipes that reset."""
+        with torch.no_grad():
+            filters = fourier_filters(self.out_channels, *self.kernel_size)
+            self.weight.copy_(filters)
+
+
+class Encoder(dual_path.Encoder):
+    """SpeechBrain's encoder, which begins as a Fourier transform.
+
+    Arguments
+    ---------
+    kernel_size : int
+        Samples of a filter; frames are half of it apart.
+    out_channels : int
+        As ``channels`` of ``fourier_filters``.
+
+    Example
+    -------
+    >>> encoder = Encoder(kernel_size=16, out_channels=64)
+    >>> decoder = Decoder(64, 1, kernel_size=16, stride=8, bias=False)
+    >>> mixture = torch.rand(1, 800) - 0.5
+    >>> mix_w = encoder(mixture)  # [B, N, L]
+    >>> mix_w.shape
+    torch.Size([1, 64, 99])
+    >>> back = decoder(mix_w)
+    >>> torch.allclose(back[:, 8:-8], mixture[:, 8:-8], atol=1e-6)
+    True
+    """
+
+    def __init__(self, kernel_size, out_channels):
+        super().__init__(kernel_size=kernel_size, out_channels=out_channels)
+        self.conv1d = _Analysis(
+            1,
+            out_channels,
+            kernel_size,
+            stride=kernel_size // 2,
+            bias=False,
+        )
+
+
+class Decoder(dual_path.Decoder):
+    """SpeechBrain's decoder, which begins as the way back from ``Encoder``.
+
+    Takes what ``torch.nn.ConvTranspose1d`` takes; ``in_channels`` as
+    ``channels`` of ``fourier_filters``. Only with frames half a filter apart
+    does the start give the mixture back.
+
+    Example
+    -------
+    >>> Decoder(64, 1, kernel_size=16, stride=8, bias=False).weight.shape
+    torch.Size([64, 1, 16])
+    """
+
+    def reset_parameters(self):
+        """Begin again; called when it is made and by recipes that reset."""
+        with torch.no_grad():
+            filters = fourier_filters(self.in_channels, *self.kernel_size)
+            self.weight.copy_(filters)
+            if self.bias is not None:
+                self.bias.zero_()
