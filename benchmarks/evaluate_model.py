@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from csv_files import write_csv
+from records import write_csv
 
 from speechbrain_flashformer.inference import FlashFormerSeparation
 from speechbrain_flashformer.metrics import best_order, reorder, si_snr

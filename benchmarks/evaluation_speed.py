@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from csv_files import write_csv
 from mir_eval.separation import bss_eval_sources
+from records import write_csv
 from speechbrain.nnet.losses import get_si_snr_with_pitwrapper
 
 from speechbrain_flashformer.mixing import random_noise

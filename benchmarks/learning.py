@@ -29,7 +29,6 @@ that other work on the machine does not count; on more, of the clock.
 
 import argparse
 import ast
-import csv
 import os
 import statistics
 import sys
@@ -39,10 +38,10 @@ from pathlib import Path
 import soundfile
 import torch
 import torch.nn as nn
-from csv_files import write_csv
 from models import OURS
 from peers import build_separator
 from pretrained_data import real_speech
+from records import read_csv, write_csv, write_figure, write_text
 from speechbrain.dataio.batch import PaddedBatch
 
 from speechbrain_flashformer.metrics import (
@@ -305,15 +304,12 @@ def run(entry, seed, speech, tests, arguments, done):
 
 def read(path, columns):
     """Rows of a CSV that this command wrote, none if there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        rows = csv.DictReader(file)
-        if tuple(rows.fieldnames or ()) != columns:
-            raise ValueError(
-                f"{path} has other columns or test sets: give another --out"
-            )
-        return list(rows)
+    found, rows = read_csv(path)
+    if path.exists() and found != columns:
+        raise ValueError(
+            f"{path} has other columns or test sets: give another --out"
+        )
+    return rows
 
 
 def table(rows):
@@ -375,10 +371,8 @@ def draw(path, curves):
         line[0].set_ylabel(f"{name}, {kind} (dB)")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", fontsize=7)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=110, format="png")
+    write_figure(path, figure)
     pyplot.close(figure)
-    os.replace(partial, path)
 
 
 def main(words=None):
@@ -460,9 +454,7 @@ def compare(arguments):
             curves = [*read(files["_curves.csv"], CURVES), *made[1]]
             write_csv(files["_curves.csv"], curves, CURVES)
             write_csv(files[".csv"], rows, columns)
-            partial = out.with_name(out.name + ".md.partial")
-            partial.write_text(table(rows))
-            os.replace(partial, files[".md"])
+            write_text(files[".md"], table(rows))
             draw(files[".png"], curves)
 
 

@@ -13,9 +13,9 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from csv_files import write_csv
 from evaluate_model import command, find_sets, score
 from models import WITHOUT
+from records import write_csv
 
 from speechbrain_flashformer.inference import FlashFormerSeparation
 from speechbrain_flashformer.separate import encoder_frame

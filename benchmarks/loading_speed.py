@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 import torch
-from csv_files import write_csv
 from hyperpyyaml import load_hyperpyyaml
+from records import write_csv
 from speechbrain.dataio.batch import PaddedBatch
 from torch.utils.data import DataLoader
 

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from csv_files import write_csv
+from records import write_csv
 
 from speechbrain_flashformer.chunks import ChunkPlan, separate_long
 from speechbrain_flashformer.inference import FlashFormerSeparation

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import onnxruntime
 import torch
-from csv_files import write_csv
 from onnxruntime.quantization import QuantType, quantize_dynamic
+from records import write_csv
 
 from speechbrain_flashformer.export import export_onnx
 from speechbrain_flashformer.inference import FlashFormerSeparation

@@ -21,8 +21,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from csv_files import write_csv
 from evaluate_model import command, find_sets, load_mixtures
+from records import write_csv
 from scipy.signal import butter, sosfilt
 
 from speechbrain_flashformer.inference import FlashFormerSeparation

@@ -20,7 +20,6 @@ ratios that the project promises.
 """
 
 import argparse
-import csv
 import json
 import os
 import resource
@@ -30,7 +29,7 @@ import sys
 import time
 from pathlib import Path
 
-from csv_files import write_csv
+from records import read_csv, write_csv, write_figure, write_text
 
 RATE = 8000
 ROOT = Path(__file__).resolve().parent.parent
@@ -221,8 +220,8 @@ def main(words=None):
                     print(*row.values(), sep="\t", flush=True)
                     write(rows)
     rows = read()
-    _replace(RESULTS.with_suffix(".md"), table(rows))
-    _replace(README, with_table(README.read_text(), table(rows)))
+    write_text(RESULTS.with_suffix(".md"), table(rows))
+    write_text(README, with_table(README.read_text("utf-8"), table(rows)))
     draw(rows)
     print(*report(rows), sep="\n")
 
@@ -265,10 +264,7 @@ def _whole(row):
 
 def read():
     """The rows measured so far, numbers as numbers."""
-    if not RESULTS.exists():
-        return []
-    with RESULTS.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    _, rows = read_csv(RESULTS)
     for row in rows:
         for key, value in row.items():
             if key not in ("task", "model", "outcome") and value:
@@ -289,12 +285,6 @@ def write(rows):
         ),
     )
     write_csv(RESULTS, rows, COLUMNS)
-
-
-def _replace(path, text):
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 # --- what is shown of them ---------------------------------------------------
@@ -433,10 +423,7 @@ def draw(rows):
 
 
 def _save(figure, what):
-    path = RESULTS.with_name(f"{RESULTS.stem}_{what}.png")
-    partial = path.with_suffix(".partial")
-    figure.savefig(partial, dpi=110, format="png")
-    os.replace(partial, path)
+    write_figure(RESULTS.with_name(f"{RESULTS.stem}_{what}.png"), figure)
 
 
 def report(rows):

@@ -25,8 +25,8 @@ import time
 from pathlib import Path
 
 import torch
-from csv_files import write_csv
 from hyperpyyaml import load_hyperpyyaml
+from records import write_csv
 
 from speechbrain_flashformer.export import export_streaming_onnx
 from speechbrain_flashformer.inference import FlashFormerSeparation

@@ -1,0 +1,65 @@
+"""How the commands here keep their figures: each file whole or not at all."""
+
+import contextlib
+import csv
+import os
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """A path beside ``path`` to write to, which takes its place at the end.
+
+    Arguments
+    ---------
+    path : Path
+        The folder it is in is made.
+    """
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    yield partial
+    os.replace(partial, path)
+
+
+def write_csv(path, rows, columns=None):
+    """Write rows, each a dict, as a CSV file.
+
+    Arguments
+    ---------
+    path : Path
+    rows : list of dict
+    columns : tuple of str, optional
+        Those of the first row by default; needed where there may be no row.
+    """
+    with (
+        written_whole(path) as partial,
+        partial.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, columns or list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path):
+    """Columns and rows of a CSV file, none if there is no file.
+
+    Returns
+    -------
+    tuple of str, list of dict
+    """
+    if not path.exists():
+        return (), []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        return tuple(rows.fieldnames or ()), list(rows)
+
+
+def write_text(path, text):
+    """Write a text file."""
+    with written_whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_figure(path, figure):
+    """Write a figure of matplotlib as PNG."""
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
