@@ -17,6 +17,9 @@ from speechbrain_flashformer.mixing import (
     reverberate,
 )
 
+# Samples of a tone that are near 0 one after another, fewer than this.
+CROSSING = 40
+
 
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory):
@@ -213,7 +216,7 @@ def test_joined_recordings_are_of_one_speaker_and_go_on(speech):
             source = item[name].numpy()
             heard = np.flatnonzero(np.abs(source) > 1e-5)
             gaps = np.diff(heard, prepend=0, append=64000)
-            assert gaps.max() <= 8000 + 40
+            assert gaps.max() <= 8000 + CROSSING
             pieces = np.split(source, heard[1:][np.diff(heard) > 400])
             several += len(pieces) > 2
             tones = {round(pitch(x)) for x in pieces if len(x) > 1000}
@@ -234,7 +237,8 @@ def test_a_share_is_joined_the_rest_is_as_it_was(speech):
     for item in (x for x, all_of_it in zip(items, joined) if not all_of_it):
         for name in ("s1_sig", "s2_sig"):
             heard = np.flatnonzero(item[name].abs() > 1e-5)
-            assert np.diff(heard).max() < 40 and len(heard) < 25200
+            assert np.diff(heard).max() < CROSSING
+            assert len(heard) < 3 * 8000 * 1.05  # slowed by 5 %
 
 
 def test_a_mixture_may_stand_in_silence(speech):
