@@ -16,8 +16,8 @@ MODEL is NAME[:KEY=VALUE]...: a size of hparams/ with numbers of its yaml
 with the extra ``bench`` mossformer2 or fla-sepreformer.
 Further keys are ``optimizer`` (muon, the recipe's pair, the default of ours; or
 adamw, that of the peers), ``lr``, ``batch``, ``crop`` (samples; (4000,12000)
-grows from one to the other), ``precision=bf16`` and, of ours, ``without``,
-``norm``, ``start``, ``variant`` (see models.py) and ``output=map`` (see
+grows from one to the other), ``precision=bf16``, ``start`` and, of ours,
+``without``, ``norm``, ``variant`` (see models.py) and ``output=map`` (see
 peers.py).
 
 Writes OUT.csv, a row per run; OUT_curves.csv, what was measured on the way;

@@ -72,7 +72,8 @@ def build(name, without=None, norm=None, start=None, variant=None, **numbers):
     elif name in PEERS:
         if numbers or without or norm or variant:
             raise ValueError(
-                f"{name} is built as in its recipe: no key but start"
+                f"{name} is built as in its recipe: of keys of the network it "
+                "takes start alone"
             )
         masknet, channels = PEERS[name]()
         encoder = dual_path.Encoder(kernel_size=16, out_channels=channels)

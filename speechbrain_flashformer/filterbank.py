@@ -1,9 +1,9 @@
 """Encoder and decoder that begin as a short-time Fourier transform and back.
 
-SpeechBrain's begin at random, and the mask network must wait until they tell
-frequencies apart. These have the same weights under the same names, and begin
-where the two undo each other: masks of one give the mixture back. They stay
-free to learn (arXiv:1910.10400 compares filterbanks that do and do not).
+SpeechBrain's begin at random. These have the same weights under the same
+names, and begin where the two undo each other: but for half a filter at both
+ends, masks of one give the mixture back. They stay free to learn
+(arXiv:1910.10400 compares filterbanks that do and do not).
 
 Axes: B batch, N encoder channels, K samples of a filter, L frames.
 """
@@ -26,15 +26,15 @@ def fourier_filters(channels, kernel_size):
     ---------
     channels : int
         N, a multiple of 4 and at least 2 K: cosine, sine and the negatives of
-        both for each of N / 4 frequencies, evenly from 0 to half the sampling
-        rate.
+        both for each of N / 4 frequencies, the middles of as many equal bands
+        up to half the sampling rate.
     kernel_size : int
-        K.
+        K, even.
 
     Raises
     ------
     ValueError
-        With another number of channels.
+        With other numbers.
 
     Returns
     -------
@@ -49,12 +49,16 @@ def fourier_filters(channels, kernel_size):
     >>> torch.allclose(back, frame * torch.hann_window(16), atol=1e-6)
     True
     """
+    if kernel_size % 2:
+        raise ValueError(
+            "kernel_size: filters that overlap by half have an even number of "
+            f"samples, got {kernel_size}"
+        )
     if channels % 4 or channels < 2 * kernel_size:
         raise ValueError(
-            f"filters of {kernel_size} samples need a multiple of 4 channels, "
-            f"at least {2 * kernel_size}, to begin as a Fourier transform; "
-            f"got {channels}. SpeechBrain's own Encoder and Decoder begin at "
-            "random with any number"
+            f"N_encoder_out: with kernel_size {kernel_size} the Fourier "
+            f"transform takes a multiple of 4, at least {2 * kernel_size}; got "
+            f"{channels}"
         )
     count = channels // 4
     frequencies = (torch.arange(count) + 0.5) / (2 * count)  # of the rate

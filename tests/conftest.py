@@ -62,6 +62,20 @@ def load_benchmark():
 
 
 @pytest.fixture(scope="session")
+def reset():
+    """What SpeechBrain's recipes do to every model before training."""
+    return _reset
+
+
+def _reset(layer):
+    if hasattr(layer, "reset_parameters"):
+        layer.reset_parameters()
+    for child in layer.modules():
+        if layer is not child:
+            _reset(child)
+
+
+@pytest.fixture(scope="session")
 def make_run():
     return _make_run
 

@@ -40,6 +40,17 @@ def test_each_size_loads_alone_and_fits_its_budget(name):
 
 
 @pytest.mark.parametrize("name", BUDGET)
+def test_each_size_begins_as_a_fourier_transform_and_back(name):
+    hparams = load(size(name))
+    mixture = torch.randn(1, 1600)
+    back = hparams["Decoder"](hparams["Encoder"](mixture))
+    inner = slice(16, -16)
+    torch.testing.assert_close(
+        back[:, inner], mixture[:, inner], atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("name", BUDGET)
 def test_every_number_can_be_overridden(name):
     numbers = {
         "num_spks": 3,

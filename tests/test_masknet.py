@@ -82,16 +82,7 @@ def test_silence_is_finite():
         assert p.grad.isfinite().all()
 
 
-def reset_recursively(layer):
-    """What SpeechBrain's recipes do to every model before training."""
-    if hasattr(layer, "reset_parameters"):
-        layer.reset_parameters()
-    for child in layer.modules():
-        if layer is not child:
-            reset_recursively(child)
-
-
-def test_special_starts_survive_a_recursive_reset():
+def test_special_starts_survive_a_recursive_reset(reset):
     masknet = small()
     special = {
         name: p.clone()
@@ -99,7 +90,7 @@ def test_special_starts_survive_a_recursive_reset():
         if "scale" in name
     }
     assert special
-    reset_recursively(masknet)
+    reset(masknet)
     after = dict(masknet.named_parameters())
     for name, before in special.items():
         torch.testing.assert_close(after[name], before)

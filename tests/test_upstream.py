@@ -49,16 +49,10 @@ def test_the_recipe_of_speechbrain_finds_all_that_it_reads(yaml, tmp_path):
     assert hparams["optimizer"]([torch.nn.Parameter(x)])
 
 
-def test_resetting_as_speechbrain_does_leaves_a_network_that_learns(tmp_path):
-    """Its train.py calls every reset_parameters, parents before children."""
+def test_resetting_as_speechbrain_does_leaves_a_network_that_learns(
+    reset, tmp_path
+):
     hparams = load(YAMLS[0], tmp_path)
-
-    def reset(layer):
-        if hasattr(layer, "reset_parameters"):
-            layer.reset_parameters()
-        for child in layer.children():
-            reset(child)
-
     masknet = hparams["MaskNet"]
     reset(masknet)
     mix_w = torch.rand(1, hparams["model"]["N_encoder_out"], 200)
