@@ -57,7 +57,8 @@ def load_mixtures(hparams):
     ``speed_changes`` (of which the least and the greatest count),
     ``dm_join_share``, ``dm_turn_share``, ``dm_silence_share``,
     ``dm_noise_folder``, ``dm_noise_share``, ``dm_noise_snr``,
-    ``dm_room_share``, ``dm_colour_db`` and ``dm_telephone_share``.
+    ``dm_room_share``, ``dm_colour_db``, ``dm_telephone_share`` and
+    ``dm_flip_share``.
     """
     if not hparams["base_folder_dm"]:
         raise ValueError(
@@ -87,6 +88,7 @@ def load_mixtures(hparams):
         room_share=hparams["dm_room_share"],
         colour_db=hparams["dm_colour_db"],
         telephone_share=hparams["dm_telephone_share"],
+        flip_share=hparams["dm_flip_share"],
     )
 
 
@@ -197,6 +199,10 @@ class DynamicMixtures(Dataset):
     telephone_share : float
         Share of the mixtures whose sources all pass one band, as if recorded
         from a telephone.
+    flip_share : float
+        Share of the sources that are turned upside down. Pressure that makes
+        one microphone's signal rise makes another's fall; speech is not the
+        same both ways, and all of a corpus may be one way.
 
     Example
     -------
@@ -227,6 +233,7 @@ class DynamicMixtures(Dataset):
         room_share=0.0,
         colour_db=0.0,
         telephone_share=0.0,
+        flip_share=0.0,
     ):
         self.num_spks, self.samples = num_spks, samples
         self.sample_rate, self.seed = sample_rate, seed
@@ -237,6 +244,7 @@ class DynamicMixtures(Dataset):
         self.noise_share, self.noise_snr = noise_share, noise_snr
         self.room_share = room_share
         self.colour_db, self.telephone_share = colour_db, telephone_share
+        self.flip_share = flip_share
         self.paths = [str(path) for path, _ in recordings]
         names, self.speakers = np.unique(
             [name for _, name in recordings], return_inverse=True
@@ -349,7 +357,10 @@ class DynamicMixtures(Dataset):
                 source = sosfilt(band, source)
             said = source[start : start + len(cut)]
             gain_db = np.clip(level, *LEVEL_LIMITS_DB) - _level_db(said)
-            sources.append(source * 10 ** (gain_db / 20))
+            gain = 10 ** (gain_db / 20)
+            if _happens(self.flip_share, rng):
+                gain = -gain
+            sources.append(gain * source)
         mixture = sum(sources)
         if rng.random() < self.noise_share:
             noise = self._noise(total, rng)

@@ -146,6 +146,7 @@ def test_workers_make_no_difference(speech, workers, method):
         room_share=0.5,
         colour_db=6,
         telephone_share=0.5,
+        flip_share=0.5,
     )
     sampler = EpochSampler(6)
     sampler.set_epoch(3)
@@ -358,6 +359,25 @@ def test_a_telephone_passes_speech_and_little_else(tmp_path, rate):
             assert power[outside].mean() < 0.1 * middle
         edges.append(power[(hertz > 250) & (hertz < 350)].mean() / middle)
     assert min(edges) < 0.5 and max(edges) > 0.8
+
+
+def test_each_source_may_be_upside_down(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        pulses = 0.1 * rng.exponential(size=4000)  # rises more than it falls
+        soundfile.write(tmp_path / f"{name}.wav", pulses - 0.1, 8000)
+    ways = []
+    flipped = DynamicMixtures(
+        find_recordings(tmp_path, "file"), 2, 8000, 4000, 1, flip_share=0.5
+    )
+    for n in range(60):
+        item = flipped[n]
+        total = item["s1_sig"] + item["s2_sig"]
+        torch.testing.assert_close(item["mix_sig"], total)
+        skews = [item[f"s{i}_sig"].pow(3).sum().item() for i in (1, 2)]
+        ways.append((skews[0] < 0, skews[1] < 0))
+    counts = [ways.count((a, b)) for a in (True, False) for b in (True, False)]
+    assert min(counts) >= 5
 
 
 def test_noise_is_of_many_colours():

@@ -53,7 +53,8 @@ logger = get_logger(__name__)
 # mixing.load_mixtures: hparams.base_folder_dm, hparams.dm_speaker,
 #   hparams.dm_join_share, hparams.dm_turn_share, hparams.dm_silence_share,
 #   hparams.dm_noise_folder, hparams.dm_noise_share, hparams.dm_noise_snr,
-#   hparams.dm_room_share, hparams.dm_colour_db, hparams.dm_telephone_share
+#   hparams.dm_room_share, hparams.dm_colour_db, hparams.dm_telephone_share,
+#   hparams.dm_flip_share
 # augment.augment: hparams.use_speedperturb, hparams.speed_perturb,
 #   hparams.use_rand_shift, hparams.min_shift, hparams.max_shift,
 #   hparams.use_wavedrop, hparams.drop_freq, hparams.drop_chunk
