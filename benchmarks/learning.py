@@ -16,9 +16,9 @@ MODEL is NAME[:KEY=VALUE]...: a size of hparams/ with numbers of its yaml
 with the extra ``bench`` mossformer2 or fla-sepreformer.
 Further keys are ``optimizer`` (muon, the recipe's pair, the default of ours; or
 adamw, that of the peers), ``lr``, ``batch``, ``crop`` (samples; (4000,12000)
-grows from one to the other), ``precision=bf16``, ``start`` and, of ours,
-``without``, ``norm``, ``variant`` (see models.py) and ``output=map`` (see
-peers.py).
+grows from one to the other), ``precision=bf16``, ``flip`` (the share of the
+sources that are upside down: 0, 0.5 or 1), ``start`` and, of ours, ``without``,
+``norm``, ``variant`` (see models.py) and ``output=map`` (see peers.py).
 
 Writes OUT.csv, a row per run; OUT_curves.csv, what was measured on the way;
 OUT.md, the rows as a table; OUT.png, the curves. ``training`` is the mean
@@ -95,6 +95,7 @@ def parse(entry):
         "batch": 8,
         "crop": RATE,
         "precision": "fp32",
+        "flip": 0.0,
     }
     training |= {k: numbers.pop(k) for k in list(numbers) if k in training}
     if training["optimizer"] not in ("muon", "adamw"):
@@ -106,6 +107,8 @@ def parse(entry):
         some = given if key == "crop" and isinstance(given, tuple) else [given]
         if any(not isinstance(x, int | float) or x <= 0 for x in some):
             raise ValueError(f"{entry}: {key} is a number above 0")
+    if training["flip"] not in (0, 0.5, 1):
+        raise ValueError(f"{entry}: flip is 0, 0.5 or 1")
     return name, training, numbers
 
 
@@ -260,7 +263,8 @@ def run(entry, seed, speech, tests, arguments, done):
     model = build_separator(name, **numbers)
     source, recordings = speech
     mixtures = DynamicMixtures(
-        recordings, 2, RATE, crops(training["crop"])[0], seed, SPEEDS
+        *(recordings, 2, RATE, crops(training["crop"])[0], seed, SPEEDS),
+        flip_share=training["flip"],
     )
     seconds = torch.randn(1, TEST_SECONDS * RATE)
     # Without the fused kernel, of which the counter sees nothing in an LSTM.

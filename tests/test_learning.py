@@ -88,7 +88,10 @@ def test_training_for_minutes_ends_with_them(bench, command, tmp_path):
     assert int(row["examples"]) == int(row["steps"]) > 1
 
 
-def test_all_models_learn_from_the_same_mixtures(bench, command, monkeypatch):
+@pytest.mark.parametrize("key, same", [("norm=frame", True), ("flip=1", False)])
+def test_all_models_learn_from_the_same_mixtures(
+    bench, command, monkeypatch, key, same
+):
     heard = []
     real = bench.DynamicMixtures.__getitem__
 
@@ -98,8 +101,8 @@ def test_all_models_learn_from_the_same_mixtures(bench, command, monkeypatch):
         return item
 
     monkeypatch.setattr(bench.DynamicMixtures, "__getitem__", listen)
-    command(f"{TINY}:batch=2 {TINY}:batch=2:norm=frame --examples 4 --points 1")
-    assert heard[:4] == heard[4:] and len(heard) == 8
+    command(f"{TINY}:batch=2 {TINY}:batch=2:{key} --examples 4 --points 1")
+    assert (heard[:4] == heard[4:]) == same and len(heard) == 8
 
 
 @pytest.mark.parametrize(
@@ -111,6 +114,7 @@ def test_all_models_learn_from_the_same_mixtures(bench, command, monkeypatch):
         ("tiny:lr=high --examples 8", "lr is a number above 0"),
         ("tiny:optimizer=sgd --examples 8", "optimizer is muon or adamw"),
         ("tiny:precision=half --examples 8", "precision is fp32 or bf16"),
+        ("tiny:flip=half --examples 8", "flip is 0, 0.5 or 1"),
         ("tiny:output=guess --examples 8", "output is one of mask, map"),
         ("tiny:start=here --examples 8", "start is one of fourier, random"),
         (
