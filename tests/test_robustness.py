@@ -56,6 +56,7 @@ def test_what_is_heard(bench, signals):
         assert torch.equal(heard[name][:, 1:], signals[:, 1:])
     clipped = heard["clipped"][:, 0].abs().max()
     assert clipped == pytest.approx(2 * signals[:, 0].std().item())
+    assert torch.equal(heard["upside down"], -signals)
     power = torch.fft.rfft(heard["through a telephone"], dim=0).abs().square()
     hertz = torch.linspace(0, RATE / 2, len(power))
     assert (power[hertz < 100].mean(0) < 0.01 * power.mean(0)).all()
