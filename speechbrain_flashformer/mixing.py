@@ -200,9 +200,9 @@ class DynamicMixtures(Dataset):
         Share of the mixtures whose sources all pass one band, as if recorded
         from a telephone.
     flip_share : float
-        Share of the sources that are turned upside down. Pressure that makes
-        one microphone's signal rise makes another's fall; speech is not the
-        same both ways, and all of a corpus may be one way.
+        Share of the mixtures that are turned upside down, sources too.
+        Pressure that makes one microphone's signal rise makes another's fall;
+        speech is not the same both ways, and a corpus may be all one way.
 
     Example
     -------
@@ -357,10 +357,7 @@ class DynamicMixtures(Dataset):
                 source = sosfilt(band, source)
             said = source[start : start + len(cut)]
             gain_db = np.clip(level, *LEVEL_LIMITS_DB) - _level_db(said)
-            gain = 10 ** (gain_db / 20)
-            if _happens(self.flip_share, rng):
-                gain = -gain
-            sources.append(gain * source)
+            sources.append(source * 10 ** (gain_db / 20))
         mixture = sum(sources)
         if rng.random() < self.noise_share:
             noise = self._noise(total, rng)
@@ -369,6 +366,9 @@ class DynamicMixtures(Dataset):
             mixture = mixture + noise * 10 ** (gain_db / 20)
         peak = max(np.abs(x).max() for x in (mixture, *sources))
         scale = min(1.0, PEAK / peak)
+        # All of it: a microphone that hears both speakers has one polarity.
+        if _happens(self.flip_share, rng):
+            scale = -scale
         item = {"id": f"dm{n}", "mix_sig": mixture}
         item |= {f"s{i + 1}_sig": x for i, x in enumerate(sources)}
         for name in list(item)[1:]:

@@ -361,7 +361,7 @@ def test_a_telephone_passes_speech_and_little_else(tmp_path, rate):
     assert min(edges) < 0.5 and max(edges) > 0.8
 
 
-def test_each_source_may_be_upside_down(tmp_path):
+def test_a_mixture_may_be_upside_down(tmp_path):
     rng = np.random.default_rng(0)
     for name in "abc":
         pulses = 0.1 * rng.exponential(size=4000)  # rises more than it falls
@@ -376,8 +376,9 @@ def test_each_source_may_be_upside_down(tmp_path):
         torch.testing.assert_close(item["mix_sig"], total)
         skews = [item[f"s{i}_sig"].pow(3).sum().item() for i in (1, 2)]
         ways.append((skews[0] < 0, skews[1] < 0))
-    counts = [ways.count((a, b)) for a in (True, False) for b in (True, False)]
-    assert min(counts) >= 5
+    # One microphone hears both.
+    assert set(ways) == {(True, True), (False, False)}
+    assert 15 < ways.count((True, True)) < 45
 
 
 def test_noise_is_of_many_colours():
