@@ -17,8 +17,9 @@ with the extra ``bench`` mossformer2 or fla-sepreformer.
 Further keys are ``optimizer`` (muon, the recipe's pair, the default of ours; or
 adamw, that of the peers), ``lr``, ``batch``, ``crop`` (samples; (4000,12000)
 grows from one to the other), ``precision=bf16``, ``flip`` (the share of the
-mixtures that are upside down: 0, 0.5 or 1), ``start`` and, of ours, ``without``,
-``norm``, ``variant`` (see models.py) and ``output=map`` (see peers.py).
+mixtures that are upside down: 0, 0.5 or 1), ``start`` and, of ours,
+``without``, ``norm``, ``variant`` (see models.py) and ``output=map`` (see
+peers.py).
 
 Writes OUT.csv, a row per run; OUT_curves.csv, what was measured on the way;
 OUT.md, the rows as a table; OUT.png, the curves. ``training`` is the mean
