@@ -7,9 +7,10 @@ MODEL and sets are as for evaluate_model.py, of each set the first 50 mixtures.
 Each is separated as it is; after digital silence; after a click of ten times
 its peak, 50 ms before it; through a telephone's band, 300 to 3400 Hz; with
 white noise, 20 and 10 dB below the mixture; clipped at twice its deviation;
-upside down. The last rows leave the mixture as it is and choose the order of
-the speakers anew for each second, or quarter of one, by the sources: what is
-lost by confusing who is who, and not by failing to separate them.
+upside down; with one of the speakers upside down. The last rows leave the
+mixture as it is and choose the order of the speakers anew for each second, or
+quarter of one, by the sources: what is lost by confusing who is who, and not by
+failing to separate them.
 Writes results/robustness.csv, a row for each: mean SI-SNRi in dB, of the time
 that the mixture takes.
 """
@@ -71,6 +72,14 @@ def clipped(rate, signals):
     return signals
 
 
+def one_upside_down(rate, signals):
+    """Turn the first source upside down, alone and in the mixture."""
+    signals = signals.clone()
+    signals[:, 0] -= 2 * signals[:, 1]
+    signals[:, 1] *= -1
+    return signals
+
+
 def in_one_order(rate, targets, estimates):
     """Leave the estimates as they are."""
     return estimates
@@ -99,6 +108,7 @@ CONDITIONS = (
     ("noise at 10 dB", partial(with_noise, 10), in_one_order),
     ("clipped", clipped, in_one_order),
     ("upside down", lambda rate, signals: -signals, in_one_order),
+    ("one speaker upside down", one_upside_down, in_one_order),
     (
         "as is, best order of each second",
         lambda rate, signals: signals,

@@ -57,6 +57,10 @@ def test_what_is_heard(bench, signals):
     clipped = heard["clipped"][:, 0].abs().max()
     assert clipped == pytest.approx(2 * signals[:, 0].std().item())
     assert torch.equal(heard["upside down"], -signals)
+    one = heard["one speaker upside down"]
+    assert torch.equal(one[:, 1:], signals[:, 1:] * torch.tensor([-1, 1]))
+    rest = signals[:, 0] - signals[:, 1:].sum(1)  # noise stays
+    torch.testing.assert_close(one[:, 0] - one[:, 1:].sum(1), rest)
     power = torch.fft.rfft(heard["through a telephone"], dim=0).abs().square()
     hertz = torch.linspace(0, RATE / 2, len(power))
     assert (power[hertz < 100].mean(0) < 0.01 * power.mean(0)).all()
