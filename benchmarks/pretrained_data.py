@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Make and list the speech that the shipped checkpoint is trained on.
 
-> python benchmarks/pretrained_data.py SPEECH OUT [VOICES]
+> python benchmarks/pretrained_data.py SPEECH OUT [VOICES [PEOPLE]]
 
 SPEECH holds picovoice-commands/ and picovoice-wakewords/ (Apache-2.0, from the
 speech-to-intent and wake-word benchmarks of Picovoice, as 8 kHz FLAC). Every
 tenth command is left out for validation. Few speakers become more: sentences
 are spoken again by voices with other vocal tracts and pitch, words are strung
-together. To them come synthetic voices, and those of pretrained_voices.py in
-the folder VOICES. OUT/recordings.csv is then the ``base_folder_dm`` of the
-recipe. Needs praat-parselmouth.
+together. To them come synthetic voices, those of pretrained_voices.py in the
+folder VOICES and the people of packaged_speakers.py in PEOPLE.
+OUT/recordings.csv is then the ``base_folder_dm`` of the recipe. Needs
+praat-parselmouth.
 """
 
 import csv
@@ -47,11 +48,12 @@ def find_speech(speech):
     return [file for file in commands if file not in held_out], words
 
 
-def main(speech, out, more_voices=None):
+def main(speech, out, more_voices=None, more_people=None):
     """Write OUT/voices, OUT/variants and OUT/recordings.csv."""
     commands, words = find_speech(speech)
     # The closest to real speech of many people: heard twice as often.
     more = 2 * find_voices(more_voices) if more_voices else []
+    people = find_people(more_people) if more_people else []
     rng = np.random.default_rng(SEED)
     folder = out / "variants"
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,6 +71,7 @@ def main(speech, out, more_voices=None):
         # Two voices mixed are one speaker, whichever comes first.
         names = path.stem.partition("_")[2].split("-")
         rows.append((path, "-".join(sorted(names))))
+    rows += [(path, path.parent.name) for path in people]
     with (out / "recordings.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["wav", "speaker"])
@@ -81,6 +84,14 @@ def find_voices(folder):
     found = sorted(folder.glob("*_*.wav"))
     if not found:
         raise FileNotFoundError(f"{folder} has no files NUMBER_VOICE.wav")
+    return found
+
+
+def find_people(folder):
+    """Paths SPEAKER/NUMBER.wav, as packaged_speakers.py writes them."""
+    found = sorted(folder.glob("*/*.wav"))
+    if not found:
+        raise FileNotFoundError(f"{folder} has no files SPEAKER/NUMBER.wav")
     return found
 
 
@@ -151,7 +162,7 @@ def change_voice(signal, rate, formants, pitch, duration):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (3, 4):
+    if len(sys.argv) not in (3, 4, 5):
         sys.exit(__doc__)
     try:
         main(*map(Path, sys.argv[1:]))
