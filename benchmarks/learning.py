@@ -6,10 +6,11 @@
 
 SPEECH is a folder or CSV file of single-speaker recordings, as dynamic mixing
 takes it, or the folder of benchmarks/pretrained_data.py, whose validation part
-is left out; without it, generated voices. CV and TT hold mix/, s1/ and s2/;
-the test set ``voices`` needs no folder. All models have the same mixtures,
-loss (SI-SNR, best order), gradient clip and shape of schedule; every run is one
-of MODEL x SEED, for so many --examples or --minutes of training.
+is left out; several may be given; without any, generated voices. CV and TT hold
+mix/, s1/ and s2/; the test set ``voices`` needs no folder. All models have the
+same mixtures, loss (SI-SNR, best order), gradient clip and shape of schedule;
+every run is one of MODEL x SEED, for so many --examples or --minutes of
+training.
 
 MODEL is NAME[:KEY=VALUE]...: a size of hparams/ with numbers of its yaml
 (tiny:d_model=96:window=(62,62)), conv-tasnet, sepformer, re-sepformer, skim, or
@@ -233,14 +234,17 @@ def load_mixtures(folder, count):
 
 def load_speech(arguments):
     """What is trained on: its name, and its recordings."""
-    if arguments.speech is None:
+    if not arguments.speech:
         folder = make_voices(arguments.scratch / "voices", **VOICES)
         folder = folder / "wav8k/min/tr/s1"
         return "voices", find_recordings(folder, VOICE)
-    if (arguments.speech / "picovoice-commands").is_dir():
-        return arguments.speech.name, real_speech(arguments.speech)
-    found = find_recordings(arguments.speech, arguments.speaker)
-    return arguments.speech.name, found
+    found = []
+    for place in arguments.speech:
+        if (place / "picovoice-commands").is_dir():
+            found += real_speech(place)
+        else:
+            found += find_recordings(place, arguments.speaker)
+    return " + ".join(place.name for place in arguments.speech), found
 
 
 def load_tests(arguments):
@@ -387,7 +391,9 @@ def main(words=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("models", nargs="+", metavar="MODEL")
-    parser.add_argument("--speech", type=Path)
+    parser.add_argument(
+        "--speech", type=Path, action="append", help="may be repeated"
+    )
     parser.add_argument(
         "--speaker", default="folder", help="who speaks, as dm_speaker"
     )

@@ -3,6 +3,7 @@
 import csv
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,6 +136,22 @@ def test_bad_input_is_one_clear_message(command, line, says, tmp_path):
         command(line)
     assert says in str(stop.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_several_folders_of_speech_are_heard_together(bench, scratch, tmp_path):
+    files = sorted((scratch[0] / "voices/wav8k/min/tr/s1").glob("*.wav"))
+    parts = {"one": files[:3], "two": files[3:5]}
+    for name, some in parts.items():
+        (tmp_path / name / "who").mkdir(parents=True)
+        for file in some:
+            (tmp_path / name / "who" / file.name).symlink_to(file)
+    arguments = SimpleNamespace(
+        speech=[tmp_path / name for name in parts], speaker="file"
+    )
+    name, found = bench.load_speech(arguments)
+    assert name == "one + two"
+    assert {path.name for path, _ in found} == {path.name for path in files[:5]}
+    assert len(found) == 5
 
 
 def test_a_file_with_other_test_sets_is_left_alone(command, tmp_path):
