@@ -81,22 +81,36 @@ def score(model, folder):
 def load_mixtures(model, folder):
     """Mixtures of a set, or made of its speakers, and their sources: [T]."""
     if (folder / "mix").is_dir():
-        return read_mixtures(folder)
+        return read_mixtures(folder, model.hparams.sample_rate)
     return make_mixtures(model, folder)
 
 
-def read_mixtures(folder):
+def read_mixtures(folder, rate):
     """Mixtures of a set and their sources, each [T]."""
     paths = sorted((folder / "mix").glob("*.wav"))
     if not paths:
         raise FileNotFoundError(f"{folder}/mix has no wav files")
     for path in paths:
-        yield [
-            torch.from_numpy(
-                soundfile.read(folder / part / path.name, dtype="float32")[0]
+        yield read_mixture(folder, path.name, rate)
+
+
+def read_mixture(folder, name, rate):
+    """A mixture of a set and its sources, each [T]."""
+    signals = []
+    for part in ("mix", "s1", "s2"):
+        path = folder / part / name
+        try:
+            signal, found = soundfile.read(path, dtype="float32")
+        except (OSError, soundfile.SoundFileError) as error:
+            raise ValueError(f"cannot read {path}: {error}") from error
+        if found != rate:
+            raise ValueError(f"{path} is at {found} Hz, not at {rate}")
+        signals.append(torch.from_numpy(signal))
+        if signals[-1].shape != signals[0].shape or signal.ndim != 1:
+            raise ValueError(
+                f"{path} is not mono or not as long as its mixture"
             )
-            for part in ("mix", "s1", "s2")
-        ]
+    return signals
 
 
 def make_mixtures(model, folder):

@@ -13,14 +13,13 @@ every run is one of MODEL x SEED, for so many --examples or --minutes of
 training.
 
 MODEL is NAME[:KEY=VALUE]...: a size of hparams/ with numbers of its yaml
-(tiny:d_model=96:window=(62,62)), conv-tasnet, sepformer, re-sepformer, skim, or
-with the extra ``bench`` mossformer2 or fla-sepreformer.
+(tiny:d_model=96:window=(62,62)), conv-tasnet, sepformer, re-sepformer, skim,
+dprnn, or with the extra ``bench`` mossformer2 or fla-sepreformer.
 Further keys are ``optimizer`` (muon, the recipe's pair, the default of ours; or
 adamw, that of the peers), ``lr``, ``batch``, ``crop`` (samples; (4000,12000)
 grows from one to the other), ``precision=bf16``, ``flip`` (the share of the
-mixtures that are upside down: 0, 0.5 or 1), ``start`` and, of ours,
-``without``, ``norm``, ``variant`` (see models.py) and ``output=map`` (see
-peers.py).
+mixtures that are upside down: 0, 0.5 or 1), ``start``, ``output=map`` (see
+peers.py) and, of ours, ``without``, ``norm`` and ``variant`` (see models.py).
 
 Writes OUT.csv, a row per run; OUT_curves.csv, what was measured on the way;
 OUT.md, the rows as a table; OUT.png, the curves. ``training`` is the mean
@@ -37,9 +36,9 @@ import sys
 import time
 from pathlib import Path
 
-import soundfile
 import torch
 import torch.nn as nn
+from evaluate_model import read_mixture
 from models import OURS
 from peers import build_separator
 from pretrained_data import real_speech
@@ -181,8 +180,10 @@ def train(model, mixtures, training, arguments, measure):
             done = steps * size / arguments.examples
         else:
             done = seconds / 60 / arguments.minutes
-        if done >= (points + 1) / arguments.points:
-            points = int(done * arguments.points)
+        # 15 of 22 points of 44 steps are a hair less than 15 as floats.
+        reached = int(done * arguments.points + 1e-9)
+        if reached > points:
+            points = reached
             mean = statistics.mean(scores)
             measure(steps, steps * size, round(seconds / 60, 2), mean)
             scores.clear()
@@ -212,7 +213,7 @@ def real_time_factor(model):
     return round(statistics.median(times[1:]) / TEST_SECONDS, 4)
 
 
-def load_mixtures(folder, count):
+def first_mixtures(folder, count):
     """The first mixtures of a folder, as ``score`` takes them."""
     names = sorted(path.name for path in (folder / "mix").glob("*.wav"))
     if len(names) < count:
@@ -222,13 +223,11 @@ def load_mixtures(folder, count):
         )
     mixtures = []
     for name in names[:count]:
-        signals = []
-        for part in ("mix", "s1", "s2"):
-            signal, rate = soundfile.read(folder / part / name, dtype="float32")
-            if rate != RATE:
-                raise ValueError(f"{folder / part / name} is not at {RATE} Hz")
-            signals.append(torch.from_numpy(signal[: TEST_SECONDS * RATE]))
-        mixtures.append((signals[0], torch.stack(signals[1:], 1)))
+        mixture, *sources = (
+            signal[: TEST_SECONDS * RATE]
+            for signal in read_mixture(folder, name, RATE)
+        )
+        mixtures.append((mixture, torch.stack(sources, 1)))
     return mixtures
 
 
@@ -257,7 +256,7 @@ def load_tests(arguments):
             folder = made / "wav8k/min/tt"
         elif not folder:
             raise ValueError(f"--test {word} is not NAME=FOLDER")
-        tests[name] = load_mixtures(Path(folder), arguments.mixtures)
+        tests[name] = first_mixtures(Path(folder), arguments.mixtures)
     return tests
 
 

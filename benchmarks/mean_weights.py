@@ -25,8 +25,8 @@ def main(a, b, out, share):
         raise ValueError(f"SHARE is between 0 and 1, got {share}")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(b, partial)
     try:
+        shutil.copytree(b, partial)
         for name in MODULES:
             first, second = (
                 torch.load(folder / f"{name}.ckpt", weights_only=True)
@@ -40,7 +40,11 @@ def main(a, b, out, share):
 
 def mean(first, second, share):
     """State dict with a share of the second; types are the second's."""
-    if first.keys() != second.keys():
+    shapes, others = (
+        {key: value.shape for key, value in state.items()}
+        for state in (first, second)
+    )
+    if shapes != others:
         raise ValueError("the two models are not the same network")
     return {
         key: torch.lerp(first[key].float(), value.float(), share).to(value)

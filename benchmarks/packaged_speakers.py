@@ -34,7 +34,7 @@ SPEAKERS = (
     r"(festvox|festival)/voices/russian/(\w+)/wav/",
     r"(fillets-ng)/sound/\w+/(cs|nl)/[^/]*-([mv])-[^/]*$",
     r"(kajongg)/voices/((?:de/)?(?:fe)?male\d)/",
-    r"(klettres)/(\w+)/(alpha|syllab)/",
+    r"(klettres)/(\w+)/(?:alpha|syllab)/",
     r"(ktuberling)/sounds/(?!ca|da|en|fr|ru)(\w+)/",
     r"(tuxpaint)/stamps/.*_desc_(\w\w)\.ogg$",
 )
@@ -42,6 +42,8 @@ SPEAKERS = (
 
 def main(sounds, out):
     """Write OUT/SPEAKER/NUMBER.wav."""
+    if out.exists():
+        raise FileExistsError(f"{out} exists: remove it or name another")
     clips = defaultdict(list)
     for path in sorted(sounds.rglob("*")):
         who = find_speaker(path.relative_to(sounds).as_posix())
@@ -81,7 +83,7 @@ def string_clips(paths, rng):
         if len(clip) < 0.2 * RATE:
             continue
         parts += [clip, np.zeros(int(RATE * rng.uniform(*PAUSE)), np.float32)]
-        if sum(map(len, parts)) >= LENGTH:
+        if sum(map(len, parts[:-1])) >= LENGTH:
             yield np.concatenate(parts[:-1])
             parts = []
 
@@ -98,5 +100,5 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         main(Path(sys.argv[1]), Path(sys.argv[2]))
-    except FileNotFoundError as error:
+    except (FileExistsError, FileNotFoundError) as error:
         sys.exit(str(error))

@@ -13,12 +13,12 @@ OUT/recordings.csv is then the ``base_folder_dm`` of the recipe. Needs
 praat-parselmouth.
 """
 
-import csv
 import sys
 from pathlib import Path
 
 import numpy as np
 import soundfile
+from records import write_csv
 
 from speechbrain_flashformer.voices import make_voices
 
@@ -72,10 +72,8 @@ def main(speech, out, more_voices=None, more_people=None):
         names = path.stem.partition("_")[2].split("-")
         rows.append((path, "-".join(sorted(names))))
     rows += [(path, path.parent.name) for path in people]
-    with (out / "recordings.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["wav", "speaker"])
-        writer.writerows((path.resolve(), who) for path, who in rows)
+    listed = [{"wav": path.resolve(), "speaker": who} for path, who in rows]
+    write_csv(out / "recordings.csv", listed)
     print(f"{len(rows)} recordings in {out / 'recordings.csv'}")
 
 

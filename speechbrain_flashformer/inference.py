@@ -32,6 +32,9 @@ from speechbrain_flashformer.streaming import (
     silence_broken,
 )
 
+# More rows of one sample each are one channel that stands upright.
+MOST_CHANNELS = 32
+
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -289,7 +292,9 @@ class FlashFormerSeparation(SepformerSeparation):
         """
         audio = _as_float(audio)
         check_finite(audio, "the audio")
-        rate = sample_rate or self.hparams.sample_rate
+        rate = sample_rate
+        if rate is None:
+            rate = self.hparams.sample_rate
         if rate != int(rate) or rate < 1:
             raise ValueError(f"sample_rate is a whole number, not {rate}")
         rate = int(rate)
@@ -644,7 +649,8 @@ def _as_float(audio):
         raise ValueError(
             f"audio is [time] or [channels, time], got {tuple(audio.shape)}"
         )
-    if audio.ndim == 2 and audio.shape[0] > audio.shape[1] > 1:
+    rows, columns = audio.shape if audio.ndim == 2 else (1, audio.shape[0])
+    if rows > columns and (columns > 1 or rows > MOST_CHANNELS):
         raise ValueError(
             f"audio is [channels, time], got {tuple(audio.shape)}: transpose it"
         )

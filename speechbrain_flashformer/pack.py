@@ -112,7 +112,8 @@ def pack(run, out, half=False, overwrite=False):
                 f"{out} exists: remove it, or overwrite it "
                 "(--overwrite, in Python overwrite=True)"
             )
-        if not out.is_dir() or {f.name for f in out.iterdir()} - PACKED:
+        held = {f.name for f in out.iterdir()} if out.is_dir() else {""}
+        if held and (held - PACKED or "hyperparams.yaml" not in held):
             raise FileExistsError(
                 f"{out} is more than a packed model and is not replaced: "
                 "choose another folder"
@@ -158,6 +159,8 @@ def pack(run, out, half=False, overwrite=False):
             os.replace(out, old)
         os.replace(partial, out)
     finally:
+        if old.exists() and not out.exists():
+            os.replace(old, out)
         for folder in (partial, old):
             shutil.rmtree(folder, ignore_errors=True)
     return out

@@ -92,6 +92,26 @@ def test_an_empty_set_is_told(bench, tmp_path):
         bench.score(Model(None), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "part, signal, rate, says",
+    [
+        ("mix", np.ones(80), 16000, "mix/a.wav is at 16000 Hz, not at 8000"),
+        ("s2", np.ones(90), 8000, "s2/a.wav is not mono or not as long"),
+        ("s1", None, None, "cannot read .*s1/a.wav"),
+    ],
+)
+def test_a_set_that_cannot_be_scored_is_named(
+    bench, tmp_path, part, signal, rate, says
+):
+    write_set(tmp_path, [np.ones(80), np.ones(80)])
+    path = tmp_path / part / "a.wav"
+    path.unlink()
+    if signal is not None:
+        soundfile.write(path, signal, rate)
+    with pytest.raises(ValueError, match=says):
+        bench.score(Model(None), tmp_path)
+
+
 def test_prompts_are_sorted_by_who_speaks(bench, tmp_path):
     sounds = tmp_path / "sounds"
     for name in ("en_f_Ann/digits/1", "es_f_Ann/1", "fr/silence/2", "fr/3"):

@@ -172,8 +172,9 @@ def test_audio_of_another_shape_is_refused(model, shape):
 
 
 def test_audio_with_time_first_is_refused(model):
-    with pytest.raises(ValueError, match="transpose"):
-        model.separate_audio(torch.zeros(8000, 2))
+    for channels in (1, 2):
+        with pytest.raises(ValueError, match="transpose"):
+            model.separate_audio(torch.zeros(8000, channels))
 
 
 def test_nan_in_memory_is_refused(model, noise):
@@ -355,7 +356,7 @@ def test_outputs_that_are_no_numbers_are_never_written(model, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("rate", [-1, 0.5, 44100.5])
+@pytest.mark.parametrize("rate", [-1, 0, 0.5, 44100.5])
 def test_a_rate_that_is_none_is_refused(model, noise, rate):
     with pytest.raises(ValueError, match="sample_rate is a whole number"):
         model.separate_audio(noise, rate)

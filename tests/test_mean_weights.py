@@ -41,4 +41,6 @@ def test_what_cannot_be_meaned_leaves_nothing(bench, packed_once, tmp_path):
         bench.main(tmp_path, packed_once, tmp_path / "out", 0.5)
     with pytest.raises(ValueError, match="not the same network"):
         bench.mean({"a": torch.ones(1)}, {"b": torch.ones(1)}, 0.5)
+    with pytest.raises(ValueError, match="not the same network"):
+        bench.mean({"a": torch.ones(1, 4)}, {"a": torch.ones(3, 4)}, 0.5)
     assert not list(tmp_path.iterdir())

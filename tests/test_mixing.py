@@ -6,6 +6,7 @@ import soundfile
 import torch
 from speechbrain.dataio.batch import PaddedBatch
 from torch.utils.data import DataLoader
+from torchaudio.functional import resample
 
 from speechbrain_flashformer.data import EpochSampler
 from speechbrain_flashformer.mixing import (
@@ -110,6 +111,38 @@ def test_recordings_that_cannot_be_used_are_named(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         DynamicMixtures(find_recordings(tmp_path, "file"), 2, 8000, 100, 1)
     assert "a.wav" in str(error.value)
+
+
+def test_a_recording_cut_short_is_named(speech, tmp_path):
+    rng = np.random.default_rng(0)
+    for s in range(2):
+        (tmp_path / f"{s}").mkdir()
+        path = tmp_path / f"{s}/a.flac"
+        soundfile.write(path, 0.3 * rng.normal(size=80000), 8000)
+        path.write_bytes(path.read_bytes()[:20000])
+    made = mixtures(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot read .*a.flac"):
+        [made[n] for n in range(50)]
+
+
+def test_noise_that_cannot_be_used_is_named_at_the_start(speech, tmp_path):
+    soundfile.write(tmp_path / "hall.wav", np.ones((80, 2)), 8000)
+    with pytest.raises(ValueError, match=r"hall.wav has 2 channels"):
+        mixtures(speech, noise=[tmp_path / "hall.wav"])
+
+
+@pytest.mark.parametrize("row", ["a.wav,", ",me", "a.wav"])
+def test_an_empty_cell_is_named_by_its_line(tmp_path, row):
+    (tmp_path / "list.csv").write_text(f"wav,speaker\nb.wav,you\n{row}\n")
+    with pytest.raises(ValueError, match=r"list.csv, line 3: .* is empty"):
+        find_recordings(tmp_path / "list.csv")
+
+
+def test_a_list_from_excel_is_read(tmp_path):
+    text = "wav,speaker\na.wav,me\n"
+    (tmp_path / "list.csv").write_text(text, encoding="utf-8-sig")
+    found = find_recordings(tmp_path / "list.csv")
+    assert found == [(tmp_path / "a.wav", "me")]
 
 
 def test_silent_recordings_are_named(tmp_path):
@@ -286,6 +319,29 @@ def test_levels_are_those_of_wsj0_mix(speech):
     assert abs(relative.std() - 2.66) < 0.4
 
 
+@pytest.mark.parametrize("rate", [11025, 22050, 44100])
+def test_no_speed_makes_a_huge_filter(tmp_path, monkeypatch, rate):
+    ratios = []
+
+    def spy(signal, old, new):
+        ratios.append((old, new))
+        return resample(signal, old, new)
+
+    monkeypatch.setattr("speechbrain_flashformer.mixing.resample", spy)
+    for s in range(2):
+        (tmp_path / f"{s}").mkdir()
+        tone = np.sin(2 * np.pi * 400 * (s + 1) * np.arange(2 * rate) / rate)
+        soundfile.write(tmp_path / f"{s}/a.wav", 0.3 * tone, rate)
+    item = mixtures(tmp_path, speeds=(97, 97), samples=4000)[0]
+    for old, new in ratios:
+        # The filter has some 14 old new values; exact, 300 million and more.
+        assert old * new < 1e6
+        assert old / new == pytest.approx(rate * 0.97 / 8000, rel=1e-5)
+    assert len(ratios) >= 2
+    pitches = sorted(pitch(item[f"s{s}_sig"]) for s in (1, 2))
+    assert pitches == pytest.approx([0.97, 1.94], rel=2e-3)
+
+
 def test_speed_moves_the_pitch(speech):
     fast = mixtures(speech, speeds=(110, 110))
     pitches = [pitch(fast[n]["s1_sig"].numpy()) for n in range(20)]
@@ -322,6 +378,12 @@ def test_room_adds_a_tail_after_the_sound():
     # 60 dB in t60: 20 dB in a third of it.
     early, late = energy[:400].sum(), energy[800:1200].sum()
     assert abs(10 * np.log10(early / late) - 20) < 4
+
+
+def test_colour_keeps_the_length():
+    rng = np.random.default_rng(0)
+    for length in (1, 40, 65, 8000):
+        assert len(colour(np.ones(length), 10, rng)) == length
 
 
 def test_colour_stays_within_its_range():

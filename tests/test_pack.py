@@ -1,5 +1,6 @@
 """A run becomes a folder that needs nothing else."""
 
+import os
 import re
 import shutil
 
@@ -123,11 +124,36 @@ def test_an_existing_folder_stays_unless_told(make_run, packed, tmp_path):
     assert (packed / "masknet.ckpt").read_bytes() != before
 
 
+@pytest.mark.parametrize("fails", [1, 2])
+def test_what_is_replaced_is_not_lost(
+    make_run, packed, tmp_path, monkeypatch, fails
+):
+    run = make_run(tmp_path / "run", seed=1)
+    before = (packed / "masknet.ckpt").read_bytes()
+    beside = set(packed.parent.iterdir())
+    replace, calls = os.replace, []
+
+    def fail(*paths):
+        calls.append(paths)
+        if len(calls) == fails:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        pack(run, packed, overwrite=True)
+    assert len(calls) >= fails
+    assert (packed / "masknet.ckpt").read_bytes() == before
+    assert set(packed.parent.iterdir()) - {run} == beside - {run}
+
+
 def test_only_a_packed_folder_is_replaced(make_run, tmp_path):
     run = make_run(tmp_path / "runs/run", seed=0)
     (tmp_path / "file").write_text("mine")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/README.md").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
-    for out in (run, tmp_path / "runs", tmp_path / "file"):
+    for out in (run, *(tmp_path / name for name in ("runs", "file", "notes"))):
         with pytest.raises(FileExistsError, match="is not replaced"):
             pack(run, out, overwrite=True)
     assert sorted(tmp_path.rglob("*")) == before

