@@ -24,10 +24,10 @@ peers.py) and, of ours, ``without``, ``norm`` and ``variant`` (see models.py).
 Writes OUT.csv, a row per run; OUT_curves.csv, what was measured on the way;
 OUT.md, the rows as a table; OUT.png, the curves. ``training`` is the mean
 SI-SNR in training since the point before, the rest is SI-SNRi, all in dB. A run
-that OUT.csv has is not run again; which speech it heard is known by the names of
-the folders and the number of recordings, so give other speech or other test
-sets another OUT. On one thread, minutes are of CPU time, so that other work on
-the machine does not count; on more, of the clock.
+that OUT.csv has is not run again; what it heard is known by the names of the
+folders and the number of recordings, so give other speech or other test sets
+another OUT. On one thread, minutes are of CPU time, so that other work on the
+machine does not count; on more, of the clock.
 """
 
 import argparse
