@@ -373,7 +373,7 @@ def test_a_crop_grows(bench, command, monkeypatch):
     assert heard == [1000, 1400, 1800, 2200, 2600]
 
 
-@pytest.mark.parametrize("name", ["ablations", "hour", "peers"])
+@pytest.mark.parametrize("name", ["ablations", "hour", "people", "peers"])
 def test_the_page_says_what_the_figures_say(bench, name):
     table = bench.table(rows(RESULTS / f"{name}.csv"))
     assert table == (RESULTS / f"{name}.md").read_text()
