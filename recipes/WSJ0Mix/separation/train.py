@@ -8,6 +8,8 @@ Without ``data_folder`` a starter set of synthetic voices is made under the
 output folder. Its figures do not compare with those on WSJ0-mix.
 """
 
+import logging
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +22,7 @@ from prepare_data import prepare_wsjmix
 from speechbrain.nnet.schedulers import WarmCoolDecayLRSchedule
 from speechbrain.utils.distributed import (
     ddp_init_group,
+    if_main_process,
     infer_device,
     run_on_main,
 )
@@ -155,9 +158,21 @@ def main():
     if hparams["plot_results"]:
         run_on_main(plot_results, args=[hparams["output_folder"]])
         run_on_main(plot_evaluation, args=[hparams["output_folder"]])
-    if is_initialized():
-        # Else its threads may still run when the process ends, and abort it.
-        destroy_process_group()
+    if hparams["use_tensorboard"] and if_main_process():
+        hparams["tensorboard_train_logger"].writer.close()
+
+
+def leave_group():
+    """End a process of several, after all of its work.
+
+    Threads of gloo outlive the group, held by what the training leaves, and
+    now and then abort a process whose Python is ending: it ends without.
+    """
+    destroy_process_group()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def steps_per_epoch(separator, loader_opts):
@@ -194,3 +209,5 @@ def default_precision(device):
 
 if __name__ == "__main__":
     main()
+    if is_initialized():
+        leave_group()
