@@ -39,7 +39,7 @@ LEAST_SPOKEN = 0.2
 
 # Largest denominator of a ratio of rates: at 44.1 kHz, 97 % of the speed is
 # 42777 to 8000, for which the resampler would build a filter of 3 GB. The
-# nearest such ratio is off by less than a hundred thousandth.
+# nearest such ratio is off by less than a thousandth: two cents of pitch.
 FINEST_RATIO = 400
 
 # Longest pause between two recordings that are joined, seconds.

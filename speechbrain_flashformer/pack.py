@@ -112,8 +112,11 @@ def pack(run, out, half=False, overwrite=False):
                 f"{out} exists: remove it, or overwrite it "
                 "(--overwrite, in Python overwrite=True)"
             )
-        held = {f.name for f in out.iterdir()} if out.is_dir() else {""}
-        if held and (held - PACKED or "hyperparams.yaml" not in held):
+        held = {f.name for f in out.iterdir()} if out.is_dir() else None
+        # Nothing, or a model; a card alone is somebody's text.
+        if held is None or (
+            held and not {"hyperparams.yaml"} <= held <= PACKED
+        ):
             raise FileExistsError(
                 f"{out} is more than a packed model and is not replaced: "
                 "choose another folder"

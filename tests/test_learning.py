@@ -359,6 +359,14 @@ def test_stages_are_trained_and_the_last_is_scored(
     assert float(row["training"]) == -5
 
 
+def test_each_point_is_measured_once(command, tmp_path):
+    # 30 / 44 * 22 is a hair less than 15.
+    command(f"{TINY}:batch=1 --examples 44 --points 22")
+    curve = rows(tmp_path / "out_curves.csv")
+    examples = [int(row["examples"]) for row in curve if row["set"] == "voices"]
+    assert examples == list(range(2, 45, 2))
+
+
 def test_a_crop_grows(bench, command, monkeypatch):
     heard = []
     real = bench.DynamicMixtures.__getitem__

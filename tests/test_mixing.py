@@ -66,6 +66,13 @@ def test_speaker_from_the_path(speech, speaker, names):
     assert found == sorted(found) and len(found) == 12
 
 
+def test_a_pattern_that_is_none_is_named(speech):
+    with pytest.raises(
+        ValueError, match=r"dm_speaker '\(' is not folder, file"
+    ):
+        find_recordings(speech, "(")
+
+
 def test_each_file_its_own_speaker(speech):
     found = find_recordings(speech, "file")
     assert len({name for _, name in found}) == 12

@@ -165,8 +165,8 @@ def main():
 def leave_group():
     """End a process of several, after all of its work.
 
-    Threads of gloo outlive the group, held by what the training leaves, and
-    now and then abort a process whose Python is ending: it ends without.
+    torch's DDP never lets go of the group, so that threads of gloo outlive it
+    and now and then abort a process whose Python is ending: it ends without.
     """
     destroy_process_group()
     logging.shutdown()
