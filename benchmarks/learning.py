@@ -17,9 +17,11 @@ MODEL is NAME[:KEY=VALUE]...: a size of hparams/ with numbers of its yaml
 dprnn, or with the extra ``bench`` mossformer2 or fla-sepreformer.
 Further keys are ``optimizer`` (muon, the recipe's pair, the default of ours; or
 adamw, that of the peers), ``lr``, ``batch``, ``crop`` (samples; (4000,12000)
-grows from one to the other), ``precision=bf16``, ``flip`` (the share of the
-mixtures that are upside down: 0, 0.5 or 1), ``start``, ``output=map`` (see
-peers.py) and, of ours, ``without``, ``norm`` and ``variant`` (see models.py).
+grows from one to the other), ``levels`` (how much of the difference in level
+between the speakers is kept; (0,1) grows likewise), ``precision=bf16``,
+``flip`` (the share of the mixtures that are upside down: 0, 0.5 or 1),
+``start``, ``output=map`` (see peers.py) and, of ours, ``without``, ``norm`` and
+``variant`` (see models.py).
 
 Writes OUT.csv, a row per run; OUT_curves.csv, what was measured on the way;
 OUT.md, the rows as a table; OUT.png, the curves. ``training`` is the mean
@@ -61,6 +63,8 @@ RATE = 8000
 SPEEDS = (95, 105)
 MAX_GRAD_NORM = 5
 PRECISIONS = ("fp32", "bf16")
+# Keys that may change from one number to another in the course of a training.
+GROW = ("crop", "levels")
 # Steps of rising, and the last part of the training, of falling rate.
 WARMUP, COOLDOWN = 50, 0.75
 # Of the mean loss of the stages before the last.
@@ -97,6 +101,7 @@ def parse(entry):
         "lr": 0.002 if ours else 0.001,
         "batch": 8,
         "crop": RATE,
+        "levels": 1,
         "precision": "fp32",
         "flip": 0.0,
     }
@@ -105,11 +110,12 @@ def parse(entry):
         raise ValueError(f"{entry}: optimizer is muon or adamw")
     if training["precision"] not in PRECISIONS:
         raise ValueError(f"{entry}: precision is fp32 or bf16")
-    for key in ("lr", "batch", "crop"):
-        given = training[key]
-        some = given if key == "crop" and isinstance(given, tuple) else [given]
-        if any(not isinstance(x, int | float) or x <= 0 for x in some):
-            raise ValueError(f"{entry}: {key} is a number above 0")
+    for key in ("lr", "batch", "crop", "levels"):
+        some = both_ends(training[key]) if key in GROW else [training[key]]
+        numeric = all(isinstance(x, int | float) for x in some)
+        if not numeric or min(some) < 0 or (key != "levels" and 0 in some):
+            least = "0 or more" if key == "levels" else "above 0"
+            raise ValueError(f"{entry}: {key} is a number {least}")
     if training["flip"] not in (0, 0.5, 1):
         raise ValueError(f"{entry}: flip is 0, 0.5 or 1")
     return name, training, numbers
@@ -130,9 +136,19 @@ def make_optimizers(model, kind, lr):
     ]
 
 
-def crops(crop):
-    """Samples of a mixture at the begin and at the end of a training."""
-    return crop if isinstance(crop, tuple) else (crop, crop)
+def both_ends(value):
+    """A key of ``GROW`` at the begin and at the end of a training."""
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def keep_levels(item, share):
+    """A mixture of two whose difference in level, in dB, is a share of it."""
+    if share != 1:
+        first, second = item["s1_sig"], item["s2_sig"]
+        ratio = first.square().mean() / second.square().mean()
+        item["s2_sig"] = second * ratio.sqrt() ** (1 - share)
+        item["mix_sig"] = first + item["s2_sig"]
+    return item
 
 
 def clock():
@@ -147,11 +163,13 @@ def train(model, mixtures, training, arguments, measure):
     half = training["precision"] == "bf16"
     optimizers = make_optimizers(model, training["optimizer"], peak)
     steps, seconds, done, points, scores = 0, 0.0, 0.0, 0, []
-    shortest, longest = crops(training["crop"])
+    ends = {key: both_ends(training[key]) for key in GROW}
     while done < 1:
         begin = clock()
-        mixtures.samples = round(shortest + done * (longest - shortest))
-        items = [mixtures[n] for n in range(steps * size, (steps + 1) * size)]
+        now = {key: a + done * (b - a) for key, (a, b) in ends.items()}
+        mixtures.samples = round(now["crop"])
+        numbers = range(steps * size, (steps + 1) * size)
+        items = [keep_levels(mixtures[n], now["levels"]) for n in numbers]
         batch = PaddedBatch(items)
         mixture, lengths = batch.mix_sig
         targets = torch.stack([batch.s1_sig.data, batch.s2_sig.data], 2)
@@ -269,7 +287,7 @@ def run(entry, seed, speech, tests, arguments, done):
     model = build_separator(name, **numbers)
     source, recordings = speech
     mixtures = DynamicMixtures(
-        *(recordings, 2, RATE, crops(training["crop"])[0], seed, SPEEDS),
+        *(recordings, 2, RATE, both_ends(training["crop"])[0], seed, SPEEDS),
         flip_share=training["flip"],
     )
     seconds = torch.randn(1, TEST_SECONDS * RATE)

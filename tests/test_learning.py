@@ -124,6 +124,9 @@ def test_all_models_learn_from_the_same_mixtures(
         ),
         ("tiny:variant=new --examples 8", "variant is one of one-merge"),
         ("tiny:crop=(1,0) --examples 8", "crop is a number above 0"),
+        ("tiny:crop=1,0 --examples 8", "crop is a number above 0"),
+        ("tiny:levels=(0,-1) --examples 8", "levels is a number 0 or more"),
+        ("tiny:batch=(1,2) --examples 8", "batch is a number above 0"),
         ("tiny:causal --examples 8", "is not KEY=VALUE"),
         ("skim:num_layers=2 --examples 8", "skim is built as in its recipe"),
         (f"{TINY} --examples 8 --test cv", "--test cv is not NAME=FOLDER"),
@@ -379,6 +382,38 @@ def test_a_crop_grows(bench, command, monkeypatch):
     line = TINY.replace("crop=2000", "crop=(1000,3000)")
     command(f"{line}:batch=1 --examples 5 --points 1")
     assert heard == [1000, 1400, 1800, 2200, 2600]
+
+
+def test_levels_come_to_be_as_they_were_drawn(bench, command, monkeypatch):
+    heard = []
+    real = bench.DynamicMixtures.__getitem__
+    monkeypatch.setattr(
+        bench.DynamicMixtures,
+        "__getitem__",
+        lambda mixtures, n: heard.append(real(mixtures, n)) or dict(heard[-1]),
+    )
+    batches = []
+    batch = bench.PaddedBatch
+    monkeypatch.setattr(
+        bench,
+        "PaddedBatch",
+        lambda items: batches.append(items) or batch(items),
+    )
+
+    def gap(item):
+        ratio = item["s1_sig"].square().mean() / item["s2_sig"].square().mean()
+        return 10 * ratio.log10().item()
+
+    command(f"{TINY}:batch=1:levels=(0,1) --examples 4 --points 1")
+    for share, before, (after,) in zip((0, 0.25, 0.5, 0.75), heard, batches):
+        assert gap(after) == pytest.approx(share * gap(before), abs=1e-3)
+        both = after["s1_sig"] + after["s2_sig"]
+        torch.testing.assert_close(after["mix_sig"], both)
+    heard.clear()
+    batches.clear()
+    command(f"{TINY}:batch=1 --examples 4 --points 1")
+    for before, (after,) in zip(heard, batches):
+        assert torch.equal(after["mix_sig"], before["mix_sig"])
 
 
 @pytest.mark.parametrize("name", ["ablations", "hour", "people", "peers"])
