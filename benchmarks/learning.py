@@ -18,10 +18,10 @@ dprnn, or with the extra ``bench`` mossformer2 or fla-sepreformer.
 Further keys are ``optimizer`` (muon, the recipe's pair, the default of ours; or
 adamw, that of the peers), ``lr``, ``batch``, ``crop`` (samples; (4000,12000)
 grows from one to the other), ``levels`` (how much of the difference in level
-between the speakers is kept; (0,1) grows likewise), ``precision=bf16``,
-``flip`` (the share of the mixtures that are upside down: 0, 0.5 or 1),
-``start``, ``output=map`` (see peers.py) and, of ours, ``without``, ``norm`` and
-``variant`` (see models.py).
+between the speakers is kept; (0,1) grows likewise), ``speeds`` (least and
+greatest, in percent), ``precision=bf16``, ``flip`` (the share of the mixtures
+that are upside down: 0, 0.5 or 1), ``start``, ``output=map`` (see peers.py)
+and, of ours, ``without``, ``norm`` and ``variant`` (see models.py).
 
 Writes OUT.csv, a row per run; OUT_curves.csv, what was measured on the way;
 OUT.md, the rows as a table; OUT.png, the curves. ``training`` is the mean
@@ -102,6 +102,7 @@ def parse(entry):
         "batch": 8,
         "crop": RATE,
         "levels": 1,
+        "speeds": SPEEDS,
         "precision": "fp32",
         "flip": 0.0,
     }
@@ -116,6 +117,10 @@ def parse(entry):
         if not numeric or min(some) < 0 or (key != "levels" and 0 in some):
             least = "0 or more" if key == "levels" else "above 0"
             raise ValueError(f"{entry}: {key} is a number {least}")
+    speeds = training["speeds"]
+    numeric = isinstance(speeds, tuple) and len(speeds) == 2
+    if not numeric or not all(isinstance(x, int) and x > 0 for x in speeds):
+        raise ValueError(f"{entry}: speeds are two whole percentages above 0")
     if training["flip"] not in (0, 0.5, 1):
         raise ValueError(f"{entry}: flip is 0, 0.5 or 1")
     return name, training, numbers
@@ -287,7 +292,8 @@ def run(entry, seed, speech, tests, arguments, done):
     model = build_separator(name, **numbers)
     source, recordings = speech
     mixtures = DynamicMixtures(
-        *(recordings, 2, RATE, both_ends(training["crop"])[0], seed, SPEEDS),
+        *(recordings, 2, RATE, both_ends(training["crop"])[0], seed),
+        speeds=training["speeds"],
         flip_share=training["flip"],
     )
     seconds = torch.randn(1, TEST_SECONDS * RATE)

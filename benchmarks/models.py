@@ -14,7 +14,7 @@ from speechbrain.lobes.models import conv_tasnet, dual_path, resepformer
 from variants import VARIANTS
 
 from speechbrain_flashformer.filterbank import fourier_filters
-from speechbrain_flashformer.norm import GlobalNorm
+from speechbrain_flashformer.norm import CumulativeNorm, GlobalNorm
 
 HPARAMS = Path(__file__).resolve().parent.parent / "hparams"
 OURS = tuple(
@@ -298,7 +298,24 @@ class EnergyNorm(GlobalNorm):
         return super().forward(x, statistics=(mean, (share * energy).sum(1)))
 
 
-NORMS = {"frame": FrameNorm, "uniform": UniformNorm, "energy": EnergyNorm}
+class PastNorm(CumulativeNorm):
+    """In the place of the global norm: that over all frames so far."""
+
+    def __init__(self, channels):
+        # More frames than a mixture of the bench has.
+        super().__init__(channels, span=10000)
+
+    def forward(self, x, *_):
+        """Normalise x [B, L, N]."""
+        return super().forward(x)
+
+
+NORMS = {
+    "frame": FrameNorm,
+    "uniform": UniformNorm,
+    "energy": EnergyNorm,
+    "cumulative": PastNorm,
+}
 
 
 def _no_attention(masknet):

@@ -89,7 +89,10 @@ def test_training_for_minutes_ends_with_them(bench, command, tmp_path):
     assert int(row["examples"]) == int(row["steps"]) > 1
 
 
-@pytest.mark.parametrize("key, same", [("norm=frame", True), ("flip=1", False)])
+@pytest.mark.parametrize(
+    "key, same",
+    [("norm=frame", True), ("flip=1", False), ("speeds=(90,91)", False)],
+)
 def test_all_models_learn_from_the_same_mixtures(
     bench, command, monkeypatch, key, same
 ):
@@ -116,6 +119,7 @@ def test_all_models_learn_from_the_same_mixtures(
         ("tiny:optimizer=sgd --examples 8", "optimizer is muon or adamw"),
         ("tiny:precision=half --examples 8", "precision is fp32 or bf16"),
         ("tiny:flip=half --examples 8", "flip is 0, 0.5 or 1"),
+        ("tiny:speeds=95 --examples 8", "speeds are two whole percentages"),
         ("tiny:output=guess --examples 8", "output is one of mask, map"),
         ("tiny:start=here --examples 8", "start is one of fourier, random"),
         (
@@ -247,6 +251,19 @@ def test_silence_changes_nothing_where_frames_have_weights(bench, norm):
     same = torch.allclose(among[:, :100], alone, atol=1e-4)
     assert same == (norm != "uniform")
     assert masknet.norm_in(torch.zeros(1, 50, 128)).isfinite().all()
+
+
+def test_a_cumulative_norm_hears_nothing_of_the_future(bench):
+    norms = (
+        bench.build_separator("tiny", norm=name).parts[1].norm_in
+        for name in ("cumulative", None)
+    )
+    x = torch.rand(2, 100, 128)
+    past, whole = (
+        torch.allclose(norm(x)[:, :50], norm(x[:, :50]), atol=1e-5)
+        for norm in norms
+    )
+    assert past and not whole
 
 
 @pytest.mark.parametrize("without", ["attention", "token-fsmn", "token-memory"])
