@@ -1,50 +1,62 @@
 #!/usr/bin/env python3
 """Give a packed model more layers and wider feed-forwards, to train it on.
 
-> python benchmarks/grow_model.py MODEL OUT LAYERS D_FFN
+> python benchmarks/grow_model.py MODEL OUT --num_layers 12 --d_ffn 384
 
-OUT separates exactly as MODEL does: what is new adds nothing until it has
-learned to. New layers stand evenly between the old ones. The recipe trains OUT
-with ``--start_from OUT --model "{num_layers: LAYERS, d_ffn: D_FFN}"``. Source:
+OUT separates as MODEL does: what is new adds nothing until it has learned to.
+New layers stand after old ones, evenly. The card of OUT is that of MODEL. Train
+it with ``--start_from OUT --model "{num_layers: 12, d_ffn: 384}"``. Source:
 Net2Net (arXiv:1511.05641), but with zeros behind what is new in place of
 copies.
 """
 
-import re
-import shutil
+import argparse
+import io
 import sys
 from pathlib import Path
 
 import torch
 from hyperpyyaml import load_hyperpyyaml
+from records import copied_whole
+from ruamel.yaml import YAML
+
+from speechbrain_flashformer import FlashFormer
+from speechbrain_flashformer.inference import FlashFormerSeparation
 
 SEED = 0
-# The last product of each part of a layer that is added to what comes in.
+# The last product of each part of a layer, added to what comes in.
 OUTS = ("attention.out", "fsmn.out", "ffn.out")
 
 
-def main(model, out, layers, d_ffn):
-    """Write OUT, all at once."""
-    if out.exists():
-        raise FileExistsError(f"{out} exists: remove it or name another")
-    yaml = (model / "hyperparams.yaml").read_text(encoding="utf-8")
-    old = load_hyperpyyaml(yaml)["masknet"]
-    old.load_state_dict(torch.load(model / "masknet.ckpt", weights_only=True))
-    for key, number in (("num_layers", layers), ("d_ffn", d_ffn)):
-        yaml = re.sub(rf"(?m)^( +{key}: ).*$", rf"\g<1>{number}", yaml)
+def main(model, out, num_layers=None, d_ffn=None):
+    """Write OUT, all at once; a number not given stays."""
+    old = FlashFormerSeparation.from_hparams(model).mods.masknet
+    if not isinstance(old, FlashFormer):
+        raise ValueError(f"the masknet of {model} is no FlashFormer")
+    numbers = {
+        "num_layers": num_layers or len(old.layers),
+        "d_ffn": d_ffn or old.layers[0].ffn.out.in_features,
+    }
+    hparams = enlarge((model / "hyperparams.yaml").read_text("utf-8"), numbers)
     torch.manual_seed(SEED)
-    new = load_hyperpyyaml(yaml)["masknet"]
+    new = load_hyperpyyaml(hparams)["masknet"]
     grow(old, new)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        shutil.copytree(model, partial)
-        (partial / "hyperparams.yaml").write_text(yaml, encoding="utf-8")
-        state = {key: value.half() for key, value in new.state_dict().items()}
-        torch.save(state, partial / "masknet.ckpt")
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with copied_whole(model, out) as partial:
+        (partial / "hyperparams.yaml").write_text(hparams, encoding="utf-8")
+        weights = partial / "masknet.ckpt"
+        kept = torch.load(weights, weights_only=True)["masks.weight"].dtype
+        state = new.state_dict()
+        torch.save({k: v.to(kept) for k, v in state.items()}, weights)
+
+
+def enlarge(hparams, numbers):
+    """The text of a hyperparams.yaml with other numbers of the masknet."""
+    yaml, text = YAML(), io.StringIO()
+    yaml.indent(mapping=4, sequence=4, offset=2)
+    tree = yaml.load(hparams)
+    tree["masknet"].update(numbers)
+    yaml.dump(tree, text)
+    return text.getvalue()
 
 
 @torch.no_grad()
@@ -52,12 +64,12 @@ def grow(old, new):
     """Let the masknet ``new`` do what ``old`` does, in weights of its own."""
     few, many = len(old.layers), len(new.layers)
     narrow, wide = (net.layers[0].ffn.out.in_features for net in (old, new))
-    for name, less, more in (
-        ("LAYERS", few, many),
-        ("D_FFN", narrow, wide),
+    for name, least, number in (
+        ("num_layers", few, many),
+        ("d_ffn", narrow, wide),
     ):
-        if more < less:
-            raise ValueError(f"{name} is {less} or more, what the model has")
+        if number < least:
+            raise ValueError(f"{name} is {least} or more, what the model has")
     rest = old.state_dict()
     rest = {k: v for k, v in rest.items() if not k.startswith("layers.")}
     new.load_state_dict(rest, strict=False)
@@ -86,9 +98,15 @@ def widen(old, new):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 5:
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--num_layers", type=int)
+    parser.add_argument("--d_ffn", type=int)
     try:
-        main(*map(Path, sys.argv[1:3]), *map(int, sys.argv[3:]))
+        main(**vars(parser.parse_args()))
     except (OSError, ValueError) as error:
-        sys.exit(str(error))
+        sys.exit(f"grow_model.py: {error}")

@@ -34,6 +34,7 @@ machine does not count; on more, of the clock.
 
 import argparse
 import ast
+import math
 import os
 import statistics
 import sys
@@ -65,6 +66,14 @@ MAX_GRAD_NORM = 5
 PRECISIONS = ("fp32", "bf16")
 # Keys that may change from one number to another in the course of a training.
 GROW = ("crop", "levels")
+# Of these keys: what a number is, the least one, how many, and this in words.
+LIMITS = {
+    "lr": (int | float, sys.float_info.min, (1,), "a number above 0"),
+    "batch": (int, 1, (1,), "a whole number above 0"),
+    "crop": (int, 1, (1, 2), "a whole number above 0, or (FIRST,LAST)"),
+    "levels": (int | float, 0, (1, 2), "a number from 0 on, or (FIRST,LAST)"),
+    "speeds": (int, 1, (2,), "(LEAST,GREATEST), whole numbers above 0"),
+}
 # Steps of rising, and the last part of the training, of falling rate.
 WARMUP, COOLDOWN = 50, 0.75
 # Of the mean loss of the stages before the last.
@@ -111,16 +120,15 @@ def parse(entry):
         raise ValueError(f"{entry}: optimizer is muon or adamw")
     if training["precision"] not in PRECISIONS:
         raise ValueError(f"{entry}: precision is fp32 or bf16")
-    for key in ("lr", "batch", "crop", "levels"):
-        some = both_ends(training[key]) if key in GROW else [training[key]]
-        numeric = all(isinstance(x, int | float) for x in some)
-        if not numeric or min(some) < 0 or (key != "levels" and 0 in some):
-            least = "0 or more" if key == "levels" else "above 0"
-            raise ValueError(f"{entry}: {key} is a number {least}")
-    speeds = training["speeds"]
-    numeric = isinstance(speeds, tuple) and len(speeds) == 2
-    if not numeric or not all(isinstance(x, int) and x > 0 for x in speeds):
-        raise ValueError(f"{entry}: speeds are two whole percentages above 0")
+    for key, (kind, least, counts, says) in LIMITS.items():
+        given = training[key]
+        given = given if isinstance(given, tuple) else (given,)
+        if len(given) not in counts or not all(
+            isinstance(x, kind) and least <= x < math.inf for x in given
+        ):
+            raise ValueError(f"{entry}: {key} is {says}")
+    if training["speeds"][0] > training["speeds"][1]:
+        raise ValueError(f"{entry}: speeds is (LEAST,GREATEST)")
     if training["flip"] not in (0, 0.5, 1):
         raise ValueError(f"{entry}: flip is 0, 0.5 or 1")
     return name, training, numbers
@@ -147,11 +155,15 @@ def both_ends(value):
 
 
 def keep_levels(item, share):
-    """A mixture of two whose difference in level, in dB, is a share of it."""
+    """Keep a share of the difference in dB between the levels of two speakers.
+
+    Changes the second speaker and the mixture. A level is that of the part in
+    which somebody speaks, as in ``DynamicMixtures``.
+    """
     if share != 1:
         first, second = item["s1_sig"], item["s2_sig"]
-        ratio = first.square().mean() / second.square().mean()
-        item["s2_sig"] = second * ratio.sqrt() ** (1 - share)
+        power = [x[x != 0].square().mean() for x in (first, second)]
+        item["s2_sig"] = second * (power[0] / power[1]) ** ((1 - share) / 2)
         item["mix_sig"] = first + item["s2_sig"]
     return item
 

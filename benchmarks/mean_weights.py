@@ -8,34 +8,26 @@ of A; its card and numbers are those of B. Source: model soups
 (arXiv:2203.05482).
 """
 
-import shutil
 import sys
 from pathlib import Path
 
 import torch
+from records import copied_whole
 
 from speechbrain_flashformer.separate import MODULES
 
 
 def main(a, b, out, share):
     """Write OUT, all at once."""
-    if out.exists():
-        raise FileExistsError(f"{out} exists: remove it or name another")
     if not 0 <= share <= 1:
         raise ValueError(f"SHARE is between 0 and 1, got {share}")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        shutil.copytree(b, partial)
+    with copied_whole(b, out) as partial:
         for name in MODULES:
             first, second = (
                 torch.load(folder / f"{name}.ckpt", weights_only=True)
                 for folder in (a, b)
             )
             torch.save(mean(first, second, share), partial / f"{name}.ckpt")
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def mean(first, second, share):

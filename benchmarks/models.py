@@ -302,7 +302,7 @@ class PastNorm(CumulativeNorm):
     """In the place of the global norm: that over all frames so far."""
 
     def __init__(self, channels):
-        # More frames than a mixture of the bench has.
+        # 20 s of tiny's frames, more than the bench ever hears at once.
         super().__init__(channels, span=10000)
 
     def forward(self, x, *_):

@@ -119,7 +119,8 @@ def test_all_models_learn_from_the_same_mixtures(
         ("tiny:optimizer=sgd --examples 8", "optimizer is muon or adamw"),
         ("tiny:precision=half --examples 8", "precision is fp32 or bf16"),
         ("tiny:flip=half --examples 8", "flip is 0, 0.5 or 1"),
-        ("tiny:speeds=95 --examples 8", "speeds are two whole percentages"),
+        ("tiny:speeds=95 --examples 8", "speeds is (LEAST,GREATEST)"),
+        ("tiny:speeds=(105,95) --examples 8", "speeds is (LEAST,GREATEST)"),
         ("tiny:output=guess --examples 8", "output is one of mask, map"),
         ("tiny:start=here --examples 8", "start is one of fourier, random"),
         (
@@ -127,10 +128,14 @@ def test_all_models_learn_from_the_same_mixtures(
             "norm is one of frame, uniform",
         ),
         ("tiny:variant=new --examples 8", "variant is one of one-merge"),
-        ("tiny:crop=(1,0) --examples 8", "crop is a number above 0"),
-        ("tiny:crop=1,0 --examples 8", "crop is a number above 0"),
-        ("tiny:levels=(0,-1) --examples 8", "levels is a number 0 or more"),
-        ("tiny:batch=(1,2) --examples 8", "batch is a number above 0"),
+        ("tiny:crop=(1,0) --examples 8", "crop is a whole number above 0"),
+        ("tiny:crop=(1,2,3) --examples 8", "crop is a whole number above 0"),
+        ("tiny:crop=0.4 --examples 8", "crop is a whole number above 0"),
+        ("tiny:levels=(0,-1) --examples 8", "levels is a number from 0 on"),
+        ("tiny:levels=() --examples 8", "levels is a number from 0 on"),
+        ("tiny:levels=1e999 --examples 8", "levels is a number from 0 on"),
+        ("tiny:batch=(1,2) --examples 8", "batch is a whole number above 0"),
+        ("tiny:batch=4.0 --examples 8", "batch is a whole number above 0"),
         ("tiny:causal --examples 8", "is not KEY=VALUE"),
         ("skim:num_layers=2 --examples 8", "skim is built as in its recipe"),
         (f"{TINY} --examples 8 --test cv", "--test cv is not NAME=FOLDER"),
@@ -418,10 +423,12 @@ def test_levels_come_to_be_as_they_were_drawn(bench, command, monkeypatch):
     )
 
     def gap(item):
-        ratio = item["s1_sig"].square().mean() / item["s2_sig"].square().mean()
+        spoken = [item[key][item[key] != 0] for key in ("s1_sig", "s2_sig")]
+        ratio = spoken[0].square().mean() / spoken[1].square().mean()
         return 10 * ratio.log10().item()
 
     command(f"{TINY}:batch=1:levels=(0,1) --examples 4 --points 1")
+    assert len(heard) == len(batches) == 4
     for share, before, (after,) in zip((0, 0.25, 0.5, 0.75), heard, batches):
         assert gap(after) == pytest.approx(share * gap(before), abs=1e-3)
         both = after["s1_sig"] + after["s2_sig"]
@@ -429,6 +436,7 @@ def test_levels_come_to_be_as_they_were_drawn(bench, command, monkeypatch):
     heard.clear()
     batches.clear()
     command(f"{TINY}:batch=1 --examples 4 --points 1")
+    assert len(heard) == len(batches) == 4
     for before, (after,) in zip(heard, batches):
         assert torch.equal(after["mix_sig"], before["mix_sig"])
 
