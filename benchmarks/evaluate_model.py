@@ -116,9 +116,9 @@ def read_mixture(folder, name, rate):
 def make_mixtures(model, folder):
     """Mixtures of the speakers in a folder and their sources, each [T]."""
     recordings = [
-        (path, speaker)
-        for path, speaker in find_recordings(folder)
-        if soundfile.info(path).duration >= SECONDS
+        recording
+        for recording in find_recordings(folder)
+        if soundfile.info(recording.path).duration >= SECONDS
     ]
     if not recordings:
         raise FileNotFoundError(

@@ -35,7 +35,7 @@ from speechbrain_flashformer.attention import (
     attend,
     attention_report,
 )
-from speechbrain_flashformer.metrics import pit_si_snr_loss
+from speechbrain_flashformer.losses import pit_si_snr_loss
 from speechbrain_flashformer.separate import separate
 from speechbrain_flashformer.streaming import StreamingSeparator, StreamingStep
 

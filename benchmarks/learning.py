@@ -8,28 +8,29 @@ SPEECH is a folder or CSV file of single-speaker recordings, as dynamic mixing
 takes it, or the folder of benchmarks/pretrained_data.py, whose validation part
 is left out; several may be given; without any, generated voices. CV and TT hold
 mix/, s1/ and s2/; the test set ``voices`` needs no folder. All models have the
-same mixtures, loss (SI-SNR, best order), gradient clip and shape of schedule;
-every run is one of MODEL x SEED, for so many --examples or --minutes of
-training.
+same mixtures, gradient clip and shape of schedule; every run is one of MODEL x
+SEED, for so many --examples or --minutes of training.
 
 MODEL is NAME[:KEY=VALUE]...: a size of hparams/ with numbers of its yaml
 (tiny:d_model=96:window=(62,62)), conv-tasnet, sepformer, re-sepformer, skim,
 dprnn, or with the extra ``bench`` mossformer2 or fla-sepreformer.
 Further keys are ``optimizer`` (muon, the recipe's pair, the default of ours; or
 adamw, that of the peers), ``lr``, ``batch``, ``crop`` (samples; (4000,12000)
-grows from one to the other), ``levels`` (how much of the difference in level
-between the speakers is kept; (0,1) grows likewise), ``speeds`` (least and
-greatest, in percent), ``precision=bf16``, ``flip`` (the share of the mixtures
-that are upside down: 0, 0.5 or 1), ``start``, ``output=map`` (see peers.py)
-and, of ours, ``without``, ``norm`` and ``variant`` (see models.py).
+goes from one to the other in the first 70 %, as batch may), ``levels`` (how
+much of the difference in level between the speakers is kept; (0,1) goes
+likewise), ``speeds`` (least and greatest, in percent), ``precision=bf16``,
+``flip`` (the share of the mixtures that are upside down: 0, 0.5 or 1), ``loss``
+(si-snr or snr), ``absent`` (the share of the mixtures in which one speaker is
+alone), ``start``, ``output=map`` (see peers.py) and, of ours, ``without``,
+``norm`` and ``variant`` (see models.py).
 
 Writes OUT.csv, a row per run; OUT_curves.csv, what was measured on the way;
-OUT.md, the rows as a table; OUT.png, the curves. ``training`` is the mean
-SI-SNR in training since the point before, the rest is SI-SNRi, all in dB. A run
-that OUT.csv has is not run again; what it heard is known by the names of the
-folders and the number of recordings, so give other speech or other test sets
-another OUT. On one thread, minutes are of CPU time, so that other work on the
-machine does not count; on more, of the clock.
+OUT.md, the rows as a table; OUT.png, the curves. ``training`` is the mean loss
+in training since the point before, its sign changed, the rest is SI-SNRi, all
+in dB. A run that OUT.csv has is not run again; what it heard is known by the
+names of the folders and the number of recordings, so give other speech or other
+test sets another OUT. On one thread, minutes are of CPU time, so that other
+work on the machine does not count; on more, of the clock.
 """
 
 import argparse
@@ -50,13 +51,10 @@ from pretrained_data import real_speech
 from records import read_csv, write_csv, write_figure, write_text
 from speechbrain.dataio.batch import PaddedBatch
 
-from speechbrain_flashformer.metrics import (
-    best_order,
-    count_macs,
-    pit_si_snr_loss,
-    si_snr,
-)
+from speechbrain_flashformer.losses import pit_si_snr_loss, pit_snr_loss
+from speechbrain_flashformer.metrics import best_order, count_macs, si_snr
 from speechbrain_flashformer.mixing import DynamicMixtures, find_recordings
+from speechbrain_flashformer.optim import Muon, matrix_groups
 from speechbrain_flashformer.voices import make_voices
 
 ROOT = Path(__file__).resolve().parent
@@ -64,12 +62,15 @@ RATE = 8000
 SPEEDS = (95, 105)
 MAX_GRAD_NORM = 5
 PRECISIONS = ("fp32", "bf16")
-# Keys that may change from one number to another in the course of a training.
-GROW = ("crop", "levels")
+LOSSES = {"si-snr": pit_si_snr_loss, "snr": pit_snr_loss}
+# Keys that may change from one number to another over the first part of a
+# training.
+GROW = ("batch", "crop", "levels")
+GROWTH = 0.7
 # Of these keys: what a number is, the least one, how many, and this in words.
 LIMITS = {
     "lr": (int | float, sys.float_info.min, (1,), "a number above 0"),
-    "batch": (int, 1, (1,), "a whole number above 0"),
+    "batch": (int, 1, (1, 2), "a whole number above 0, or (FIRST,LAST)"),
     "crop": (int, 1, (1, 2), "a whole number above 0, or (FIRST,LAST)"),
     "levels": (int | float, 0, (1, 2), "a number from 0 on, or (FIRST,LAST)"),
     "speeds": (int, 1, (2,), "(LEAST,GREATEST), whole numbers above 0"),
@@ -114,10 +115,16 @@ def parse(entry):
         "speeds": SPEEDS,
         "precision": "fp32",
         "flip": 0.0,
+        "loss": "si-snr",
+        "absent": 0.0,
     }
     training |= {k: numbers.pop(k) for k in list(numbers) if k in training}
     if training["optimizer"] not in ("muon", "adamw"):
         raise ValueError(f"{entry}: optimizer is muon or adamw")
+    if training["loss"] not in LOSSES:
+        raise ValueError(f"{entry}: loss is {' or '.join(LOSSES)}")
+    if not 0 <= training["absent"] <= 1:
+        raise ValueError(f"{entry}: absent is a share, from 0 to 1")
     if training["precision"] not in PRECISIONS:
         raise ValueError(f"{entry}: precision is fp32 or bf16")
     for key, (kind, least, counts, says) in LIMITS.items():
@@ -138,12 +145,12 @@ def make_optimizers(model, kind, lr):
     """AdamW, or the recipe's pair: Muon on the masknet's matrices."""
     if kind == "adamw":
         return [torch.optim.AdamW(model.parameters(), lr)]
-    matrices = [p for p in model.parts[1].parameters() if p.ndim == 2]
-    taken = {id(p) for p in matrices}
+    matrices = matrix_groups(model.parts[1])
+    taken = {id(p) for group in matrices for p in group["params"]}
     rest = [p for p in model.parameters() if id(p) not in taken]
     return [
-        torch.optim.Muon(
-            matrices, lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        Muon(
+            matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
         ),
         torch.optim.AdamW(rest, lr, weight_decay=0),
     ]
@@ -176,16 +183,17 @@ def clock():
 
 def train(model, mixtures, training, arguments, measure):
     """Train; ``measure`` is called with (steps, examples, minutes, dB)."""
-    peak, size = training["lr"], training["batch"]
+    peak, loss_of = training["lr"], LOSSES[training["loss"]]
     half = training["precision"] == "bf16"
     optimizers = make_optimizers(model, training["optimizer"], peak)
-    steps, seconds, done, points, scores = 0, 0.0, 0.0, 0, []
+    steps, heard, seconds, done, points, scores = 0, 0, 0.0, 0.0, 0, []
     ends = {key: both_ends(training[key]) for key in GROW}
     while done < 1:
         begin = clock()
-        now = {key: a + done * (b - a) for key, (a, b) in ends.items()}
+        grown = min(1, done / GROWTH)
+        now = {key: a + grown * (b - a) for key, (a, b) in ends.items()}
         mixtures.samples = round(now["crop"])
-        numbers = range(steps * size, (steps + 1) * size)
+        numbers = range(heard, heard + round(now["batch"]))
         items = [keep_levels(mixtures[n], now["levels"]) for n in numbers]
         batch = PaddedBatch(items)
         mixture, lengths = batch.mix_sig
@@ -199,7 +207,7 @@ def train(model, mixtures, training, arguments, measure):
             estimates = model(mixture).float()
         # All but the first are of earlier stages, where there are such.
         losses = [
-            pit_si_snr_loss(targets, stage, lengths).mean()
+            loss_of(targets, stage, lengths).mean()
             for stage in estimates.split(targets.shape[2], 2)
         ]
         loss = losses[0]
@@ -212,9 +220,9 @@ def train(model, mixtures, training, arguments, measure):
                 optimizer.step()
         scores.append(-losses[0].item())
         seconds += clock() - begin
-        steps += 1
+        steps, heard = steps + 1, numbers.stop
         if arguments.examples:
-            done = steps * size / arguments.examples
+            done = heard / arguments.examples
         else:
             done = seconds / 60 / arguments.minutes
         # 15 of 22 points of 44 steps are a hair less than 15 as floats.
@@ -222,7 +230,7 @@ def train(model, mixtures, training, arguments, measure):
         if reached > points:
             points = reached
             mean = statistics.mean(scores)
-            measure(steps, steps * size, round(seconds / 60, 2), mean)
+            measure(steps, heard, round(seconds / 60, 2), mean)
             scores.clear()
 
 
@@ -306,6 +314,8 @@ def run(entry, seed, speech, tests, arguments, done):
     mixtures = DynamicMixtures(
         *(recordings, 2, RATE, both_ends(training["crop"])[0], seed),
         speeds=training["speeds"],
+        same_corpus_share=0.5,
+        absent_share=training["absent"],
         flip_share=training["flip"],
     )
     seconds = torch.randn(1, TEST_SECONDS * RATE)

@@ -20,6 +20,7 @@ import numpy as np
 import soundfile
 from records import write_csv
 
+from speechbrain_flashformer.mixing import Recording
 from speechbrain_flashformer.voices import make_voices
 
 VOICES = 1000
@@ -28,10 +29,10 @@ SEED = 7
 
 
 def real_speech(speech):
-    """(path, speaker) of the recordings for training, sentences twice."""
+    """Recordings for training, sentences twice."""
     commands, words = find_speech(speech)
     # Sentences, which overlap for longer than words, are listed twice.
-    return [(file, file.stem) for file in 2 * commands + words]
+    return [Recording(file, file.stem) for file in 2 * commands + words]
 
 
 def find_speech(speech):

@@ -114,7 +114,7 @@ def measure(task, name, threads, lengths, limit, gigabytes, gmac_per_s):
         pit_si_snr_loss(targets, estimates).mean().backward()
         optimizer.step()
 
-    from speechbrain_flashformer.metrics import pit_si_snr_loss
+    from speechbrain_flashformer.losses import pit_si_snr_loss
 
     _allow(gigabytes)
     last = None

@@ -18,6 +18,7 @@ from speechbrain_flashformer.checkpoints import (
     averaged_weights,
     gather,
 )
+from speechbrain_flashformer.optim import matrix_groups
 from speechbrain_flashformer.scores import (
     WORST,
     ResultsWriter,
@@ -142,10 +143,8 @@ class Separation(sb.Brain):
         if not hasattr(self.hparams, "matrix_optimizer"):
             super().init_optimizers()
             return
-        matrices = [
-            p for p in self.modules["masknet"].parameters() if p.ndim == 2
-        ]
-        taken = {id(p) for p in matrices}
+        matrices = matrix_groups(self.modules["masknet"])
+        taken = {id(p) for group in matrices for p in group["params"]}
         rest = [p for p in self.modules.parameters() if id(p) not in taken]
         self.optimizer = self.opt_class(rest)
         self.optimizers_dict = {

@@ -190,6 +190,8 @@ class GatedFSMN(nn.Module):
     torch.Size([2, 50, 16])
     """
 
+    stacked = {"expand": 2}
+
     def __init__(
         self,
         d_model,

@@ -70,6 +70,9 @@ class Attention(nn.Module):
     torch.Size([2, 50, 16])
     """
 
+    # Weights that are several matrices: an optimizer may take them apart.
+    stacked = {"qkv": 3}
+
     def __init__(self, d_model, nhead, window=(-1, -1), backend="auto"):
         super().__init__()
         self.nhead = nhead
@@ -114,6 +117,8 @@ class Attention(nn.Module):
 
 class FeedForward(nn.Module):
     """SwiGLU feed-forward (arXiv:2002.05202, eq. 6), [B, T, C] both ways."""
+
+    stacked = {"expand": 2}
 
     def __init__(self, d_model, d_ffn):
         super().__init__()

@@ -2,11 +2,10 @@
 
 Axes: B batch, T samples, S speakers. Signals are [B, T, S], the order of
 SpeechBrain's recipes; lengths are relative to T, [B]. All values are in dB,
-higher is better, but for the loss.
+higher is better.
 
 Sources: SI-SNR as in "SDR - half-baked or well done?" (Le Roux et al.,
-arXiv:1811.02508, eq. 3, on signals of zero mean); permutation-invariant
-training from Yu et al. (arXiv:1607.00325); SDR as in BSS Eval version 3
+arXiv:1811.02508, eq. 3, on signals of zero mean); SDR as in BSS Eval version 3
 (Vincent et al., 2006), the measure of ``mir_eval.separation``.
 """
 
@@ -112,21 +111,48 @@ def best_order(targets, predictions, lengths=None):
     >>> best_order(x, x.flip(2))[1]
     tensor([[1, 0]])
     """
-    if targets.shape != predictions.shape:
-        raise ValueError(
-            "sources and estimates must have one shape [B, T, S], got "
-            f"{tuple(targets.shape)} and {tuple(predictions.shape)}"
-        )
+    check_shapes(targets, predictions)
     S = targets.shape[2]
     # Column j: every source against estimate j.
     pairs = torch.stack(
         [si_snr(targets, predictions[..., [j] * S], lengths) for j in range(S)],
         dim=2,
     )
-    orders = torch.tensor(list(permutations(range(S))), device=targets.device)
-    scores = pairs[:, torch.arange(S), orders]  # [B, orders, S]
-    best = scores.mean(2).argmax(1)
-    return scores[torch.arange(len(best)), best], orders[best]
+    order = assignment(pairs)
+    return pairs.gather(2, order[:, :, None]).squeeze(2), order
+
+
+def check_shapes(targets, predictions):
+    """Raise a ValueError unless there is an estimate for each source."""
+    if targets.shape != predictions.shape:
+        raise ValueError(
+            "sources and estimates must have one shape [B, T, S], got "
+            f"{tuple(targets.shape)} and {tuple(predictions.shape)}"
+        )
+
+
+def assignment(scores):
+    """Give each source an estimate of its own, for the highest mean score.
+
+    Arguments
+    ---------
+    scores : torch.Tensor
+        Of every source against every estimate, [B, S, S].
+
+    Returns
+    -------
+    torch.Tensor
+        The index of each source's estimate, [B, S].
+
+    Example
+    -------
+    >>> assignment(torch.tensor([[[1.0, 9.0], [2.0, 3.0]]]))
+    tensor([[1, 0]])
+    """
+    S = scores.shape[1]
+    orders = torch.tensor(list(permutations(range(S))), device=scores.device)
+    means = scores[:, torch.arange(S), orders].mean(2)  # [B, orders]
+    return orders[means.argmax(1)]
 
 
 def reorder(predictions, order):
@@ -138,34 +164,6 @@ def reorder(predictions, order):
     tensor([[[2, 1]]])
     """
     return predictions.gather(2, order[:, None].expand_as(predictions))
-
-
-def pit_si_snr_loss(targets, predictions, lengths=None):
-    """Negative SI-SNR under the best order of speakers, one value per row.
-
-    Takes the place of SpeechBrain's ``get_si_snr_with_pitwrapper``, which
-    counts padding as signal.
-
-    Arguments
-    ---------
-    targets : torch.Tensor
-        Clean sources, [B, T, S].
-    predictions : torch.Tensor
-        Estimates in any order, [B, T, S].
-    lengths : torch.Tensor, optional
-        Relative lengths, [B].
-
-    Returns
-    -------
-    torch.Tensor
-        -dB, [B].
-
-    Example
-    -------
-    >>> pit_si_snr_loss(torch.randn(3, 50, 2), torch.randn(3, 50, 2)).shape
-    torch.Size([3])
-    """
-    return -best_order(targets, predictions, lengths)[0].mean(1)
 
 
 def sdr(target, estimate, filter_length=512):

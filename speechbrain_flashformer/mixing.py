@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from math import ceil
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -29,7 +30,7 @@ RELATIVE_LEVEL_DB = (-2.51, 2.66)
 LEVEL_LIMITS_DB = (-45.0, 0.0)
 PEAK = 0.9
 
-# A cut softer than this is a pause, and another one is drawn.
+# A cut softer than this is a pause, and another one of the speaker is drawn.
 SILENCE_DB = -60.0
 TRIES = 100
 
@@ -45,10 +46,9 @@ FINEST_RATIO = 400
 # Longest pause between two recordings that are joined, seconds.
 LONGEST_PAUSE = 1.0
 
-# Telephones: lower edge in Hz, upper edge as a share of half the rate (2.8 to
-# 3.8 kHz at 8 kHz), steepness as the order of the filter.
+# Telephones: lower and upper edge in Hz, steepness as the order of the filter.
 TELEPHONE_LOW = (100.0, 400.0)
-TELEPHONE_HIGH = (0.7, 0.95)
+TELEPHONE_HIGH = (2800.0, 3800.0)
 TELEPHONE_ORDER = (2, 6)
 
 # The rooms' reverberation times, seconds; drawn uniformly.
@@ -61,10 +61,10 @@ def load_mixtures(hparams):
     Reads ``base_folder_dm``, ``dm_speaker``, ``num_spks``, ``sample_rate``,
     ``training_signal_len``, ``seed``, ``use_speedperturb``,
     ``speed_changes`` (of which the least and the greatest count),
-    ``dm_join_share``, ``dm_turn_share``, ``dm_silence_share``,
-    ``dm_noise_folder``, ``dm_noise_share``, ``dm_noise_snr``,
-    ``dm_room_share``, ``dm_colour_db``, ``dm_telephone_share`` and
-    ``dm_flip_share``.
+    ``dm_same_corpus_share``, ``dm_absent_share``, ``dm_join_share``,
+    ``dm_turn_share``, ``dm_silence_share``, ``dm_noise_folder``,
+    ``dm_noise_share``, ``dm_noise_snr``, ``dm_room_share``, ``dm_colour_db``,
+    ``dm_telephone_share`` and ``dm_flip_share``.
     """
     if not hparams["base_folder_dm"]:
         raise ValueError(
@@ -77,7 +77,7 @@ def load_mixtures(hparams):
     noise = []
     if hparams["dm_noise_folder"]:
         found = find_recordings(hparams["dm_noise_folder"])
-        noise = [path for path, _ in found]
+        noise = [recording.path for recording in found]
     return DynamicMixtures(
         find_recordings(hparams["base_folder_dm"], hparams["dm_speaker"]),
         hparams["num_spks"],
@@ -86,6 +86,8 @@ def load_mixtures(hparams):
         hparams["seed"],
         speeds,
         noise=noise,
+        same_corpus_share=hparams["dm_same_corpus_share"],
+        absent_share=hparams["dm_absent_share"],
         join_share=hparams["dm_join_share"],
         turn_share=hparams["dm_turn_share"],
         silence_share=hparams["dm_silence_share"],
@@ -98,6 +100,14 @@ def load_mixtures(hparams):
     )
 
 
+class Recording(NamedTuple):
+    """Where speech is, who speaks, and the corpus that it is from."""
+
+    path: Path
+    speaker: str
+    corpus: str = ""
+
+
 def find_recordings(place, speaker="folder"):
     """List recordings and who speaks in each, sorted by path.
 
@@ -105,8 +115,8 @@ def find_recordings(place, speaker="folder"):
     ---------
     place : str or Path
         A folder, searched to all depths for wav and flac files; or a CSV file
-        with the columns ``wav`` (paths, relative ones beside the CSV) and
-        ``speaker``.
+        with the columns ``wav`` (paths, relative ones beside the CSV),
+        ``speaker`` and, where there are several, ``corpus``.
     speaker : str
         How a folder tells who speaks: ``folder``, the name of the folder that
         holds the file; ``file``, each file is its own; else a regular
@@ -115,8 +125,8 @@ def find_recordings(place, speaker="folder"):
 
     Returns
     -------
-    list of tuple
-        (path, name of the speaker).
+    list of Recording
+        Of a folder, all are of one corpus.
 
     Raises
     ------
@@ -134,8 +144,10 @@ def find_recordings(place, speaker="folder"):
             path
             for path in place.rglob("*")
             if path.suffix.lower() in (".wav", ".flac")
+            # What macOS keeps beside a file on other file systems.
+            and not path.name.startswith("._")
         )
-        found = [(path, _speaker(path, place, speaker)) for path in paths]
+        found = [Recording(x, _speaker(x, place, speaker)) for x in paths]
     if not found:
         raise FileNotFoundError(f"no wav or flac file in {place}")
     return found
@@ -153,7 +165,8 @@ def _listed(place):
                 raise ValueError(
                     f"{place}, line {rows.line_num}: wav or speaker is empty"
                 )
-            yield place.parent / row["wav"], row["speaker"]
+            path = place.parent / row["wav"]
+            yield Recording(path, row["speaker"], row.get("corpus") or "")
 
 
 def _speaker(path, place, speaker):
@@ -179,14 +192,15 @@ def _speaker(path, place, speaker):
 class DynamicMixtures(Dataset):
     """An endless training set of mixtures made on the fly.
 
-    Speech is drawn second by second: a speaker with twice as much of it
-    speaks twice as often. A recording shorter than ``samples`` stands at a
-    random place in the mixture, which ends with its longest source.
+    All speakers are equally likely, however much speech there is of each; of
+    the recordings of a speaker, those twice as long are twice as likely. A
+    recording shorter than ``samples`` stands at a random place in the mixture,
+    which ends with its longest source.
 
     Arguments
     ---------
-    recordings : list of tuple
-        (path, speaker), as from ``find_recordings``; mono, any sampling rate.
+    recordings : list of Recording
+        As from ``find_recordings``; mono, any sampling rate.
     num_spks : int
         S, different speakers in a mixture.
     sample_rate : int
@@ -197,6 +211,12 @@ class DynamicMixtures(Dataset):
         The same seed gives the same mixtures.
     speeds : tuple of int
         Least and greatest speed, in percent; pitch and formants go with it.
+    same_corpus_share : float
+        Share of the mixtures whose speakers are all from one corpus, as long
+        as it has enough of them: else the microphone may tell who is who.
+    absent_share : float
+        Share of the mixtures in which the first speaker is alone, the other
+        sources being 0. Needs a loss that is defined for a silent source.
     join_share : float
         Share of the mixtures in which each speaker goes on for all of
         ``samples``, with recordings of theirs and pauses between.
@@ -212,7 +232,8 @@ class DynamicMixtures(Dataset):
         Share of the mixtures with noise in them (the sources stay clean):
         one of ``noise``, or without any, a noise of random colour.
     noise_snr : tuple of float
-        Least and greatest ratio of mixture to noise, dB.
+        Least and greatest ratio of the loudest source to the noise, dB; that
+        of WHAM! (arXiv:1907.01160) is -6 to 3.
     room_share : float
         Share of the mixtures in a room, with a synthetic reverberation in the
         sources too.
@@ -247,6 +268,8 @@ class DynamicMixtures(Dataset):
         samples,
         seed,
         speeds=(100, 100),
+        same_corpus_share=0.0,
+        absent_share=0.0,
         join_share=0.0,
         turn_share=0.0,
         silence_share=0.0,
@@ -261,6 +284,8 @@ class DynamicMixtures(Dataset):
         self.num_spks, self.samples = num_spks, samples
         self.sample_rate, self.seed = sample_rate, seed
         self.speeds = speeds
+        self.same_corpus_share = same_corpus_share
+        self.absent_share = absent_share
         self.join_share, self.turn_share = join_share, turn_share
         self.silence_share = silence_share
         self.noise = list(noise)
@@ -268,9 +293,11 @@ class DynamicMixtures(Dataset):
         self.room_share = room_share
         self.colour_db, self.telephone_share = colour_db, telephone_share
         self.flip_share = flip_share
-        self.paths = [str(path) for path, _ in recordings]
-        names, self.speakers = np.unique(
-            [name for _, name in recordings], return_inverse=True
+        self.paths = [str(recording.path) for recording in recordings]
+        names, firsts, speakers = np.unique(
+            [recording.speaker for recording in recordings],
+            return_index=True,
+            return_inverse=True,
         )
         if len(names) < num_spks:
             raise ValueError(
@@ -278,10 +305,13 @@ class DynamicMixtures(Dataset):
                 f"{Path(self.paths[0]).parent} and the rest hold {len(names)}: "
                 "see dm_speaker"
             )
+        self.corpora = np.array([recordings[i].corpus for i in firsts])
         self.rates, self.frames = _headers(self.paths, "recordings")
         if self.noise:
             self.noise_rates, self.noise_frames = _headers(self.noise, "noise")
-        self.upto = np.cumsum(self.frames / self.rates)  # seconds
+        # Of each speaker, their recordings.
+        order = np.argsort(speakers, kind="stable")
+        self.spoken = np.split(order, np.cumsum(np.bincount(speakers))[:-1])
 
     def __getitem__(self, n):
         """Mixture n: id, mix_sig [T] and s1_sig to sS_sig [T]."""
@@ -291,41 +321,59 @@ class DynamicMixtures(Dataset):
         spoken = 1.0
         if _happens(self.silence_share, rng):
             spoken = rng.uniform(LEAST_SPOKEN, 1)
-        cuts, taken, length = [], set(), 0
-        for _ in range(TRIES):
-            pick = np.searchsorted(self.upto, rng.random() * self.upto[-1])
-            if self.speakers[pick] in taken:
-                continue
-            percent = int(rng.integers(self.speeds[0], self.speeds[1] + 1))
-            cut = self._cut(pick, percent, rng)
-            if joined:
-                cut = self._join(cut, pick, percent, rng)
-            cut = cut[: ceil(len(cut) * spoken)]
-            whole = len(cut)
-            if in_turns:
-                cut = cut[: ceil(whole * rng.uniform(LEAST_SPOKEN, 1))]
-            if _level_db(cut) > SILENCE_DB:
-                taken.add(self.speakers[pick])
-                cuts.append(cut)
-                length = max(length, whole)
-            if len(cuts) == self.num_spks:
-                return self._mix(n, cuts, length, spoken, rng)
-        raise ValueError(
-            f"no {self.num_spks} speakers who say something found in {TRIES} "
-            f"tries; the last was silent or taken: {self.paths[pick]}"
-        )
+        cuts, length = [], 0
+        for speaker in self._draw_speakers(rng):
+            for _ in range(TRIES):
+                pick = self._draw_recording(speaker, rng)
+                percent = int(rng.integers(self.speeds[0], self.speeds[1] + 1))
+                cut = self._cut(pick, percent, rng)
+                if joined:
+                    cut = self._join(cut, speaker, percent, rng)
+                cut = cut[: ceil(len(cut) * spoken)]
+                whole = len(cut)
+                if in_turns:
+                    cut = cut[: ceil(whole * rng.uniform(LEAST_SPOKEN, 1))]
+                if _level_db(cut) > SILENCE_DB:
+                    break
+            else:
+                raise ValueError(
+                    f"nothing but silence in {TRIES} cuts of one speaker; the "
+                    f"last was of {self.paths[pick]}"
+                )
+            cuts.append(cut)
+            length = max(length, whole)
+        if _happens(self.absent_share, rng):
+            length = len(cuts[0])
+            cuts[1:] = [cuts[0][:0]] * (self.num_spks - 1)
+        return self._mix(n, cuts, length, spoken, rng)
 
-    def _join(self, cut, pick, percent, rng):
+    def _draw_speakers(self, rng):
+        """Numbers of the speakers of a mixture."""
+        first = rng.integers(len(self.spoken))
+        others = np.arange(len(self.spoken))
+        if _happens(self.same_corpus_share, rng):
+            same = np.flatnonzero(self.corpora == self.corpora[first])
+            others = same if len(same) >= self.num_spks else others
+        others = others[others != first]
+        more = rng.choice(others, self.num_spks - 1, replace=False)
+        return [first, *more]
+
+    def _draw_recording(self, speaker, rng):
+        """One of a speaker's recordings; second by second, all are alike."""
+        theirs = self.spoken[speaker]
+        upto = np.cumsum(self.frames[theirs] / self.rates[theirs])
+        return theirs[np.searchsorted(upto, rng.random() * upto[-1])]
+
+    def _join(self, cut, speaker, percent, rng):
         """``samples`` of what a speaker says, of which ``cut`` is the first."""
-        level = _level_db(cut)
-        same = np.flatnonzero(self.speakers == self.speakers[pick])
+        level, theirs = _level_db(cut), self.spoken[speaker]
         longest = round(LONGEST_PAUSE * self.sample_rate)
         pieces, length = [], 0
         while length < self.samples:
             pause = np.zeros(rng.integers(longest), np.float32)
             pieces += [pause, cut]
             length += len(pause) + len(cut)
-            cut = self._cut(rng.choice(same), percent, rng)
+            cut = self._cut(rng.choice(theirs), percent, rng)
             # Recordings of one person may differ in level; pauses stay quiet.
             if _level_db(cut) > SILENCE_DB:
                 cut = cut * 10 ** ((level - _level_db(cut)) / 20)
@@ -358,10 +406,14 @@ class DynamicMixtures(Dataset):
         if _happens(self.telephone_share, rng):
             band = telephone(self.sample_rate, rng)
         first = rng.normal(*FIRST_LEVEL_DB)
-        sources = []
+        sources, loudest = [], LEVEL_LIMITS_DB[0]
         for i, cut in enumerate(cuts):
             level = first + (rng.normal(*RELATIVE_LEVEL_DB) if i else 0)
+            level = np.clip(level, *LEVEL_LIMITS_DB)
             source = np.zeros(total, np.float32)
+            if not len(cut):  # absent
+                sources.append(source)
+                continue
             start = begin + rng.integers(length - len(cut) + 1)
             source[start : start + len(cut)] = cut
             if self.colour_db:
@@ -371,13 +423,13 @@ class DynamicMixtures(Dataset):
             if band is not None:
                 source = sosfilt(band, source)
             said = source[start : start + len(cut)]
-            gain_db = np.clip(level, *LEVEL_LIMITS_DB) - _level_db(said)
-            sources.append(source * 10 ** (gain_db / 20))
+            sources.append(source * 10 ** ((level - _level_db(said)) / 20))
+            loudest = max(loudest, level)
         mixture = sum(sources)
         if rng.random() < self.noise_share:
             noise = self._noise(total, rng)
             snr = rng.uniform(*self.noise_snr)
-            gain_db = _level_db(mixture) - snr - _level_db(noise)
+            gain_db = loudest - snr - _level_db(noise)
             mixture = mixture + noise * 10 ** (gain_db / 20)
         peak = max(np.abs(x).max() for x in (mixture, *sources))
         scale = min(1.0, PEAK / peak)
@@ -413,8 +465,8 @@ def colour(signal, most_db, rng):
 
 def telephone(sample_rate, rng):
     """A random band of speech, as second-order sections for ``sosfilt``."""
-    edges = [rng.uniform(*TELEPHONE_LOW)]
-    edges.append(rng.uniform(*TELEPHONE_HIGH) * sample_rate / 2)
+    edges = [rng.uniform(*TELEPHONE_LOW), rng.uniform(*TELEPHONE_HIGH)]
+    edges[1] = min(edges[1], 0.95 * sample_rate / 2)
     order = rng.integers(TELEPHONE_ORDER[0], TELEPHONE_ORDER[1] + 1)
     return butter(order, edges, "bandpass", fs=sample_rate, output="sos")
 
@@ -489,4 +541,9 @@ def _read(path, frames, start):
         raise ValueError(
             f"cannot read {path} from frame {start} on: {error}"
         ) from error
+    if not np.isfinite(signal).all():
+        raise ValueError(
+            f"{path} has samples that are not finite, in {frames} from frame "
+            f"{start} on: mend it or take it out"
+        )
     return signal

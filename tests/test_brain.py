@@ -22,7 +22,7 @@ from speechbrain.utils.epoch_loop import EpochCounter
 
 from speechbrain_flashformer import FlashFormer
 from speechbrain_flashformer.brain import Separation
-from speechbrain_flashformer.metrics import pit_si_snr_loss
+from speechbrain_flashformer.losses import pit_si_snr_loss
 
 
 class Log:

@@ -21,7 +21,7 @@ from speechbrain_flashformer import FlashFormer
 from speechbrain_flashformer.brain import Separation
 from speechbrain_flashformer.checkpoints import WholeCheckpointer
 from speechbrain_flashformer.data import EpochSampler, load_dataset
-from speechbrain_flashformer.metrics import pit_si_snr_loss
+from speechbrain_flashformer.losses import pit_si_snr_loss
 from speechbrain_flashformer.voices import make_voices
 
 RECIPE = Path(__file__).parent.parent / "recipes/WSJ0Mix/separation"

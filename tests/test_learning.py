@@ -134,7 +134,9 @@ def test_all_models_learn_from_the_same_mixtures(
         ("tiny:levels=(0,-1) --examples 8", "levels is a number from 0 on"),
         ("tiny:levels=() --examples 8", "levels is a number from 0 on"),
         ("tiny:levels=1e999 --examples 8", "levels is a number from 0 on"),
-        ("tiny:batch=(1,2) --examples 8", "batch is a whole number above 0"),
+        ("tiny:batch=(1,0) --examples 8", "batch is a whole number above 0"),
+        ("tiny:loss=mse --examples 8", "loss is si-snr or snr"),
+        ("tiny:absent=2 --examples 8", "absent is a share, from 0 to 1"),
         ("tiny:batch=4.0 --examples 8", "batch is a whole number above 0"),
         ("tiny:causal --examples 8", "is not KEY=VALUE"),
         ("skim:num_layers=2 --examples 8", "skim is built as in its recipe"),
@@ -162,7 +164,8 @@ def test_several_folders_of_speech_are_heard_together(bench, scratch, tmp_path):
     )
     name, found = bench.load_speech(arguments)
     assert name == "one + two"
-    assert {path.name for path, _ in found} == {path.name for path in files[:5]}
+    names = {recording.path.name for recording in found}
+    assert names == {path.name for path in files[:5]}
     assert len(found) == 5
 
 
@@ -374,7 +377,7 @@ def test_stages_are_trained_and_the_last_is_scored(
         seen["gradient"] = seen["model"].stages.grad.clone()
 
     monkeypatch.setattr(bench, "build_separator", build)
-    monkeypatch.setattr(bench, "pit_si_snr_loss", loss)
+    monkeypatch.setattr(bench, "LOSSES", {"si-snr": loss})
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     command("tiny:crop=2000:optimizer=adamw --examples 8 --points 1")
     weight = bench.STAGE_WEIGHT / 2
@@ -403,7 +406,18 @@ def test_a_crop_grows(bench, command, monkeypatch):
     monkeypatch.setattr(bench.DynamicMixtures, "__getitem__", listen)
     line = TINY.replace("crop=2000", "crop=(1000,3000)")
     command(f"{line}:batch=1 --examples 5 --points 1")
-    assert heard == [1000, 1400, 1800, 2200, 2600]
+    # At its last size when 70 % are over.
+    assert heard == [1000, 1571, 2143, 2714, 3000]
+
+
+def test_a_batch_shrinks(bench, command, monkeypatch):
+    batches = []
+    real = bench.PaddedBatch
+    monkeypatch.setattr(
+        bench, "PaddedBatch", lambda x: batches.append(len(x)) or real(x)
+    )
+    command(f"{TINY}:batch=(4,1) --examples 20 --points 1")
+    assert batches == [4, 3, 2, 2, 2] + [1] * 7
 
 
 def test_levels_come_to_be_as_they_were_drawn(bench, command, monkeypatch):
@@ -429,7 +443,9 @@ def test_levels_come_to_be_as_they_were_drawn(bench, command, monkeypatch):
 
     command(f"{TINY}:batch=1:levels=(0,1) --examples 4 --points 1")
     assert len(heard) == len(batches) == 4
-    for share, before, (after,) in zip((0, 0.25, 0.5, 0.75), heard, batches):
+    # The whole difference when 70 % are over.
+    shares = (0, 0.25 / 0.7, 0.5 / 0.7, 1)
+    for share, before, (after,) in zip(shares, heard, batches):
         assert gap(after) == pytest.approx(share * gap(before), abs=1e-3)
         both = after["s1_sig"] + after["s2_sig"]
         torch.testing.assert_close(after["mix_sig"], both)

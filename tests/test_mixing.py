@@ -43,6 +43,13 @@ def mixtures(speech, **options):
     return DynamicMixtures(find_recordings(speech), **{**arguments, **options})
 
 
+def loudest_to_noise_db(mixture, sources):
+    """Of full sources and what else is in their mixture."""
+    loudest = max(source.square().mean() for source in sources)
+    noise = (mixture - sum(sources)).square().mean()
+    return 10 * (loudest / noise).log10().item()
+
+
 def pitch(signal, rate=8000):
     """Which speaker a tone is."""
     spectrum = np.abs(np.fft.rfft(signal, 8 * len(signal)))
@@ -62,7 +69,7 @@ def pitch(signal, rate=8000):
 )
 def test_speaker_from_the_path(speech, speaker, names):
     found = find_recordings(speech, speaker)
-    assert {name for _, name in found} == names
+    assert {recording.speaker for recording in found} == names
     assert found == sorted(found) and len(found) == 12
 
 
@@ -75,16 +82,19 @@ def test_a_pattern_that_is_none_is_named(speech):
 
 def test_each_file_its_own_speaker(speech):
     found = find_recordings(speech, "file")
-    assert len({name for _, name in found}) == 12
+    assert len({recording.speaker for recording in found}) == 12
+    assert {recording.corpus for recording in found} == {""}
 
 
 def test_speaker_from_a_csv(speech, tmp_path):
     listing = speech / "list.csv"
     listing.write_text("wav,speaker\nspk0/0_id0.wav,ann\nspk1/0_id1.flac,bo\n")
     assert find_recordings(listing) == [
-        (speech / "spk0/0_id0.wav", "ann"),
-        (speech / "spk1/0_id1.flac", "bo"),
+        (speech / "spk0/0_id0.wav", "ann", ""),
+        (speech / "spk1/0_id1.flac", "bo", ""),
     ]
+    listing.write_text("wav,speaker,corpus\nspk0/0_id0.wav,ann,books\n")
+    assert find_recordings(listing)[0].corpus == "books"
     listing.write_text("wav,who\na.wav,ann\n")
     with pytest.raises(ValueError, match="no column speaker"):
         find_recordings(listing)
@@ -149,15 +159,122 @@ def test_a_list_from_excel_is_read(tmp_path):
     text = "wav,speaker\na.wav,me\n"
     (tmp_path / "list.csv").write_text(text, encoding="utf-8-sig")
     found = find_recordings(tmp_path / "list.csv")
-    assert found == [(tmp_path / "a.wav", "me")]
+    assert found == [(tmp_path / "a.wav", "me", "")]
 
 
 def test_silent_recordings_are_named(tmp_path):
     for name in "ab":
         soundfile.write(tmp_path / f"{name}.wav", np.zeros(100), 8000)
     silent = DynamicMixtures(find_recordings(tmp_path, "file"), 2, 8000, 100, 1)
-    with pytest.raises(ValueError, match="silent or taken"):
+    with pytest.raises(
+        ValueError, match=r"but silence in 100 .* of .*/[ab].wav"
+    ):
         silent[0]
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_samples_that_are_not_finite_are_named(speech, tmp_path, value):
+    for name in "ab":
+        signal = np.full(4000, 0.1, np.float32)
+        signal[2000:] = value
+        soundfile.write(tmp_path / f"{name}.wav", signal, 8000, subtype="FLOAT")
+    recordings = find_recordings(tmp_path, "file")
+    with pytest.raises(ValueError, match=r"/[ab].wav has samples that are not"):
+        DynamicMixtures(recordings, 2, 8000, 4000, 1)[0]
+    noisy = mixtures(speech, noise=[tmp_path / "a.wav"], noise_share=1.0)
+    with pytest.raises(ValueError, match=r"/a.wav has samples that are not"):
+        noisy[0]
+
+
+def test_what_macos_keeps_beside_a_file_is_passed_over(speech, tmp_path):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.ones(80), 8000)
+    (tmp_path / "._a.wav").write_bytes(b"\0\5\x16\7 Mac OS X")
+    assert [recording.path for recording in find_recordings(tmp_path)] == [path]
+
+
+# --- who is drawn ------------------------------------------------------------
+
+
+def test_speakers_are_equally_likely(tmp_path):
+    for s, seconds in enumerate((600, 1, 1, 1)):
+        (tmp_path / f"{s}").mkdir()
+        time = np.arange(8000 * seconds) / 8000
+        tone = np.sin(2 * np.pi * 400 * (s + 1) * time)
+        soundfile.write(tmp_path / f"{s}/a.wav", 0.3 * tone, 8000)
+    dataset, count = mixtures(tmp_path, samples=800), np.zeros(5)
+    for n in range(400):
+        item = dataset[n]
+        for name in ("s1_sig", "s2_sig"):
+            count[round(pitch(item[name].numpy()))] += 1
+    # Of 400 pairs out of 4 speakers each is in 200, give or take 10.
+    assert count[1:].min() > 150 and count[1:].max() < 250
+
+
+def test_longer_recordings_of_a_speaker_are_heard_more(tmp_path):
+    for s in range(2):
+        (tmp_path / f"{s}").mkdir()
+        for seconds, pitch_hz in ((9, 400), (1, 800)):
+            time = np.arange(8000 * seconds) / 8000
+            tone = np.sin(2 * np.pi * (pitch_hz + 800 * s) * time)
+            soundfile.write(tmp_path / f"{s}/{seconds}.wav", 0.3 * tone, 8000)
+    dataset = mixtures(tmp_path, samples=800)
+    pitches = [
+        round(pitch(dataset[n][name].numpy()))
+        for n in range(200)
+        for name in ("s1_sig", "s2_sig")
+    ]
+    assert 0.05 < np.mean([p in (2, 4) for p in pitches]) < 0.15
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_is_of_one_corpus(speech, share):
+    recordings = [
+        recording._replace(corpus="ab"[recording.speaker in ("spk0", "spk1")])
+        for recording in find_recordings(speech)
+    ]
+    dataset = DynamicMixtures(
+        recordings, 2, 8000, 8000, 1, same_corpus_share=share
+    )
+    same = 0
+    for n in range(300):
+        item = dataset[n]
+        a, b = (round(pitch(item[x].numpy())) for x in ("s1_sig", "s2_sig"))
+        assert a != b
+        same += (a < 3) == (b < 3)
+    # Of those drawn from all, a third is of one corpus by chance.
+    expected = 300 * (share + (1 - share) / 3)
+    assert abs(same - expected) <= (0 if share == 1 else 30)
+
+
+def test_a_corpus_with_too_few_speakers_takes_others(speech):
+    recordings = [
+        recording._replace(corpus=recording.speaker)
+        for recording in find_recordings(speech)
+    ]
+    dataset = DynamicMixtures(
+        recordings, 2, 8000, 8000, 1, same_corpus_share=1.0
+    )
+    item = dataset[0]
+    a, b = (round(pitch(item[x].numpy())) for x in ("s1_sig", "s2_sig"))
+    assert a != b
+
+
+def test_in_a_share_one_speaker_is_alone(speech):
+    dataset = mixtures(
+        speech, num_spks=3, absent_share=0.5, colour_db=6, telephone_share=0.5
+    )
+    alone = 0
+    for n in range(100):
+        item = dataset[n]
+        first, *others = (item[f"s{i}_sig"] for i in (1, 2, 3))
+        assert first.any() and len(others[0]) == len(first)
+        silent = [not source.any() for source in others]
+        assert silent in ([True, True], [False, False])
+        if silent[0]:
+            torch.testing.assert_close(item["mix_sig"], first)
+        alone += silent[0]
+    assert 30 < alone < 70
 
 
 # --- what a mixture is -------------------------------------------------------
@@ -364,11 +481,8 @@ def test_noise_leaves_the_sources_clean(speech, tmp_path):
         snrs = []
         for n in range(50):
             item = dataset[n]
-            clean = item["s1_sig"] + item["s2_sig"]
-            rest = item["mix_sig"] - clean
-            snrs.append(
-                10 * torch.log10(clean.square().sum() / rest.square().sum())
-            )
+            sources = [item["s1_sig"], item["s2_sig"]]
+            snrs.append(loudest_to_noise_db(item["mix_sig"], sources))
             assert round(pitch(item["s1_sig"].numpy())) in (1, 2, 3, 4)
         assert min(snrs) > 4.9 and max(snrs) < 35.1
         assert max(snrs) - min(snrs) > 15
@@ -405,8 +519,8 @@ def test_colour_stays_within_its_range():
     assert np.std(gains) > 1
 
 
-@pytest.mark.parametrize("rate", [8000, 16000])
-def test_a_telephone_passes_speech_and_little_else(tmp_path, rate):
+@pytest.mark.parametrize("rate, above", [(8000, 3960), (16000, 5500)])
+def test_a_telephone_passes_speech_and_little_else(tmp_path, rate, above):
     rng = np.random.default_rng(0)
     for name in "abc":
         noise = 0.1 * rng.normal(size=4 * rate)
@@ -424,7 +538,7 @@ def test_a_telephone_passes_speech_and_little_else(tmp_path, rate):
         torch.testing.assert_close(item["mix_sig"], total)
         power = np.abs(np.fft.rfft(item["s1_sig"].numpy())) ** 2
         middle = power[(hertz > 1000) & (hertz < 2000)].mean()
-        for outside in (hertz < 40, hertz > 0.99 * rate / 2):
+        for outside in (hertz < 40, hertz > above):
             assert power[outside].mean() < 0.1 * middle
         edges.append(power[(hertz > 250) & (hertz < 350)].mean() / middle)
     assert min(edges) < 0.5 and max(edges) > 0.8
@@ -474,7 +588,6 @@ def test_noise_is_as_loud_as_asked(speech):
     )
     for dataset, snr in ((quiet, 30), (loud, -5)):
         item = dataset[3]
-        voices = item["s1_sig"] + item["s2_sig"]
-        noise = item["mix_sig"] - voices
-        ratio = 10 * (voices.square().mean() / noise.square().mean()).log10()
-        assert ratio.item() == pytest.approx(snr, abs=0.1)
+        sources = [item["s1_sig"], item["s2_sig"]]
+        ratio = loudest_to_noise_db(item["mix_sig"], sources)
+        assert ratio == pytest.approx(snr, abs=0.1)

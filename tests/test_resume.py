@@ -21,7 +21,7 @@ from speechbrain_flashformer.data import (
     load_dataset,
     training_loader_options,
 )
-from speechbrain_flashformer.metrics import pit_si_snr_loss
+from speechbrain_flashformer.losses import pit_si_snr_loss
 from speechbrain_flashformer.voices import make_voices
 
 ITEMS = 14

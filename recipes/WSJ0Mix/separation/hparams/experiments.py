@@ -47,8 +47,7 @@ dm_noise_folder.
             ),
             # As loud as the corpus has it.
             "dm_noise_snr": (
-                "dm_noise_snr: [-6, 3] # dB, mixture to noise, drawn between "
-                "these\n"
+                "dm_noise_snr: [-6, 3] # dB, loudest speaker to noise\n"
             ),
             "dm_noise_share": (
                 "dm_noise_share: 1.0 # share of the mixtures with noise in "

@@ -1,0 +1,104 @@
+"""Losses of separation under the best order of speakers, without padding.
+
+Both are called as ``loss(targets, predictions, lengths)`` and give dB, lower is
+better, one value per mixture. Axes: B batch, T samples, S speakers.
+
+Source: permutation-invariant training (Yu et al., arXiv:1607.00325).
+"""
+
+import torch
+
+from speechbrain_flashformer.metrics import (
+    EPS,
+    assignment,
+    best_order,
+    check_shapes,
+    reorder,
+    valid_samples,
+)
+
+# A source with less than this share of the energy of all counts as silent.
+SILENT = 1e-6
+
+
+def pit_snr_loss(targets, predictions, lengths=None, limit_db=30.0):
+    """Negative signal-to-noise ratio, with a limit; defined for silence too.
+
+    ``10 log10(|s - e|^2 / |s|^2 + 10^(-limit_db / 10))`` for each source s and
+    its estimate e: what is better than the limit teaches little more. For a
+    silent source the error is compared with the energy of all sources
+    together, so that an estimate that stays silent reaches the limit as well.
+    Other than SI-SNR it fixes the level and the polarity of the estimates.
+
+    Source: Wisdom et al., "What's All the FUSS About Free Universal Sound
+    Separation Data?" (arXiv:2011.00803, eq. 1 and 2), with the energy of the
+    sources in place of that of the mixture.
+
+    Arguments
+    ---------
+    targets : torch.Tensor
+        Clean sources, [B, T, S]; a silent one is 0.
+    predictions : torch.Tensor
+        Estimates in any order, [B, T, S].
+    lengths : torch.Tensor, optional
+        Relative lengths, [B].
+    limit_db : float
+        The soft limit of the ratio.
+
+    Returns
+    -------
+    torch.Tensor
+        dB, [B], from -limit_db on.
+
+    Example
+    -------
+    >>> speech, silence = torch.randn(1, 1000, 1), torch.zeros(1, 1000, 1)
+    >>> targets = torch.cat([speech, silence], 2)
+    >>> pit_snr_loss(targets, targets.flip(2))
+    tensor([-30.])
+    """
+    check_shapes(targets, predictions)
+    keep = valid_samples(targets, lengths)
+    targets, predictions = targets.float() * keep, predictions.float() * keep
+    energy = targets.square().sum(1)
+    whole = energy.sum(1, keepdim=True)
+    reference = torch.where(energy > SILENT * whole, energy, whole)
+    reference = reference.clamp(min=EPS)
+    floor = 10 ** (-limit_db / 10)
+    with torch.no_grad():
+        # |s - e|^2 of all pairs by one product; the gradient needs one order.
+        products = targets.mT @ predictions
+        outputs = predictions.square().sum(1)
+        errors = energy[:, :, None] + outputs[:, None] - 2 * products
+        ratios = errors.clamp(min=0) / reference[:, :, None] + floor
+        order = assignment(-ratios.log())
+    errors = (targets - reorder(predictions, order)).square().sum(1)
+    return 10 * torch.log10(errors / reference + floor).mean(1)
+
+
+def pit_si_snr_loss(targets, predictions, lengths=None):
+    """Negative SI-SNR; takes no level and no polarity for right or wrong.
+
+    SpeechBrain's ``get_si_snr_with_pitwrapper`` counts padding as signal. A
+    silent source has no SI-SNR: see ``pit_snr_loss``.
+
+    Arguments
+    ---------
+    targets : torch.Tensor
+        Clean sources, [B, T, S].
+    predictions : torch.Tensor
+        Estimates in any order, [B, T, S].
+    lengths : torch.Tensor, optional
+        Relative lengths, [B].
+
+    Returns
+    -------
+    torch.Tensor
+        -dB, [B].
+
+    Example
+    -------
+    >>> pit_si_snr_loss(torch.randn(3, 50, 2), torch.randn(3, 50, 2)).shape
+    torch.Size([3])
+    """
+    return -best_order(targets, predictions, lengths)[0].mean(1)

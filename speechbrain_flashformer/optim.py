@@ -1,0 +1,158 @@
+"""Muon for matrices of a network, in a precision that is fast on its device.
+
+Sources: "Muon: An optimizer for hidden layers in neural networks" (Jordan et
+al., 2024), as in ``torch.optim.Muon``; updates of the size of AdamW's from
+"Muon is Scalable for LLM Training" (arXiv:2502.16982, eq. 4).
+"""
+
+import torch
+
+
+class Muon(torch.optim.Muon):
+    """``torch.optim.Muon`` that takes parts of a weight as matrices.
+
+    torch orthogonalises in bfloat16, one weight after another. A CPU without
+    bfloat16 instructions then spends more time here than in the network. This
+    one works in float32 on a CPU, and on all matrices of one shape at once.
+
+    Arguments
+    ---------
+    params : iterable
+        Matrices, or groups of them as any optimizer takes. A group may hold
+        ``parts``: how many matrices each of its weights stacks along its rows.
+        See ``matrix_groups``.
+    **options
+        Those of ``torch.optim.Muon``.
+
+    Example
+    -------
+    >>> weight = torch.nn.Parameter(torch.zeros(6, 4))
+    >>> optimizer = Muon([{"params": [weight], "parts": 2}], lr=1.0)
+    >>> weight.sum().backward()
+    >>> optimizer.step()
+    """
+
+    def __init__(self, params, **options):
+        super().__init__(params, **options)
+        for group in self.param_groups:
+            group.setdefault("parts", 1)
+            for weight in group["params"]:
+                if weight.shape[0] % group["parts"]:
+                    raise ValueError(
+                        f"a weight of {weight.shape[0]} rows is not "
+                        f"{group['parts']} matrices"
+                    )
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Take one step; returns what ``closure`` returns, if it is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            weights, gradients, momenta = [], [], []
+            self._init_group(group, weights, gradients, momenta)
+            shapes = {}
+            for weight, gradient, momentum in zip(weights, gradients, momenta):
+                momentum.lerp_(gradient, 1 - group["momentum"])
+                update = momentum
+                if group["nesterov"]:
+                    update = gradient.lerp(momentum, group["momentum"])
+                update = update.unflatten(0, (group["parts"], -1))
+                key = update.shape, update.dtype, update.device
+                shapes.setdefault(key, []).append((weight, update))
+            for pairs in shapes.values():
+                self._update(group, *zip(*pairs))
+        return loss
+
+    def _update(self, group, weights, updates):
+        """Change weights of one shape; updates are [parts, rows, columns]."""
+        rows, columns = updates[0].shape[1:]
+        size = 0.2 * max(rows, columns) ** 0.5
+        if group["adjust_lr_fn"] != "match_rms_adamw":
+            size = max(1, rows / columns) ** 0.5
+        matrices = orthogonalised(
+            torch.cat(updates),
+            group["ns_coefficients"],
+            group["ns_steps"],
+            group["eps"],
+        )
+        lr = float(group["lr"])
+        for weight, update in zip(weights, matrices.split(group["parts"])):
+            weight.mul_(1 - lr * group["weight_decay"])
+            weight.add_(update.flatten(0, 1), alpha=-lr * size)
+
+
+def orthogonalised(matrices, coefficients, steps, eps):
+    """Bring the singular values of matrices near 1 (Newton-Schulz iteration).
+
+    Arguments
+    ---------
+    matrices : torch.Tensor
+        [K, rows, columns].
+    coefficients : tuple of float
+        Of the quintic polynomial that each step applies.
+    steps : int
+        Steps of the iteration.
+    eps : float
+        Floor of the norm that a matrix is divided by.
+
+    Returns
+    -------
+    torch.Tensor
+        [K, rows, columns], in the dtype of matrices.
+
+    Example
+    -------
+    >>> x = torch.diag(torch.tensor([9.0, 3.0]))[None]
+    >>> y = orthogonalised(x, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    >>> bool((0.6 < y[0].diag()).all() and (y[0].diag() < 1.3).all())
+    True
+    """
+    a, b, c = coefficients
+    wide = torch.float32 if matrices.device.type == "cpu" else torch.bfloat16
+    x = matrices.to(wide)
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, gram, x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+def matrix_groups(module):
+    """The matrices of a network, grouped as ``Muon`` takes them.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        A layer in it may have ``stacked``: by the name of a linear layer of
+        its own, how many matrices the weight of that stacks.
+
+    Returns
+    -------
+    list of dict
+        Groups with ``params`` and ``parts``.
+
+    Example
+    -------
+    >>> from speechbrain_flashformer import FlashFormer
+    >>> masknet = FlashFormer(16, d_model=32, num_layers=1)
+    >>> [group["parts"] for group in matrix_groups(masknet)]
+    [1, 2, 3]
+    """
+    parts = {}
+    for layer in module.modules():
+        for name, count in getattr(layer, "stacked", {}).items():
+            parts[getattr(layer, name).weight] = count
+    groups = {}
+    for weight in module.parameters():
+        if weight.ndim == 2:
+            groups.setdefault(parts.get(weight, 1), []).append(weight)
+    return [
+        {"params": groups[count], "parts": count} for count in sorted(groups)
+    ]
