@@ -83,7 +83,7 @@ class Separation(sb.Brain):
             predictions = predictions.float()
             loss = self.hparams.loss(targets, predictions, lengths)
             if stage == sb.Stage.TRAIN:
-                return self.drop_easy(loss)
+                return self.threshold_by_loss(loss)
             self.score(batch, predictions, targets, lengths, stage)
         return loss.mean()
 
@@ -92,7 +92,7 @@ class Separation(sb.Brain):
         names = [f"s{i + 1}_sig" for i in range(self.hparams.num_spks)]
         return torch.stack([getattr(batch, n).data for n in names], dim=-1)
 
-    def drop_easy(self, loss):
+    def threshold_by_loss(self, loss):
         """Mean over the items that still have something to teach.
 
         With none left the loss is a zero that reaches every weight, so that
@@ -235,7 +235,7 @@ class Separation(sb.Brain):
         """Log, step the schedule, save."""
         if stage == sb.Stage.TRAIN:
             self.train_stats = {
-                "si-snr": stage_loss,
+                "loss": stage_loss,
                 "nonfinite": self.nonfinite_count,
             }
         elif stage == sb.Stage.VALID:

@@ -118,18 +118,18 @@ def test_padding_teaches_nothing(make):
 def test_items_better_than_the_threshold_are_left_out(make):
     brain = make()
     loss = torch.tensor([-40.0, -10.0, -20.0], requires_grad=True)
-    kept = brain.drop_easy(loss)
+    kept = brain.threshold_by_loss(loss)
     kept.backward()
     assert kept == -15 and loss.grad.tolist() == [0, 0.5, 0.5]
     # And those that are hopeless.
     brain.hparams.loss_upper_lim = -15
-    assert brain.drop_easy(loss) == -20
+    assert brain.threshold_by_loss(loss) == -20
     # None left: zero, but with a gradient, or other processes would wait.
     loss = torch.tensor([-40.0, -50.0], requires_grad=True)
-    brain.drop_easy(loss).backward()
+    brain.threshold_by_loss(loss).backward()
     assert loss.grad.tolist() == [0, 0]
     # A broken item is no easy one: Brain must get to see it.
-    assert brain.drop_easy(torch.tensor([math.nan, -10.0])).isnan()
+    assert brain.threshold_by_loss(torch.tensor([math.nan, -10.0])).isnan()
 
 
 def test_a_plateau_is_counted_once_whatever_the_optimizers(make):
@@ -218,7 +218,7 @@ def row(score, level_db=0.0, polarity=1.0):
 def test_most_outputs_say_the_polarity(make, signs, polarity):
     brain = make()
     brain.on_fit_start()
-    brain.train_stats = {"si-snr": 0.0}
+    brain.train_stats = {"loss": 0.0}
     brain.rows = [row(1.0, polarity=sign) for sign in signs]
     brain.on_stage_end(sb.Stage.VALID, torch.tensor(0.0), 1)
     best = brain.checkpointer.find_checkpoint(min_key="si-snr")
@@ -228,7 +228,7 @@ def test_most_outputs_say_the_polarity(make, signs, polarity):
 def test_broken_validation_is_never_the_best(make):
     brain = make()
     brain.on_fit_start()
-    brain.train_stats = {"si-snr": 0.0}
+    brain.train_stats = {"loss": 0.0}
     for epoch, score in enumerate((3.0, math.nan, 2.0), 1):
         brain.rows = [row(20.0, 5.0), row(score, score)]
         brain.on_stage_end(sb.Stage.VALID, torch.tensor(-20.0), epoch)
@@ -328,7 +328,7 @@ def test_a_batch_that_is_not_finite_changes_nothing_and_is_told(make, caplog):
 def test_the_mean_of_the_best_checkpoints_is_tested(make):
     brain = make(avg_checkpoints=2)
     brain.on_fit_start()
-    brain.train_stats = {"si-snr": 0.0}
+    brain.train_stats = {"loss": 0.0}
     weight = brain.checkpointer.recoverables["masknet"].masks.weight
     for epoch, score in enumerate((3.0, 1.0, 5.0, 2.0), 1):
         torch.nn.init.constant_(weight, score)
@@ -342,7 +342,7 @@ def test_statistics_go_to_the_board_too(make):
     board = Log()
     brain = make(tensorboard_train_logger=board)
     brain.on_fit_start()
-    brain.train_stats = {"si-snr": 0.0}
+    brain.train_stats = {"loss": 0.0}
     brain.rows = [row(1.0)]
     brain.on_stage_end(sb.Stage.VALID, torch.tensor(0.0), 1)
     assert board.lines == brain.hparams.train_logger.lines != []

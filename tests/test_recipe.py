@@ -93,7 +93,7 @@ def test_train_stop_resume_and_test(data, tmp_path):
     after = epochs(output)
     assert list(after) == [1, 2, 3, 4, 5, 6]
     assert {epoch: after[epoch] for epoch in before} == before
-    learning = epochs(output, "train si-snr")
+    learning = epochs(output, "train loss")
     assert learning[6] < learning[1] - 1
 
     # Results: a row per test mixture, then what sums them up.

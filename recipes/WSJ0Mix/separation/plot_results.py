@@ -141,11 +141,12 @@ def _save(figure, path):
 
 
 def _draw_curve(axes, log):
-    """SI-SNR by epoch; the log holds the loss, its negative."""
+    """Loss of the training and SI-SNR of the validation, by epoch, negative."""
     number = r"(-?[\d.]+(?:e[+-]\d+)?)"
-    for what, label in (("train", "training"), ("valid", "validation")):
+    curves = {"train loss": "training (loss)", "valid si-snr": "validation"}
+    for what, label in curves.items():
         points = re.findall(
-            rf"epoch: (\d+),.*?{what} si-snr: {number}", log.read_text()
+            rf"epoch: (\d+),.*?{what}: {number}", log.read_text()
         )
         axes.plot(
             [int(epoch) for epoch, _ in points],
