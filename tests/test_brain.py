@@ -82,6 +82,15 @@ def batch(*lengths):
     return PaddedBatch(items)
 
 
+def alone(x, index, length):
+    """The batch of one item of a padded batch, without its padding."""
+    item = {
+        name: getattr(x, name).data[index, :length].clone()
+        for name in ("mix_sig", "s1_sig", "s2_sig")
+    }
+    return PaddedBatch([{"id": x.id[index], **item}])
+
+
 def test_every_weight_learns_and_each_has_one_optimizer(make):
     brain = make()
     brain.on_fit_start()
@@ -103,16 +112,17 @@ def test_every_weight_learns_and_each_has_one_optimizer(make):
 def test_padding_teaches_nothing(make):
     brain = make()
     brain.on_fit_start()
-    losses = []
-    for lengths in ((4000,), (4000, 1000)):
-        x = batch(*lengths)
+
+    def loss(x):
         predictions = brain.compute_forward(x, sb.Stage.TRAIN)
-        losses.append(
-            brain.hparams.loss(
-                brain.targets(x), predictions, x.mix_sig.lengths
-            )[0]
-        )
-    torch.testing.assert_close(losses[0], losses[1], atol=1e-3, rtol=0)
+        return brain.compute_objectives(predictions, x, sb.Stage.TRAIN)
+
+    x = batch(4000, 1000)
+    expected = (loss(alone(x, 0, 4000)) + loss(alone(x, 1, 1000))) / 2
+    for name in ("mix_sig", "s1_sig", "s2_sig"):
+        # It would be heard, as a part of the mixture and as a target.
+        getattr(x, name).data[1, 1000:] = torch.randn(3000)
+    torch.testing.assert_close(loss(x), expected, atol=1e-3, rtol=0)
 
 
 def test_items_better_than_the_threshold_are_left_out(make):
@@ -250,21 +260,14 @@ def test_batches_of_unlike_length_are_tested_item_by_item(make, tmp_path):
             return {row["snt_id"]: row for row in csv.DictReader(file)}
 
     together = test(batch(4000, 2500))
-    alone = []
-    for index, n in enumerate((4000, 2500)):
-        x = batch(4000, 2500)
-        item = {
-            key: getattr(x, key).data[index, :n]
-            for key in ("mix_sig", "s1_sig", "s2_sig")
-        }
-        alone.append(PaddedBatch([{"id": f"x{index}", **item}]))
-    alone = test(*alone)
+    x = batch(4000, 2500)
+    apart = test(alone(x, 0, 4000), alone(x, 1, 2500))
     ends = ["avg", "median", "5th percentile"]
-    assert list(together) == list(alone) == ["x0", "x1", *ends]
+    assert list(together) == list(apart) == ["x0", "x1", *ends]
     for name, row in together.items():
         for key in ("si-snr", "si-snr_i", "sdr", "sdr_i"):
             assert float(row[key]) == pytest.approx(
-                float(alone[name][key]), abs=1e-2
+                float(apart[name][key]), abs=1e-2
             )
     assert len(list((tmp_path / "audio_results").glob("*_mix.wav"))) == 2
     assert len(list((tmp_path / "audio_worst").glob("*_mix.wav"))) == 2

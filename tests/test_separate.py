@@ -66,9 +66,12 @@ def test_masknets_without_lengths_serve_too():
     encoder = Encoder(kernel_size=16, out_channels=12)
     decoder = Decoder(12, 1, kernel_size=16, stride=8, bias=False)
 
-    class Half(nn.Module):
+    class Shares(nn.Module):
         def forward(self, mix_w):
-            return torch.full((2, *mix_w.shape), 0.5)
+            return torch.stack([0.25 * torch.ones_like(mix_w)] * 2 + [mix_w])
 
-    sources = separate(torch.randn(2, 100), encoder, Half(), decoder)
-    torch.testing.assert_close(sources[..., 0], sources[..., 1])
+    mixture = torch.randn(2, 16 + 8 * 10)
+    sources = separate(mixture, encoder, Shares(), decoder)
+    mix_w = encoder(mixture)
+    for s, masked in enumerate((mix_w / 4, mix_w / 4, mix_w.square())):
+        torch.testing.assert_close(sources[..., s], decoder(masked))
