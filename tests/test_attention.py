@@ -78,12 +78,17 @@ def test_rows_of_unlike_length(window):
         assert not out[b, n:].any()
 
 
-def test_reference_against_a_loop():
+# (10, 7) hides one key from the last query and from the first, (11, 8) none.
+@pytest.mark.parametrize("window", [(2, 1), (10, 7), (11, 8), (-1, -1)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_reference_against_a_loop(window, causal):
     q, k, v = (x.detach() for x in heads(1, 9, 12))
-    out = attend(q, k, v, window=(2, 1), backend="reference")
+    out = attend(q, k, v, window, causal, backend="reference")
+    left, right = (12 if side < 0 else side for side in window)
+    right = 0 if causal else right
     for i, h in itertools.product(range(9), range(2)):
         place = i + 3
-        seen = slice(max(0, place - 2), place + 2)
+        seen = slice(max(0, place - left), place + right + 1)
         weights = (k[0, seen, h] @ q[0, i, h] / 8**0.5).softmax(0)
         torch.testing.assert_close(out[0, i, h], weights @ v[0, seen, h])
 
@@ -263,6 +268,20 @@ def test_auto_takes_flash_attn_first(monkeypatch):
     monkeypatch.setattr(attention, "_why_not_flash_kernel", lambda q: None)
     assert choose_backend(q, q, (-1, -1))[0] == "flash_attn"
     assert choose_backend(q, q, (-1, -1), "sdpa")[0] == "sdpa"
+
+
+def test_rotary_positions_turn_pairs_as_complex_numbers():
+    """RoFormer, eq. 15: pair i at position m turns by m * 10000^(-2i/D)."""
+    x = torch.randn(1, 30, 2, 16, dtype=torch.float64)
+    place = torch.arange(30)[:, None, None] + 7
+    turn = place * 10000.0 ** (-torch.arange(8) / 8)
+    turned = torch.complex(*x.chunk(2, 3)) * torch.polar(turn * 0 + 1, turn)
+    torch.testing.assert_close(
+        rotate(x, rotary_angles(30, 16, offset=7)),
+        torch.cat([turned.real, turned.imag], 3),
+        atol=1e-5,
+        rtol=0,
+    )
 
 
 def test_rotary_positions_are_relative():
