@@ -326,3 +326,10 @@ def test_the_reference_is_no_less_exact_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         found = attend(q, k, v, window=(2, 2), backend="reference")
     assert torch.equal(found, expected)
+
+
+def test_the_reference_computes_half_precision_in_float32():
+    q, k, v = heads(1, 40, dtype=torch.bfloat16)
+    found = attend(q, k, v, backend="reference")
+    expected = attend(*(x.float() for x in (q, k, v)), backend="reference")
+    assert torch.equal(found, expected.bfloat16())

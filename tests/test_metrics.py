@@ -14,6 +14,7 @@ from speechbrain_flashformer.metrics import (
     reorder,
     sdr,
     si_snr,
+    valid_samples,
 )
 
 
@@ -29,6 +30,14 @@ def test_si_snr_by_its_definition():
         torch.tensor(estimate)[None, :, None],
     )
     assert ours.item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_relative_lengths_are_rounded_to_whole_samples():
+    """In float32 most lengths over T times T are not whole again."""
+    samples = torch.arange(1, 1001)
+    lengths = samples / 1001
+    marked = valid_samples(torch.zeros(1000, 1001), lengths)
+    assert torch.equal(marked.sum((1, 2)).long(), samples)
 
 
 @pytest.mark.parametrize("num_spks", [2, 3, 4])
