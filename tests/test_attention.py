@@ -78,8 +78,10 @@ def test_rows_of_unlike_length(window):
         assert not out[b, n:].any()
 
 
-# (10, 7) hides one key from the last query and from the first, (11, 8) none.
-@pytest.mark.parametrize("window", [(2, 1), (10, 7), (11, 8), (-1, -1)])
+# (10, 8) hides a key from the last query, (11, 7) from the first, (11, 8) none.
+@pytest.mark.parametrize(
+    "window", [(2, 1), (10, 8), (11, 7), (11, 8), (-1, -1)]
+)
 @pytest.mark.parametrize("causal", [False, True])
 def test_reference_against_a_loop(window, causal):
     q, k, v = (x.detach() for x in heads(1, 9, 12))
@@ -184,7 +186,13 @@ def test_attention_dropout_on_cpu_is_refused_not_dense():
     q, k, v = heads(1, 5, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="sdpa: attention dropout"):
         attend(q, k, v, dropout_p=0.1)
-    assert attend(q, k, v, dropout_p=0.1, backend="reference").shape == q.shape
+    q, k, v = heads(1, 100, dtype=torch.float32)
+    shares = attend(
+        q, k, torch.ones_like(v), dropout_p=0.5, backend="reference"
+    )
+    # Half of the weights are 0, the others twice as large.
+    assert shares.std() > 0.05
+    assert shares.mean().item() == pytest.approx(1, abs=0.05)
 
 
 def test_report_names_what_ran_and_why_not_the_others():
