@@ -63,12 +63,19 @@ def test_segments_give_what_the_whole_gives(monkeypatch, T, lookahead):
     block = GatedFSMN(4, 8, lookback=3, lookahead=lookahead, dilations=(1, 2))
     x, keep = torch.randn(2, T, 4), torch.ones(2, T, 1)
     keep[1, T // 2 :] = 0
+    sizes = []
+    block.norm.register_forward_pre_hook(
+        lambda _, inputs: sizes.append(inputs[0].shape[1])
+    )
     for mask in (None, keep):
         whole = block(x, mask).detach()
         monkeypatch.setattr(fsmn, "SEGMENT", 10)
+        sizes.clear()
         with torch.no_grad():
             torch.testing.assert_close(block(x, mask), whole)
         monkeypatch.undo()
+        # What is around a segment is as long as the memories reach.
+        assert max(sizes) <= 10 + sum(block.reach) and len(sizes) == -(-T // 10)
 
 
 @pytest.mark.parametrize("wrong", [(-1, 0, 1), (0, -1, 1), (1, 1, 0)])

@@ -8,6 +8,7 @@ import torch
 from speechbrain.lobes.models.dual_path import Decoder, Encoder
 
 from speechbrain_flashformer import FlashFormer
+from speechbrain_flashformer.masknet import PIECE
 from speechbrain_flashformer.separate import separate
 from speechbrain_flashformer.streaming import (
     StreamingSeparator,
@@ -97,12 +98,19 @@ def test_any_cutting_gives_the_whole(options, how):
 def test_the_whole_is_given_beyond_what_is_remembered(monkeypatch):
     """Longer than the span of the norm, than a piece, than one run."""
     monkeypatch.setattr("speechbrain_flashformer.streaming.LONGEST", 10_001)
-    modules = make(future_tokens=1)
+    encoder, masknet, _ = modules = make(future_tokens=1)
     mixture = torch.randn(1, 50_000)
     whole = separate(mixture, *modules)
+    blocks, pieces = [], []
+    for part, sizes in ((encoder, blocks), (masknet.project, pieces)):
+        part.register_forward_pre_hook(
+            lambda _, inputs, sizes=sizes: sizes.append(inputs[0].shape[1])
+        )
     for sizes in ([50_000], [777] * 65):
         out = stream(modules, mixture, sizes)
         torch.testing.assert_close(out, whole, rtol=0, atol=1e-5)
+    # However long a block is, no more of it is held at once.
+    assert max(blocks) <= 10_001 + 16 and max(pieces) <= PIECE * 4
 
 
 @torch.no_grad()
