@@ -190,11 +190,13 @@ def test_train_with_dynamic_mixing_then_pack_and_separate(data, tmp_path):
         assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_the_default_makes_the_starter_set_and_says_so(tmp_path):
+def test_the_starter_set_is_made_when_asked_for_and_says_so(tmp_path):
     output = tmp_path / "run"
     text = train(
         "flashformer",
         output,
+        "--data_folder",
+        "voices",
         "--starter_train",
         6,
         "--starter_valid",
@@ -206,7 +208,7 @@ def test_the_default_makes_the_starter_set_and_says_so(tmp_path):
         "--training_signal_len",
         8000,
     )
-    assert "No data_folder given" in text
+    assert "Training on synthetic voices in" in text
     assert "do not compare with those on WSJ0-mix" in text
     assert (output / "voices" / "wav8k" / "min" / "tr" / "mix").is_dir()
     assert list(epochs(output)) == [1]
@@ -215,7 +217,6 @@ def test_the_default_makes_the_starter_set_and_says_so(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--data_folder", "nowhere"], "no data folder nowhere"),
         (["--data_folder", "."], "neither wav8k/min/tr/mix"),
         (["--num_spks", "3"], "tr/s3 (3 speakers)"),
         (["--n_audio_to_save", "0"], "plot_results draws saved audio"),

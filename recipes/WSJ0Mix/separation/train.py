@@ -4,10 +4,12 @@
 > python train.py hparams/flashformer.yaml --data_folder /path/to/2speakers
 > python train.py hparams/flashformer-demo.yaml
 
-Without ``data_folder`` a starter set of synthetic voices is made under the
-output folder. Its figures do not compare with those on WSJ0-mix.
+``--data_folder voices``, the demo's own, makes a starter set of synthetic
+voices under the output folder. Its figures do not compare with those on
+WSJ0-mix.
 """
 
+import argparse
 import logging
 import os
 import sys
@@ -16,9 +18,11 @@ from pathlib import Path
 
 import speechbrain as sb
 import torch
-from hyperpyyaml import load_hyperpyyaml
+from hyperpyyaml import load_hyperpyyaml, resolve_references
 from plot_results import check_can_plot, plot_evaluation, plot_results
 from prepare_data import prepare_wsjmix
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 from speechbrain.nnet.schedulers import WarmCoolDecayLRSchedule
 from speechbrain.utils.distributed import (
     ddp_init_group,
@@ -34,6 +38,7 @@ from torch.distributed import (
     is_initialized,
 )
 
+from speechbrain_flashformer import hparams as model_yamls
 from speechbrain_flashformer.brain import Separation
 from speechbrain_flashformer.data import (
     load_datasets,
@@ -45,6 +50,18 @@ from speechbrain_flashformer.pack import start_from
 from speechbrain_flashformer.voices import make_voices
 
 logger = get_logger(__name__)
+
+# The data folder that is no folder: it asks for the starter set.
+VOICES = "voices"
+# Settings that are paths, and are taken as they were typed: yaml would make
+# another name, or none, of "2024", "no" or "a: b".
+PATHS = (
+    "data_folder",
+    "output_folder",
+    "base_folder_dm",
+    "dm_noise_folder",
+    "start_from",
+)
 
 # Where the package reads what is not read here.
 #
@@ -69,9 +86,8 @@ logger = get_logger(__name__)
 
 def main():
     """Parse, prepare, train, test."""
-    hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
-    with open(hparams_file, encoding="utf-8") as file:
-        hparams = load_hyperpyyaml(file, overrides)
+    hparams_file, run_opts, overrides = parse_arguments(sys.argv[1:])
+    hparams = load_settings(hparams_file, overrides)
     ddp_init_group(run_opts)
     hparams.setdefault("precision", default_precision(run_opts["device"]))
     # What would otherwise be raised after the training.
@@ -86,39 +102,11 @@ def main():
         overrides=overrides,
     )
 
-    if not hparams["data_folder"]:
-        folder = Path(hparams["output_folder"], "voices")
-        hparams["data_folder"] = str(folder)
-        logger.warning(
-            "No data_folder given: training on synthetic voices in %s. "
-            "Figures on them do not compare with those on WSJ0-mix.",
-            folder,
-        )
-        run_on_main(
-            make_voices,
-            kwargs={
-                "folder": folder,
-                "num_spks": hparams["num_spks"],
-                "sizes": [
-                    hparams[f"starter_{part}"]
-                    for part in ("train", "valid", "test")
-                ],
-                "seed": hparams["seed"],
-                "sample_rate": hparams["sample_rate"],
-                "progressbar": not run_opts.get("noprogressbar", False),
-            },
-        )
-    run_on_main(
-        prepare_wsjmix,
-        kwargs={
-            "datapath": hparams["data_folder"],
-            "savepath": hparams["save_folder"],
-            "n_spks": hparams["num_spks"],
-            "skip_prep": hparams["skip_prep"],
-            "fs": hparams["sample_rate"],
-            **hparams["data_options"],
-        },
-    )
+    try:
+        prepare(hparams, not run_opts.get("noprogressbar", False))
+    except (ImportError, OSError, ValueError) as error:
+        logger.error(error)
+        sys.exit(1)
     train_data, valid_data, test_data = load_datasets(hparams)
     # Dynamic mixing: as many mixtures in an epoch as the data folder has.
     loader_opts = training_loader_options(hparams, train_data, len(train_data))
@@ -160,6 +148,96 @@ def main():
         run_on_main(plot_evaluation, args=[hparams["output_folder"]])
     if hparams["use_tensorboard"] and if_main_process():
         hparams["tensorboard_train_logger"].writer.close()
+
+
+def parse_arguments(arguments):
+    """As SpeechBrain's, but paths are taken as they were typed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in PATHS:
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS)
+    paths, rest = parser.parse_known_args(arguments)
+    hparams_file, run_opts, overrides = sb.parse_arguments(rest)
+    try:
+        overrides = YAML().load(overrides) or {}
+    except YAMLError as error:
+        sys.exit(f"cannot read the options: {' '.join(str(error).split())}")
+    return hparams_file, run_opts, {**overrides, **vars(paths)}
+
+
+def load_settings(hparams_file, overrides):
+    """The hyperparameters, or an end that says what is wrong with them."""
+    try:
+        with open(hparams_file, encoding="utf-8") as file:
+            text = resolve_references(file, overrides, True)
+    except KeyError as error:
+        sys.exit(f"{hparams_file}: {error.args[0]}")
+    except FileNotFoundError as error:
+        if error.filename == hparams_file:
+            sys.exit(f"no file {hparams_file}")
+        model = Path(model_yamls.__path__[0], Path(error.filename).name)
+        sys.exit(
+            f"{hparams_file} includes {error.filename}, which is not there: "
+            f"keep the recipe in its repository, or include {model}"
+        )
+    # Building the rest makes folders.
+    check_data_folder(YAML().load(text)["data_folder"])
+    text.seek(0)
+    return load_hyperpyyaml(text)
+
+
+def check_data_folder(folder):
+    """End here when there is no data to train on."""
+    remedy = (
+        "give --data_folder PATH, or --data_folder voices for a starter set "
+        "of synthetic voices"
+    )
+    if not folder:
+        sys.exit(f"data_folder is empty: {remedy}")
+    if not isinstance(folder, str):
+        sys.exit(f"data_folder {folder} is no text to yaml: put it in quotes")
+    if folder == VOICES:
+        return
+    if not Path(folder).is_dir():
+        sys.exit(f"no data_folder {folder}: {remedy}")
+    if not any(Path(folder).iterdir()):
+        sys.exit(f"data_folder {folder} holds nothing: {remedy}")
+
+
+def prepare(hparams, progressbar):
+    """Make the starter set, if it is asked for; write the CSV files."""
+    if hparams["data_folder"] == VOICES:
+        folder = Path(hparams["output_folder"], VOICES)
+        hparams["data_folder"] = str(folder)
+        logger.warning(
+            "Training on synthetic voices in %s. Figures on them do not "
+            "compare with those on WSJ0-mix.",
+            folder,
+        )
+        run_on_main(
+            make_voices,
+            kwargs={
+                "folder": folder,
+                "num_spks": hparams["num_spks"],
+                "sizes": [
+                    hparams[f"starter_{part}"]
+                    for part in ("train", "valid", "test")
+                ],
+                "seed": hparams["seed"],
+                "sample_rate": hparams["sample_rate"],
+                "progressbar": progressbar,
+            },
+        )
+    run_on_main(
+        prepare_wsjmix,
+        kwargs={
+            "datapath": hparams["data_folder"],
+            "savepath": hparams["save_folder"],
+            "n_spks": hparams["num_spks"],
+            "skip_prep": hparams["skip_prep"],
+            "fs": hparams["sample_rate"],
+            **hparams["data_options"],
+        },
+    )
 
 
 def leave_group():

@@ -23,8 +23,7 @@ EXPERIMENTS = {
     "flashformer-3mix": (
         """\
 Model: FlashFormer-base for source separation
-Dataset: WSJ0-3mix, or any set of three speakers; without data_folder a
-starter set of synthetic voices
+Dataset: WSJ0-3mix, or any set of three speakers
 
 Unlike flashformer.yaml: three speakers.
 """,
@@ -34,8 +33,7 @@ Unlike flashformer.yaml: three speakers.
     "flashformer-wham": (
         """\
 Model: FlashFormer-base for source separation
-Dataset: WHAM! or WHAMR!, whichever data_folder holds; without data_folder a
-starter set of synthetic voices, without noise
+Dataset: WHAM! or WHAMR!, whichever data_folder holds
 
 Unlike flashformer.yaml: mixtures of dynamic mixing have noise too; give it as
 dm_noise_folder.
@@ -58,8 +56,7 @@ dm_noise_folder.
     "flashformer-libri2mix": (
         """\
 Model: FlashFormer-base for source separation
-Dataset: Libri2Mix, or with num_spks: 3 Libri3Mix; without data_folder a
-starter set of synthetic voices
+Dataset: Libri2Mix, or with num_spks: 3 Libri3Mix
 
 Unlike flashformer.yaml: sample_rate may be 8000 or 16000; frames, tokens and
 cuts are of the same seconds.
@@ -84,8 +81,7 @@ model: !include:../../../../hparams/flashformer-base.yaml
     "flashformer-large": (
         """\
 Model: FlashFormer-large for source separation
-Dataset: WSJ0-2mix, or any set in its layout; without data_folder a starter
-set of synthetic voices
+Dataset: WSJ0-2mix, or any set in its layout
 
 Unlike flashformer.yaml: the large model.
 """,
@@ -101,26 +97,26 @@ model: !include:../../../../hparams/flashformer-large.yaml
     "flashformer-streaming": (
         """\
 Model: FlashFormer-streaming, separates live audio with 10 ms of latency
-Dataset: WSJ0-2mix, or any set in its layout; without data_folder a starter
-set of synthetic voices, on which it learns in minutes as the demo does
+Dataset: WSJ0-2mix, or any set in its layout; on the starter set of
+synthetic voices it learns in minutes, as the demo does
 
 Unlike flashformer-demo.yaml: the streaming model. For a set of hours:
 --N_epochs 100 --training_signal_len 32000
 """,
         PLACE,
         {
+            "data_folder": 'data_folder: "" # must be given\n',
             "model": """\
 model: !include:../../../../hparams/flashformer-streaming.yaml
     num_spks: !ref <num_spks>
     sample_rate: !ref <sample_rate>
-"""
+""",
         },
     ),
     "flashformer-original": (
         """\
 Model: FlashFormer-base as it was first drawn, for source separation
-Dataset: WSJ0-2mix, or any set in its layout; without data_folder a starter
-set of synthetic voices
+Dataset: WSJ0-2mix, or any set in its layout
 
 Unlike flashformer.yaml: attention over every frame, with no window. Eight
 times the tokens, so slower and larger.

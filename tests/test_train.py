@@ -1,0 +1,109 @@
+"""The command line of the recipe: its options, and what data it accepts."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RECIPE = ROOT / "recipes/WSJ0Mix/separation"
+YAMLS = sorted((RECIPE / "hparams").glob("*.yaml"))
+sys.path.insert(0, str(RECIPE))
+
+import train  # noqa: E402
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Run the recipe where it must not come as far as the training."""
+
+    def start(*arguments, yaml="flashformer"):
+        path = RECIPE / "hparams" / f"{yaml}.yaml"
+        monkeypatch.setattr(sys, "argv", ["train.py", str(path), *arguments])
+        train.main()
+
+    def stop(*args, **kwargs):
+        raise AssertionError("it has begun")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.sb, "create_experiment_directory", stop)
+    return start
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "data_folder is empty: give --data_folder PATH"),
+        (["--data_folder", ""], "data_folder is empty: give --data_folder"),
+        (["--data_folder="], "data_folder is empty: give --data_folder PATH"),
+        (["--data_folder", "nowhere"], "no data_folder nowhere: give --data"),
+        (["--data_folder", "here"], "data_folder here holds nothing: give"),
+        (["--data_folder", "2024"], "no data_folder 2024: give"),
+        (["--data_foldr", "here"], "'data_foldr' not found in"),
+        (["--model", "{a: "], "cannot read the options: "),
+    ],
+)
+def test_no_data_ends_it_in_one_line(run, tmp_path, options, message):
+    (tmp_path / "here").mkdir()
+    with pytest.raises(SystemExit) as raised:
+        run(*options)
+    assert message in raised.value.code
+    assert len(raised.value.code.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_an_option_without_a_value_ends_it(run, capsys):
+    # What the shell leaves of --data_folder $UNSET.
+    with pytest.raises(SystemExit):
+        run("--data_folder", "--seed", "1")
+    assert "--data_folder: expected one argument" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_called_voices_has_a_path(run, tmp_path):
+    (tmp_path / "voices").mkdir()
+    with pytest.raises(SystemExit) as raised:
+        run("--data_folder", "./voices")
+    assert "data_folder ./voices holds nothing" in raised.value.code
+    with pytest.raises(AssertionError, match="it has begun"):
+        run("--data_folder", "voices")
+
+
+@pytest.mark.parametrize("yaml", YAMLS, ids=lambda path: path.stem)
+def test_only_the_demo_makes_voices_unasked(run, yaml):
+    demo = yaml.stem == "flashformer-demo"
+    with pytest.raises(AssertionError if demo else SystemExit):
+        run(yaml=yaml.stem)
+
+
+@pytest.mark.parametrize(
+    "name", ["2024", "007", "1e3", "no", "~", "a: b", "a=b", "x #1", "[1]"]
+)
+def test_paths_are_taken_as_they_were_typed(name, tmp_path, monkeypatch):
+    options = [str(YAMLS[0]), "--batch_size", "3"]
+    for key in train.PATHS:
+        options += [f"--{key}", name]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name / "wav8k").mkdir(parents=True)
+    file, _, overrides = train.parse_arguments(options)
+    hparams = train.load_settings(file, overrides)
+    assert {hparams[key] for key in train.PATHS} == {name}
+    assert hparams["save_folder"] == f"{name}/save"
+    assert hparams["batch_size"] == 3
+
+
+def test_a_recipe_that_was_moved_says_what_it_lacks(tmp_path):
+    moved = tmp_path / "mine.yaml"
+    shutil.copy(RECIPE / "hparams/flashformer-demo.yaml", moved)
+    model = ROOT / "hparams/flashformer-tiny.yaml"
+    with pytest.raises(SystemExit, match=f"or include {model}"):
+        train.load_settings(moved, {})
+    # Which mends it.
+    text = moved.read_text()
+    place = "../../../../hparams/flashformer-tiny.yaml"
+    assert place in text
+    moved.write_text(text.replace(place, str(model)))
+    output = {"output_folder": str(tmp_path / "run")}
+    assert train.load_settings(moved, output)["modules"]
+    with pytest.raises(SystemExit, match="^no file .*none.yaml"):
+        train.load_settings(str(tmp_path / "none.yaml"), {})
