@@ -356,11 +356,15 @@ def remove_growing(folder):
 
 
 def replace_audio(folder):
-    """Put the audio of a test that has ended in place of the one before."""
+    """Put the audio of a test that has ended in place of the one before.
+
+    A test that saved none leaves what there is.
+    """
     for name in AUDIO_FOLDERS:
         old, new = Path(folder, name), Path(folder, name + GROWING)
-        shutil.rmtree(old, ignore_errors=True)
         if new.exists():
+            if old.exists():
+                old.rename(old.with_name(f"{name}.old{GROWING}"))
             new.rename(old)
     remove_growing(folder)
 

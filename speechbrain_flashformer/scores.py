@@ -4,8 +4,10 @@ Axes: B batch, T samples, S speakers.
 """
 
 import csv
+import hashlib
 import math
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -30,6 +32,9 @@ SUMMARY = {
 }
 COLUMNS = ["snt_id", "sdr", "sdr_i", "si-snr", "si-snr_i"]
 WORST = 5
+# What some file system has in no name, and the longest that all can have with
+# what is put behind it, bytes.
+NOT_IN_NAMES, LONGEST_NAME = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]'), 200
 # Mixtures waiting for a score, per thread: what bounds the memory.
 WAITING = 4
 
@@ -191,8 +196,26 @@ def _values(rows, column, only_numbers):
     return values
 
 
+def file_stem(name):
+    """What the files of a mixture are called; mostly its name.
+
+    Example
+    -------
+    >>> file_stem("take [1] 100 %"), file_stem("a/b")
+    ('take [1] 100 %', 'a_b-c14cddc0')
+    """
+    stem = NOT_IN_NAMES.sub("_", name).encode()[:LONGEST_NAME]
+    stem = stem.decode(errors="ignore")
+    if stem == name:
+        return name
+    # Else two that differ in what was left out would have one file.
+    return f"{stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
 def write_example(folder, name, mixture, targets, predictions, sample_rate):
     """Write NAME_mix.wav, and NAME_s1.wav and NAME_s1hat.wav of each source.
+
+    NAME is ``file_stem(name)``.
 
     Estimates are brought to the level and polarity of their source: SI-SNR
     training leaves both free, and a quiet or clipped file tells nothing.
@@ -224,7 +247,7 @@ def write_example(folder, name, mixture, targets, predictions, sample_rate):
     scale = min(1.0, 0.99 / max(peak, 1e-8))
     for suffix, signal in signals.items():
         soundfile.write(
-            folder / f"{name}_{suffix}.wav",
+            folder / f"{file_stem(name)}_{suffix}.wav",
             (signal * scale).cpu().numpy(),
             sample_rate,
         )

@@ -274,6 +274,27 @@ def test_batches_of_unlike_length_are_tested_item_by_item(make, tmp_path):
     assert not list(tmp_path.glob("*.growing"))
 
 
+def test_a_test_without_audio_leaves_that_of_the_test_before(make, tmp_path):
+    for save in (True, False):
+        brain = make(save_audio=save)
+        brain.modules.eval()
+        brain.on_stage_start(sb.Stage.TEST)
+        brain.evaluate_batch(batch(4000), sb.Stage.TEST)
+        brain.save_results()
+        for name in ("audio_results", "audio_worst"):
+            files = list((tmp_path / name).iterdir())
+            assert len(files) == 5
+    # A test with audio replaces all of it.
+    (tmp_path / "audio_results" / "old_mix.wav").touch()
+    brain = make()
+    brain.modules.eval()
+    brain.on_stage_start(sb.Stage.TEST)
+    brain.evaluate_batch(batch(4000), sb.Stage.TEST)
+    brain.save_results()
+    assert len(list((tmp_path / "audio_results").iterdir())) == 5
+    assert not list(tmp_path.glob("*.growing"))
+
+
 def test_half_precision_trains_with_a_loss_in_float32(make):
     brain = make({"precision": "bf16"})
     brain.on_fit_start()

@@ -16,6 +16,8 @@ import data_layouts  # noqa: E402
 from data_layouts import find_mixtures  # noqa: E402
 from prepare_data import prepare_wsjmix  # noqa: E402
 
+from speechbrain_flashformer.data import load_dataset  # noqa: E402
+
 WSJ0_PARTS, LIBRI_PARTS = ("tr", "cv", "tt"), ("train-360", "dev", "test")
 WHAM = ("mix_both", "mix_clean", "mix_single", "s1", "s2", "noise")
 WHAMR = (
@@ -268,6 +270,33 @@ def test_csv_files_of_the_data_folder(tmp_path):
     assert row["noise_wav"] == "$data_root/audio/n.flac"
     (row,) = read(tmp_path / "save" / "wsj_cv.csv")
     assert "noise_wav" not in row
+
+
+@pytest.mark.parametrize("name", ["take [1]", "100 % 'so' \"x\" {0}", "a, b"])
+def test_files_of_any_name_are_prepared_and_loaded(tmp_path, name):
+    for part in ("train", "valid", "test"):
+        for column in ("mixture", "source1", "source2"):
+            sound(tmp_path / "data" / part / column / f"{name}.wav")
+    prepare_wsjmix(tmp_path / "data", tmp_path / "save")
+    hparams = {
+        "data_folder": str(tmp_path / "data"),
+        "num_spks": 2,
+        "sample_rate": 8000,
+        "seed": 0,
+    }
+    (item,) = load_dataset(tmp_path / "save" / "wsj_tr.csv", hparams)
+    assert item["id"] == name and len(item["s2_sig"]) == 4000
+
+
+def test_a_name_in_a_csv_may_have_a_slash(tmp_path):
+    sound(tmp_path / "a.wav")
+    for part in ("train", "valid", "test"):
+        header = ("ID", "mix_wav", "s1_wav", "s2_wav")
+        row = ["day 1/take 2", *["a.wav"] * 3]
+        write_csv(tmp_path / f"{part}.csv", header, [row])
+    prepare_wsjmix(tmp_path, tmp_path / "save")
+    (row,) = read(tmp_path / "save" / "wsj_tr.csv")
+    assert row["ID"] == "day 1/take 2"
 
 
 def test_what_was_prepared_is_a_data_set_too(tmp_path):

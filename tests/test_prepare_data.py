@@ -265,9 +265,6 @@ DAMAGES = {
     "missing cell": lambda d, p, s: table(
         d, HEADER + "a,a.wav,a.wav,a.wav\nb,a.wav,,a.wav\n"
     ),
-    "a name with a slash": lambda d, p, s: table(
-        d, HEADER + "a,a.wav,a.wav,a.wav\nb/c,a.wav,a.wav,a.wav\n"
-    ),
     "two mixtures of one name": lambda d, p, s: table(
         d, HEADER + 2 * "a,a.wav,a.wav,a.wav\n"
     ),
@@ -423,7 +420,7 @@ def test_an_interrupted_check_ends_soon_and_is_remembered(
     def stop_at_fifth(paths, known):
         time.sleep(0.02)
         examined.append(paths)
-        if len(examined) == 5:
+        if paths[0].endswith("tr12.wav"):  # the fifth by name
             raise KeyboardInterrupt
         return real(paths, known)
 

@@ -158,6 +158,18 @@ def test_estimates_are_saved_as_their_source_is(tmp_path, gain):
     assert len(list(tmp_path.iterdir())) == 5
 
 
+def test_mixtures_of_any_name_have_files_of_their_own(tmp_path):
+    names = ["a/b", "a_b", "a\\b", "..", "é" * 300, "é" * 301, "x\ny"]
+    names += ["take [1]", "100 % 'so' {0} $x", "名前"]
+    for name in names:
+        mixture, targets, estimates = signals(80)
+        write_example(tmp_path, name, mixture, targets, estimates, 8000)
+    files = [path.name for path in tmp_path.iterdir()]
+    assert len(files) == 5 * len(names)
+    for name in ("take [1]", "100 % 'so' {0} $x", "名前"):
+        assert f"{name}_s2hat.wav" in files
+
+
 @pytest.mark.parametrize("name", ["stoi", "pesq"])
 def test_perceptual_measures_fall_with_noise(name):
     package = {"stoi": "pystoi", "pesq": "pesq"}[name]

@@ -377,11 +377,6 @@ def _read_csv(path, datapath, n_spks):
         empty = [columns[column] for column in row if not row[column]]
         if empty:
             part.problems.append(f"{path}, line {number}: no {empty[0]}")
-        elif "/" in row["ID"] or "\\" in row["ID"]:
-            part.problems.append(
-                f"{path}, line {number}: the ID {row['ID']} has a slash, and "
-                "names files: change it"
-            )
         elif row["ID"] in taken:
             part.problems.append(
                 f"{path}, line {number}: the ID {row['ID']} was there before"

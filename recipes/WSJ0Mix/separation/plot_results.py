@@ -57,7 +57,12 @@ def plot_results(output_folder):
     folder = Path(output_folder)
     mixture = min((folder / "audio_results").glob("*_mix.wav"))
     name = mixture.name.removesuffix("_mix.wav")
-    sources = sorted(mixture.parent.glob(f"{name}_s?.wav"))
+    source_name = re.compile(rf"{re.escape(name)}_s\d+\.wav")
+    sources = [
+        path
+        for path in sorted(mixture.parent.iterdir())
+        if source_name.fullmatch(path.name)
+    ]
     figure = pyplot.figure(
         figsize=(4.5 * len(sources), 9), layout="constrained"
     )
@@ -74,7 +79,8 @@ def plot_results(output_folder):
             estimate,
             f"speaker {i + 1}, separated",
         )
-    figure.suptitle(f"{folder}: {name}", fontsize=9)
+    # A $ is no formula, and a long name no long line.
+    figure.suptitle(f"{folder}: {name:.60}", fontsize=9, parse_math=False)
     return _save(figure, folder / "results.png")
 
 
@@ -97,7 +103,8 @@ def plot_evaluation(output_folder):
     from matplotlib import pyplot
 
     folder = Path(output_folder)
-    with open(folder / "test_results.csv", newline="") as file:
+    table = folder / "test_results.csv"
+    with table.open(newline="", encoding="utf-8") as file:
         *rows, mean, median, low = csv.DictReader(file)
     gains = [float(row["si-snr_i"]) for row in rows]
     before = [float(row["si-snr"]) - g for row, g in zip(rows, gains)]
@@ -126,7 +133,8 @@ def plot_evaluation(output_folder):
     bars.legend(fontsize=8)
     for axes in (cloud, bars):
         axes.grid(alpha=0.3)
-    figure.suptitle(f"{folder}: {len(rows)} test mixtures", fontsize=9)
+    title = f"{folder}: {len(rows)} test mixtures"
+    figure.suptitle(title, fontsize=9, parse_math=False)
     return _save(figure, folder / "evaluation.png")
 
 
@@ -142,12 +150,10 @@ def _save(figure, path):
 
 def _draw_curve(axes, log):
     """Loss of the training and SI-SNR of the validation, by epoch, negative."""
-    number = r"(-?[\d.]+(?:e[+-]\d+)?)"
+    text, number = log.read_text(encoding="utf-8"), r"(-?[\d.]+(?:e[+-]\d+)?)"
     curves = {"train loss": "training (loss)", "valid si-snr": "validation"}
     for what, label in curves.items():
-        points = re.findall(
-            rf"epoch: (\d+),.*?{what}: {number}", log.read_text()
-        )
+        points = re.findall(rf"epoch: (\d+),.*?{what}: {number}", text)
         axes.plot(
             [int(epoch) for epoch, _ in points],
             [-float(loss) for _, loss in points],
