@@ -20,6 +20,11 @@ OK, FAILED, USAGE, INTERRUPTED, UNHEARD = 0, 1, 2, 130, 141
 # Of a stream, milliseconds.
 LONGEST_BLOCK = 60_000
 
+TRUST = (
+    "let the model's yaml run any code: only for one whose maker you trust "
+    "(default: it may build what 'flashformer pack' writes)"
+)
+
 SEPARATE = """\
 Separate recordings: for each INPUT the files DIR/NAME_s1.wav, DIR/NAME_s2.wav,
 ... with its length and sampling rate.
@@ -111,9 +116,10 @@ def _parser():
     add("-o", "--out", required=True, metavar="DIR", type=Path)
     add(
         "--model",
-        help="a packed model's folder, or its name on a model hub (default: "
-        "the model that comes with the package)",
+        help="a packed model's folder, or hf:OWNER/NAME on a model hub "
+        "(default: the model that comes with the package)",
     )
+    add("--trust", action="store_true", help=TRUST)
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if any)")
     add("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
     add(
@@ -191,6 +197,7 @@ def _parser():
         "does both",
     )
     add("--model", help="a causal model, as for separate")
+    add("--trust", action="store_true", help=TRUST)
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if any)")
     add("--rate", type=int, metavar="HZ", help="of raw PCM (default: model's)")
     add(
@@ -220,6 +227,7 @@ def _parser():
         "serve a page to try a model in a browser (needs the extra app)",
     ).add_argument
     add("--model", help="as for separate")
+    add("--trust", action="store_true", help=TRUST)
     add("--device", help="as for separate")
     add(
         "--host",
@@ -257,6 +265,7 @@ def _parser():
         "info", _info, "show what a model is and how it runs here"
     ).add_argument
     add("model", nargs="?", metavar="MODEL")
+    add("--trust", action="store_true", help=TRUST)
 
     add = _command(
         "export",
@@ -265,6 +274,7 @@ def _parser():
     ).add_argument
     add("model", metavar="MODEL")
     add("out", metavar="OUT.onnx", type=Path)
+    add("--trust", action="store_true", help=TRUST)
     add(
         "--streaming",
         action="store_true",
@@ -320,7 +330,7 @@ def _separate(parsed):
         tasks = tasks[rank :: int(os.environ.get("WORLD_SIZE", 1))]
         # In this process too when there are workers: what is wrong with the
         # model is told once, and before work.
-        _load(model, device)
+        _load(model, device, trust=parsed.trust)
         if parsed.jobs == 1:
             outcomes = ((task, _run_task(task, options)) for task in tasks)
         else:
@@ -328,7 +338,7 @@ def _separate(parsed):
             outcomes = run_jobs(
                 tasks,
                 parsed.jobs,
-                partial(_load, model, device, threads),
+                partial(_load, model, device, threads, parsed.trust),
                 partial(_run_task, options=options),
                 _clean_up,
             )
@@ -409,7 +419,7 @@ def _standard_input(wanted):
 _MODEL = None
 
 
-def _load(model, device, threads=None):
+def _load(model, device, threads=None, trust=False):
     """Load the model of this process."""
     global _MODEL
     import torch
@@ -419,7 +429,7 @@ def _load(model, device, threads=None):
     if threads:
         torch.set_num_threads(threads)
     _MODEL = FlashFormerSeparation.from_hparams(
-        model, run_opts={"device": device}
+        model, trust=trust, run_opts={"device": device}
     )
 
 
@@ -494,7 +504,8 @@ def _stream(parsed):
         return USAGE
     # More threads than one only wait for each other on blocks so short.
     threads = None if "OMP_NUM_THREADS" in os.environ else 1
-    _load(_model_folder(parsed.model), _device(parsed.device), threads)
+    model, device = _model_folder(parsed.model), _device(parsed.device)
+    _load(model, device, threads, parsed.trust)
 
     from speechbrain_flashformer.audio import SourceWriter
     from speechbrain_flashformer.live import PcmReader, separate_live
@@ -582,7 +593,7 @@ def _app(parsed):
     from speechbrain_flashformer.app import serve
 
     model, device = _model_folder(parsed.model), _device(parsed.device)
-    _load(model, device)
+    _load(model, device, trust=parsed.trust)
     limits = parsed.max_minutes, parsed.max_mb
     with serve(_MODEL, parsed.host, parsed.port, *limits) as url:
         print(url, flush=True)
@@ -602,7 +613,7 @@ def _info(parsed):
     from speechbrain_flashformer.inference import FlashFormerSeparation
 
     folder = _model_folder(parsed.model)
-    model = FlashFormerSeparation.from_hparams(folder)
+    model = FlashFormerSeparation.from_hparams(folder, trust=parsed.trust)
     for name, value in {"model": folder, **model.describe()}.items():
         print(f"{name:24}{value}")
     return OK
@@ -615,7 +626,9 @@ def _export(parsed):
     from speechbrain_flashformer import export
     from speechbrain_flashformer.inference import FlashFormerSeparation
 
-    model = FlashFormerSeparation.from_hparams(_model_folder(parsed.model))
+    model = FlashFormerSeparation.from_hparams(
+        _model_folder(parsed.model), trust=parsed.trust
+    )
     arguments = model, parsed.out, parsed.overwrite
     if parsed.streaming:
         block = 16.0 if parsed.block is None else parsed.block

@@ -18,9 +18,9 @@ from speechbrain_flashformer.audio import (
     check_finite,
     resample_blocks,
 )
-from speechbrain_flashformer.checkpoints import misfits
 from speechbrain_flashformer.chunks import ChunkPlan, separate_long
 from speechbrain_flashformer.metrics import count_macs
+from speechbrain_flashformer.models import load_model
 from speechbrain_flashformer.separate import (
     MODULES,
     encoder_frame,
@@ -50,8 +50,8 @@ def built_in_model():
     if not (folder / "hyperparams.yaml").is_file():
         raise FileNotFoundError(
             "this version comes without a pretrained model: give one as "
-            "--model, a folder made by 'flashformer pack' or its name on a "
-            "model hub"
+            "--model, a folder made by 'flashformer pack' or a model on a hub "
+            "as hf:OWNER/NAME"
         )
     return folder
 
@@ -152,17 +152,46 @@ class FlashFormerSeparation(SepformerSeparation):
     """
 
     @classmethod
-    def from_hparams(cls, source, savedir=None, **kwargs):
+    def from_hparams(
+        cls,
+        source,
+        hparams_file="hyperparams.yaml",
+        overrides=None,
+        overrides_must_match=True,
+        savedir=None,
+        download_only=False,
+        local_strategy=LocalStrategy.SYMLINK,
+        fetch_config=None,
+        trust=False,
+        **kwargs,
+    ):
         """Load a packed model.
 
         Arguments
         ---------
         source : str or Path
-            A folder made by ``flashformer pack``, or a model hub's name.
+            A folder made by ``flashformer pack``, or ``hf:OWNER/NAME`` for a
+            model of the Hugging Face hub.
+        hparams_file : str
+            The yaml of the model.
+        overrides : dict or str, optional
+            Takes the place of what the yaml says.
+        overrides_must_match : bool
+            Whether an override of what the yaml does not have is an error.
         savedir : str or Path, optional
-            Where to link the files; links of another model are replaced.
+            Gets links to, or copies of, the files of a model of a hub. For a
+            folder it means nothing: its files stay where they are.
+        download_only : bool
+            Fetch and return None.
+        local_strategy : LocalStrategy
+            Whether savedir gets links or copies.
+        fetch_config : FetchConfig, optional
+            Of SpeechBrain's ``fetch``.
+        trust : bool
+            Whether the model's yaml may call anything. Else it may only ask
+            for what ``flashformer pack`` writes, and runs no code of its own.
         **kwargs
-            Those of SpeechBrain's ``from_hparams``, such as ``run_opts``.
+            Of SpeechBrain's ``Pretrained``: ``run_opts``, ``freeze_params``.
 
         Returns
         -------
@@ -170,50 +199,25 @@ class FlashFormerSeparation(SepformerSeparation):
 
         Raises
         ------
-        FileNotFoundError
-            When the folder lacks a file.
+        OSError
+            When a file is missing or cannot be read.
         ValueError
-            When a checkpoint does not fit the model in every key.
+            When a file is broken, does not fit, or would have to be trusted.
         """
-        folder = Path(source)
-        if folder.is_dir():
-            for name in ("hyperparams.yaml", *(f"{m}.ckpt" for m in MODULES)):
-                if not (folder / name).is_file():
-                    raise FileNotFoundError(
-                        f"no {name} in {folder}: is it a folder made by "
-                        "'flashformer pack'?"
-                    )
-        elif str(source).startswith(("/", ".")) or str(source).count("/") != 1:
-            raise FileNotFoundError(
-                f"no model folder {folder}: give one made by 'flashformer "
-                "pack', or a model on a hub as OWNER/NAME"
-            )
-        if savedir is not None:
-            # Else the files of another model there would be loaded.
-            kwargs.setdefault("fetch_config", FetchConfig(overwrite=True))
-        try:
-            model = super().from_hparams(str(source), savedir=savedir, **kwargs)
-        except RuntimeError as error:
-            # Torch's own words where a weight has another shape.
-            if "loading state_dict" not in str(error):
-                raise
-            raise ValueError(
-                f"a checkpoint of {source} does not fit its hyperparams.yaml: "
-                f"{error}"
-            ) from error
-        if model is not None:
-            model._check_weights()
-        return model
-
-    def _check_weights(self):
-        """SpeechBrain loads what fits and warns; wrong weights are an error."""
-        for name, path in self.hparams.pretrainer.paths.items():
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if wrong := misfits(state, self.mods[name]):
-                raise ValueError(
-                    f"{path} does not fit the {name} of hyperparams.yaml in "
-                    f"{len(wrong)} weights, such as {wrong[0]}"
-                )
+        hparams = load_model(
+            source,
+            hparams_file,
+            overrides,
+            overrides_must_match,
+            savedir,
+            local_strategy,
+            fetch_config,
+            trust,
+            download_only,
+        )
+        if download_only:
+            return None
+        return cls(hparams["modules"], hparams, **kwargs)
 
     def describe(self):
         """What the model is and how it runs here, as a dict of texts."""

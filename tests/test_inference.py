@@ -1,7 +1,6 @@
 """FlashFormerSeparation: any input, kept level, long files, safe loading."""
 
 import inspect
-import warnings
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from speechbrain_flashformer.inference import (
     FlashFormerSeparation,
     SeparationOptions,
 )
-from speechbrain_flashformer.pack import pack
 
 
 @pytest.fixture(scope="module")
@@ -42,20 +40,6 @@ def test_calls_are_those_of_speechbrain():
         assert list(ours.parameters)[: len(theirs.parameters)] == list(
             theirs.parameters
         )
-
-
-def test_speechbrain_itself_loads_a_packed_folder(packed, model, noise):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        theirs = SepformerSeparation.from_hparams(str(packed))
-    ours = model.mods.state_dict()
-    loaded = theirs.mods.state_dict()
-    assert loaded.keys() == ours.keys()
-    assert all(torch.equal(loaded[key], ours[key]) for key in ours)
-    noise = noise[:, :24000]
-    torch.testing.assert_close(
-        theirs.separate_batch(noise), model.separate_batch(noise)
-    )
 
 
 def test_batch_rows_are_as_alone(model, noise):
@@ -380,57 +364,7 @@ def test_a_url_needs_a_place(model):
         model.separate_file("https://localhost/a.wav")
 
 
-# --- loading -----------------------------------------------------------------
-
-
-def test_a_stale_savedir_never_serves_old_weights(
-    make_run, packed, model, tmp_path
-):
-    other = pack(make_run(tmp_path / "run", seed=1), tmp_path / "other")
-    savedir = tmp_path / "savedir"
-    FlashFormerSeparation.from_hparams(other, savedir=savedir)
-    again = FlashFormerSeparation.from_hparams(packed, savedir=savedir)
-    theirs, ours = again.mods.state_dict(), model.mods.state_dict()
-    assert all(torch.equal(theirs[key], ours[key]) for key in ours)
-
-
-def test_a_folder_without_a_checkpoint_is_refused(packed):
-    (packed / "masknet.ckpt").unlink()
-    with pytest.raises(FileNotFoundError, match="no masknet.ckpt in"):
-        FlashFormerSeparation.from_hparams(packed)
-
-
-def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no model folder .*gone"):
-        FlashFormerSeparation.from_hparams(tmp_path / "gone")
-
-
-@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
-def test_weights_of_another_model_are_refused(packed, change):
-    path = packed / "masknet.ckpt"
-    state = torch.load(path, weights_only=True)
-    value = state.pop("norm_out.bias")
-    if change == "unknown":
-        state |= {"norm_out.bias": value, "another": value}
-    if change == "shape":
-        state["norm_out.bias"] = value[1:]
-    torch.save(state, path)
-    message = "masknet of hyperparams.yaml in 1 weights, such as (norm_o|ano)"
-    if change == "shape":
-        message = r"does not fit its hyperparams.yaml: [\s\S]*norm_out.bias"
-    with pytest.raises(ValueError, match=message):
-        FlashFormerSeparation.from_hparams(packed)
-
-
-def test_checkpoints_run_no_code(packed, tmp_path):
-    class Attack:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "owned"), "w"))
-
-    torch.save({"norm_out.bias": Attack()}, packed / "masknet.ckpt")
-    with pytest.raises(Exception, match="[Ww]eights.only"):
-        FlashFormerSeparation.from_hparams(packed)
-    assert not (tmp_path / "owned").exists()
+# --- what it is -------------------------------------------------------------
 
 
 def test_description_names_what_counts(model):

@@ -1,0 +1,530 @@
+"""Model folders: found, checked, built, and given their weights strictly.
+
+A folder holds hyperparams.yaml and one checkpoint for each of ``MODULES``.
+The yaml is HyperPyYAML, which can call anything. So unless the caller trusts
+the model, its yaml may only use what ``flashformer pack`` writes.
+"""
+
+import filecmp
+import io
+import re
+from pathlib import Path
+
+import torch
+from hyperpyyaml import load_hyperpyyaml
+from ruamel.yaml import YAML, Loader
+from ruamel.yaml.nodes import MappingNode
+from speechbrain.utils.fetching import (
+    FetchConfig,
+    FetchFrom,
+    FetchSource,
+    LocalStrategy,
+    fetch,
+    link_with_strategy,
+)
+from speechbrain.utils.parameter_transfer import Pretrainer
+
+from speechbrain_flashformer.checkpoints import misfits
+from speechbrain_flashformer.separate import MODULES, encoder_frame
+
+HUB = "hf:"
+YAML_FILE = "hyperparams.yaml"
+MEND = "copy the whole model again, or pack its training again"
+
+PRETRAINER = "speechbrain.utils.parameter_transfer.Pretrainer"
+DUAL_PATH = "speechbrain.lobes.models.dual_path"
+RESEPFORMER = "speechbrain.lobes.models.resepformer"
+# Networks that do nothing with their arguments but build layers.
+CLASSES = {
+    PRETRAINER,
+    "speechbrain_flashformer.FlashFormer",
+    "speechbrain_flashformer.masknet.FlashFormer",
+    "speechbrain_flashformer.filterbank.Encoder",
+    "speechbrain_flashformer.filterbank.Decoder",
+    f"{DUAL_PATH}.Encoder",
+    f"{DUAL_PATH}.Decoder",
+    f"{DUAL_PATH}.Dual_Path_Model",
+    f"{DUAL_PATH}.SBTransformerBlock",
+    f"{DUAL_PATH}.SBRNNBlock",
+    f"{DUAL_PATH}.DPTNetBlock",
+    "speechbrain.lobes.models.conv_tasnet.MaskNet",
+    f"{RESEPFORMER}.ResourceEfficientSeparator",
+    f"{RESEPFORMER}.SBTransformerBlock_wnormandskip",
+    f"{RESEPFORMER}.SBRNNBlock",
+}
+REFERENCES = {f"<{name}>" for name in (*MODULES, "modules")}
+PLAIN = {
+    f"tag:yaml.org,2002:{kind}"
+    for kind in ("map", "seq", "str", "int", "float", "bool", "null")
+}
+# HyperPyYAML reads the inside of "(...)" as yaml again, with every tag.
+TUPLE = re.compile(r"\([-+.,\de\s]*\)")
+
+
+def load_model(
+    source,
+    hparams_file=YAML_FILE,
+    overrides=None,
+    overrides_must_match=True,
+    savedir=None,
+    local_strategy=LocalStrategy.SYMLINK,
+    fetch_config=None,
+    trust=False,
+    download_only=False,
+):
+    """Build a packed model on the CPU and give it its weights.
+
+    Arguments
+    ---------
+    source : str or Path
+        A folder, or ``hf:OWNER/NAME`` for a model of the Hugging Face hub.
+    hparams_file, overrides, overrides_must_match, download_only
+        As in SpeechBrain's ``pretrained_from_hparams``.
+    savedir, local_strategy, fetch_config
+        As in ``find_file``.
+    trust : bool
+        Whether the yaml may call anything.
+
+    Returns
+    -------
+    dict
+        What the yaml describes; ``modules`` hold their weights, except with
+        download_only.
+
+    Raises
+    ------
+    OSError
+        When a file is missing or cannot be read.
+    ValueError
+        When a file is broken, or two do not fit each other.
+
+    Example
+    -------
+    >>> from speechbrain_flashformer.inference import built_in_model
+    >>> load_model(built_in_model())["sample_rate"]
+    8000
+    """
+
+    def _find(name):
+        return find_file(name, source, savedir, local_strategy, fetch_config)
+
+    path = _find(hparams_file)
+    hparams = build_model(
+        read_yaml(path), path, overrides, overrides_must_match, trust
+    )
+    hparams["savedir"] = savedir
+    pretrainer = hparams["pretrainer"]
+    for name in pretrainer.loadables:
+        if name not in pretrainer.paths and pretrainer.is_loadable(name):
+            found = _find(f"{name}.ckpt").absolute()
+            pretrainer.add_paths({name: found.as_posix()})
+    # A model of one's own may take weights from elsewhere: its yaml says so.
+    pretrainer.set_collect_in(None)
+    pretrainer.collect_files(fetch_config=fetch_config or FetchConfig())
+    if not download_only:
+        hooks = dict.fromkeys(pretrainer.loadables, load_weights)
+        pretrainer.add_custom_hooks({**hooks, **pretrainer.custom_hooks})
+        pretrainer.load_collected()
+    return hparams
+
+
+def find_file(
+    name,
+    source,
+    savedir=None,
+    local_strategy=LocalStrategy.SYMLINK,
+    fetch_config=None,
+):
+    """The path of one file of a model, fetched if the model is on a hub.
+
+    Arguments
+    ---------
+    name : str
+        Of the file.
+    source : str or Path
+        A folder, or ``hf:OWNER/NAME``.
+    savedir : str or Path, optional
+        Gets the file when it is fetched; what is in a folder stays there. A
+        link is replaced, a file is not.
+    local_strategy : LocalStrategy
+        Whether savedir gets a link or a copy.
+    fetch_config : FetchConfig, optional
+        Of SpeechBrain's ``fetch``: revision, token, network and others.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    FileNotFoundError
+        When there is no such folder, model or file.
+    FileExistsError
+        When savedir has another file of that name.
+    ValueError
+        When source is no name of a model.
+    """
+    if not str(source).startswith(HUB):
+        folder = Path(source)
+        if folder.is_file():
+            raise NotADirectoryError(
+                f"{folder} is a file: give the model folder that it is in"
+            )
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"no model folder {folder}: give one made by 'flashformer "
+                f"pack', or a model on a hub as {HUB}OWNER/NAME"
+            )
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"no {name} in {folder}: is it a folder made by 'flashformer "
+                "pack'?"
+            )
+        return folder / name
+    owner_name = str(source).removeprefix(HUB)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", owner_name):
+        raise ValueError(
+            f"{source} is no model on a hub: give it as {HUB}OWNER/NAME"
+        )
+    remote = FetchSource(FetchFrom.HUGGING_FACE, owner_name)
+    try:
+        path = fetch(name, remote, fetch_config=fetch_config or FetchConfig())
+    # Offline, unknown, private: the hub has an exception for each.
+    except Exception as error:
+        raise FileNotFoundError(
+            f"cannot fetch {name} of {source}: {one_line(error)}"
+        ) from error
+    if savedir is None:
+        return path
+    kept = Path(savedir) / name
+    if kept.is_file() and not kept.is_symlink():
+        if not filecmp.cmp(path, kept, shallow=False):
+            raise FileExistsError(
+                f"{kept} is another file and is not replaced: choose another "
+                "savedir"
+            )
+        return kept
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    return link_with_strategy(path, kept, local_strategy)
+
+
+def read_yaml(path):
+    """The text of a yaml file.
+
+    Raises
+    ------
+    OSError
+        When it cannot be read.
+    ValueError
+        When it is no text.
+    """
+    _check_readable(path)
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {MEND}") from error
+
+
+def build_model(
+    text, path, overrides=None, overrides_must_match=True, trust=False
+):
+    """What a model's yaml describes, with random weights.
+
+    Arguments
+    ---------
+    text : str
+        The yaml.
+    path : str or Path
+        Where it is from, for messages and what it includes.
+    overrides, overrides_must_match
+        As in ``load_hyperpyyaml``.
+    trust : bool
+        Whether it may call anything.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    ValueError
+        When it is broken, lacks a key, or may run code that is not trusted.
+    """
+    for odd in [] if trust else untrusted(text, path):
+        raise ValueError(_refusal(odd, path))
+    stream = io.StringIO(text)
+    stream.name = str(path)  # what !include: is relative to
+    try:
+        hparams = load_hyperpyyaml(
+            stream,
+            overrides,
+            overrides_must_match,
+            loader=Loader if trust else _PackedLoader,
+        )
+    # Whatever a constructor says to what it is given.
+    except Exception as error:
+        mend = "" if overrides else f": {MEND}"
+        raise ValueError(
+            f"cannot build the model of {path}: {one_line(error)}{mend}"
+        ) from error
+    _check_keys(hparams, path)
+    _check_fit(hparams, path)
+    return hparams
+
+
+def untrusted(text, path):
+    """What of a model's yaml ``flashformer pack`` never writes.
+
+    Arguments
+    ---------
+    text : str
+        The yaml. It is parsed; nothing is constructed.
+    path : str or Path
+        Where it is from, for messages.
+
+    Returns
+    -------
+    list of str
+
+    Raises
+    ------
+    ValueError
+        When it is no yaml of keys and values.
+
+    Example
+    -------
+    >>> untrusted("rate: 8000\\nnet: !apply:os.system [ls]", "a.yaml")
+    ['!apply:os.system']
+    """
+    try:
+        root = YAML().compose(text)
+    # Beside errors of syntax, Python's when it is nested without end.
+    except Exception as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" from line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{path} is no yaml{line}: {MEND}") from error
+    if not isinstance(root, MappingNode):
+        raise ValueError(f"{path} has no keys: {MEND}")
+    # Nodes under several names can be of a size without bound.
+    anchors = [f"&{node.anchor}" for node in _nodes(root) if node.anchor]
+    return anchors + _odd_nodes(root)
+
+
+def _nodes(root):
+    """The nodes of a yaml tree, each once."""
+    seen, rest = set(), [root]
+    while rest:
+        node = rest.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        if isinstance(node, MappingNode):
+            rest += [part for pair in node.value for part in pair]
+        elif isinstance(node.value, list):
+            rest += node.value
+
+
+def _odd_nodes(root):
+    """Tags, and values without a tag, that are not allowed."""
+    odd = []
+    for node in _nodes(root):
+        tag, value = str(node.tag), node.value
+        text = value if isinstance(value, str) else ""
+        if tag.startswith("!new:"):
+            fine = tag.removeprefix("!new:") in CLASSES
+            if tag == f"!new:{PRETRAINER}":
+                # Its paths and hooks would fetch and call.
+                keys = isinstance(node, MappingNode) and [
+                    key.value for key, _ in value
+                ]
+                fine = keys == ["loadables"]
+        elif tag == "!ref":
+            fine = value in REFERENCES
+        elif text.lstrip().startswith("("):
+            fine = tag in PLAIN | {"!tuple"} and TUPLE.fullmatch(text)
+        else:
+            fine = tag in PLAIN
+        if not fine:
+            odd.append(f"{'' if tag in PLAIN else tag} {text}".strip())
+    return odd
+
+
+class _PackedLoader(Loader):
+    """Constructs only what ``flashformer pack`` writes.
+
+    HyperPyYAML writes the yaml anew, with references resolved, before it
+    constructs: what is checked here is what is constructed.
+    """
+
+    def get_single_data(self):
+        node = self.get_single_node()
+        for odd in _odd_nodes(node):
+            raise ValueError(_refusal(odd, "it"))
+        return self.construct_document(node)
+
+
+def _refusal(odd, path):
+    return (
+        f"{path} asks for {odd!r}, which 'flashformer pack' never writes and "
+        "which may run code: if you trust who made it, say --trust (in Python "
+        "trust=True)"
+    )
+
+
+def _check_keys(hparams, path):
+    needed = ("num_spks", "sample_rate", "modules", "pretrainer")
+    if lacking := [key for key in needed if key not in hparams]:
+        raise ValueError(f"{path} has no {', '.join(lacking)}: {MEND}")
+    for key in ("num_spks", "sample_rate"):
+        value = hparams[key]
+        if type(value) is not int or value < 1:
+            raise ValueError(
+                f"{path}: {key} is a whole number from 1, not {value!r}"
+            )
+    modules, pretrainer = hparams["modules"], hparams["pretrainer"]
+    if not isinstance(pretrainer, Pretrainer):
+        raise ValueError(f"{path}: pretrainer is no Pretrainer: {MEND}")
+    for name in MODULES:
+        module = modules.get(name) if isinstance(modules, dict) else None
+        if not isinstance(module, torch.nn.Module):
+            raise ValueError(f"{path}: modules have no {name}: {MEND}")
+        if pretrainer.loadables.get(name) is not module:
+            raise ValueError(f"{path}: pretrainer loads no {name}: {MEND}")
+
+
+def _check_fit(hparams, path):
+    """Encoder, masknet and decoder have the same channels and frames."""
+    encoder, masknet, decoder = (hparams["modules"][name] for name in MODULES)
+    kinds = torch.nn.Conv1d, torch.nn.ConvTranspose1d
+    convs = [
+        next((m for m in module.modules() if isinstance(m, kind)), None)
+        for module, kind in zip((encoder, decoder), kinds)
+    ]
+    if None in convs:
+        raise ValueError(f"{path}: encoder or decoder is none: {MEND}")
+    analysis, synthesis = convs
+    channels = analysis.out_channels
+    frame = encoder_frame(encoder)
+    for what, one, other in (
+        ("channels of encoder and decoder", channels, synthesis.in_channels),
+        (
+            "kernel and stride of encoder and decoder",
+            frame,
+            (synthesis.kernel_size[0], synthesis.stride[0]),
+        ),
+        (
+            "channels of encoder and masknet",
+            channels,
+            getattr(masknet, "in_channels", channels),
+        ),
+        (
+            "num_spks of model and masknet",
+            hparams["num_spks"],
+            getattr(masknet, "num_spks", hparams["num_spks"]),
+        ),
+    ):
+        if one != other:
+            raise ValueError(f"{path}: {what} are {one} and {other}: {MEND}")
+
+
+def load_weights(module, path):
+    """Give a module the weights of a checkpoint, all or none.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        On any device.
+    path : str or Path
+        The checkpoint, NAME.ckpt.
+
+    Raises
+    ------
+    OSError
+        When it cannot be read.
+    ValueError
+        When it holds no weights, or not this module's.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "encoder.ckpt"
+    >>> torch.save(torch.nn.Linear(2, 3).state_dict(), path)
+    >>> load_weights(torch.nn.Linear(2, 3), path)
+    """
+    fit_weights(module, read_weights(path), path)
+
+
+def read_weights(path):
+    """A state dict on the CPU; a checkpoint runs no code."""
+    _check_readable(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    # It was readable: what fails now is the unzipper or the unpickler.
+    except Exception as error:
+        raise ValueError(
+            f"{path} is cut, or no checkpoint of weights: {MEND}"
+        ) from error
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor)
+        for key, value in state.items()
+    ):
+        raise ValueError(f"{path} holds no weights by name: {MEND}")
+    return state
+
+
+def fit_weights(module, state, path):
+    """Give a module a state dict that was read from a path."""
+    name, own = Path(path).stem, module.state_dict()
+    wrong = misfits(state, module) or [
+        key
+        for key, value in state.items()
+        if value.layout != torch.strided
+        or value.is_complex()
+        or value.is_floating_point() != own[key].is_floating_point()
+    ]
+    if wrong:
+        raise ValueError(
+            f"{path} does not fit the {name} of its {YAML_FILE} in "
+            f"{len(wrong)} weights, such as {wrong[0]}: give both of the same "
+            "model"
+        )
+    try:
+        module.load_state_dict(state)
+    # Quantized, without storage, and what else a tensor can be.
+    except Exception as error:
+        raise ValueError(f"{path}: {one_line(error)}: {MEND}") from error
+    broken = [k for k, v in module.state_dict().items() if not _finite(v)]
+    if broken:
+        raise ValueError(
+            f"{path} has weights that are not finite, such as {broken[0]}: "
+            "pack another checkpoint"
+        )
+
+
+def _finite(value):
+    return bool(value.isfinite().all())
+
+
+def _check_readable(path):
+    """Tell what is wrong with a file in words, before it is parsed."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(40)
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"cannot read it ({error.strerror})", str(path)
+        ) from error
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            f"{path} is a pointer of Git LFS: fetch the file itself with 'git "
+            "lfs pull'"
+        )
+    if not head:
+        raise ValueError(f"{path} is empty: {MEND}")
+
+
+def one_line(error):
+    """What an exception says, in one line of moderate length."""
+    parts = [error] if isinstance(error, OSError) else error.args
+    said = " ".join(": ".join(map(str, parts)).split()) or repr(error)
+    return said if len(said) < 300 else f"{said[:300]} ..."
