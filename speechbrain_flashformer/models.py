@@ -1,8 +1,8 @@
 """Model folders: found, checked, built, and given their weights strictly.
 
 A folder holds hyperparams.yaml and one checkpoint for each of ``MODULES``.
-The yaml is HyperPyYAML, which can call anything. So unless the caller trusts
-the model, its yaml may only use what ``flashformer pack`` writes.
+Unless the caller trusts it, its yaml may only ask for what ``flashformer
+pack`` writes.
 """
 
 import filecmp
@@ -24,41 +24,17 @@ from speechbrain.utils.fetching import (
 )
 from speechbrain.utils.parameter_transfer import Pretrainer
 
-from speechbrain_flashformer.checkpoints import misfits
 from speechbrain_flashformer.separate import MODULES, encoder_frame
+from speechbrain_flashformer.trust import PackedLoader, refusal, untrusted
+from speechbrain_flashformer.weights import (
+    MEND,
+    check_readable,
+    load_weights,
+    one_line,
+)
 
 HUB = "hf:"
 YAML_FILE = "hyperparams.yaml"
-MEND = "copy the whole model again, or pack its training again"
-
-PRETRAINER = "speechbrain.utils.parameter_transfer.Pretrainer"
-DUAL_PATH = "speechbrain.lobes.models.dual_path"
-RESEPFORMER = "speechbrain.lobes.models.resepformer"
-# Networks that do nothing with their arguments but build layers.
-CLASSES = {
-    PRETRAINER,
-    "speechbrain_flashformer.FlashFormer",
-    "speechbrain_flashformer.masknet.FlashFormer",
-    "speechbrain_flashformer.filterbank.Encoder",
-    "speechbrain_flashformer.filterbank.Decoder",
-    f"{DUAL_PATH}.Encoder",
-    f"{DUAL_PATH}.Decoder",
-    f"{DUAL_PATH}.Dual_Path_Model",
-    f"{DUAL_PATH}.SBTransformerBlock",
-    f"{DUAL_PATH}.SBRNNBlock",
-    f"{DUAL_PATH}.DPTNetBlock",
-    "speechbrain.lobes.models.conv_tasnet.MaskNet",
-    f"{RESEPFORMER}.ResourceEfficientSeparator",
-    f"{RESEPFORMER}.SBTransformerBlock_wnormandskip",
-    f"{RESEPFORMER}.SBRNNBlock",
-}
-REFERENCES = {f"<{name}>" for name in (*MODULES, "modules")}
-PLAIN = {
-    f"tag:yaml.org,2002:{kind}"
-    for kind in ("map", "seq", "str", "int", "float", "bool", "null")
-}
-# HyperPyYAML reads the inside of "(...)" as yaml again, with every tag.
-TUPLE = re.compile(r"\([-+.,\de\s]*\)")
 
 
 def load_model(
@@ -218,7 +194,7 @@ def read_yaml(path):
     ValueError
         When it is no text.
     """
-    _check_readable(path)
+    check_readable(path)
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -250,8 +226,8 @@ def build_model(
     ValueError
         When it is broken, lacks a key, or may run code that is not trusted.
     """
-    for odd in [] if trust else untrusted(text, path):
-        raise ValueError(_refusal(odd, path))
+    if not trust and (odd := untrusted(compose_yaml(text, path))):
+        raise ValueError(refusal(odd, path))
     stream = io.StringIO(text)
     stream.name = str(path)  # what !include: is relative to
     try:
@@ -259,7 +235,7 @@ def build_model(
             stream,
             overrides,
             overrides_must_match,
-            loader=Loader if trust else _PackedLoader,
+            loader=Loader if trust else PackedLoader,
         )
     # Whatever a constructor says to what it is given.
     except Exception as error:
@@ -272,29 +248,13 @@ def build_model(
     return hparams
 
 
-def untrusted(text, path):
-    """What of a model's yaml ``flashformer pack`` never writes.
-
-    Arguments
-    ---------
-    text : str
-        The yaml. It is parsed; nothing is constructed.
-    path : str or Path
-        Where it is from, for messages.
-
-    Returns
-    -------
-    list of str
+def compose_yaml(text, path):
+    """The tree of nodes of a yaml; nothing is constructed.
 
     Raises
     ------
     ValueError
-        When it is no yaml of keys and values.
-
-    Example
-    -------
-    >>> untrusted("rate: 8000\\nnet: !apply:os.system [ls]", "a.yaml")
-    ['!apply:os.system']
+        When it is no yaml of keys and values; names its path.
     """
     try:
         root = YAML().compose(text)
@@ -305,71 +265,7 @@ def untrusted(text, path):
         raise ValueError(f"{path} is no yaml{line}: {MEND}") from error
     if not isinstance(root, MappingNode):
         raise ValueError(f"{path} has no keys: {MEND}")
-    # Nodes under several names can be of a size without bound.
-    anchors = [f"&{node.anchor}" for node in _nodes(root) if node.anchor]
-    return anchors + _odd_nodes(root)
-
-
-def _nodes(root):
-    """The nodes of a yaml tree, each once."""
-    seen, rest = set(), [root]
-    while rest:
-        node = rest.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        yield node
-        if isinstance(node, MappingNode):
-            rest += [part for pair in node.value for part in pair]
-        elif isinstance(node.value, list):
-            rest += node.value
-
-
-def _odd_nodes(root):
-    """Tags, and values without a tag, that are not allowed."""
-    odd = []
-    for node in _nodes(root):
-        tag, value = str(node.tag), node.value
-        text = value if isinstance(value, str) else ""
-        if tag.startswith("!new:"):
-            fine = tag.removeprefix("!new:") in CLASSES
-            if tag == f"!new:{PRETRAINER}":
-                # Its paths and hooks would fetch and call.
-                keys = isinstance(node, MappingNode) and [
-                    key.value for key, _ in value
-                ]
-                fine = keys == ["loadables"]
-        elif tag == "!ref":
-            fine = value in REFERENCES
-        elif text.lstrip().startswith("("):
-            fine = tag in PLAIN | {"!tuple"} and TUPLE.fullmatch(text)
-        else:
-            fine = tag in PLAIN
-        if not fine:
-            odd.append(f"{'' if tag in PLAIN else tag} {text}".strip())
-    return odd
-
-
-class _PackedLoader(Loader):
-    """Constructs only what ``flashformer pack`` writes.
-
-    HyperPyYAML writes the yaml anew, with references resolved, before it
-    constructs: what is checked here is what is constructed.
-    """
-
-    def get_single_data(self):
-        node = self.get_single_node()
-        for odd in _odd_nodes(node):
-            raise ValueError(_refusal(odd, "it"))
-        return self.construct_document(node)
-
-
-def _refusal(odd, path):
-    return (
-        f"{path} asks for {odd!r}, which 'flashformer pack' never writes and "
-        "which may run code: if you trust who made it, say --trust (in Python "
-        "trust=True)"
-    )
+    return root
 
 
 def _check_keys(hparams, path):
@@ -426,105 +322,3 @@ def _check_fit(hparams, path):
     ):
         if one != other:
             raise ValueError(f"{path}: {what} are {one} and {other}: {MEND}")
-
-
-def load_weights(module, path):
-    """Give a module the weights of a checkpoint, all or none.
-
-    Arguments
-    ---------
-    module : torch.nn.Module
-        On any device.
-    path : str or Path
-        The checkpoint, NAME.ckpt.
-
-    Raises
-    ------
-    OSError
-        When it cannot be read.
-    ValueError
-        When it holds no weights, or not this module's.
-
-    Example
-    -------
-    >>> path = getfixture("tmp_path") / "encoder.ckpt"
-    >>> torch.save(torch.nn.Linear(2, 3).state_dict(), path)
-    >>> load_weights(torch.nn.Linear(2, 3), path)
-    """
-    fit_weights(module, read_weights(path), path)
-
-
-def read_weights(path):
-    """A state dict on the CPU; a checkpoint runs no code."""
-    _check_readable(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    # It was readable: what fails now is the unzipper or the unpickler.
-    except Exception as error:
-        raise ValueError(
-            f"{path} is cut, or no checkpoint of weights: {MEND}"
-        ) from error
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor)
-        for key, value in state.items()
-    ):
-        raise ValueError(f"{path} holds no weights by name: {MEND}")
-    return state
-
-
-def fit_weights(module, state, path):
-    """Give a module a state dict that was read from a path."""
-    name, own = Path(path).stem, module.state_dict()
-    wrong = misfits(state, module) or [
-        key
-        for key, value in state.items()
-        if value.layout != torch.strided
-        or value.is_complex()
-        or value.is_floating_point() != own[key].is_floating_point()
-    ]
-    if wrong:
-        raise ValueError(
-            f"{path} does not fit the {name} of its {YAML_FILE} in "
-            f"{len(wrong)} weights, such as {wrong[0]}: give both of the same "
-            "model"
-        )
-    try:
-        module.load_state_dict(state)
-    # Quantized, without storage, and what else a tensor can be.
-    except Exception as error:
-        raise ValueError(f"{path}: {one_line(error)}: {MEND}") from error
-    broken = [k for k, v in module.state_dict().items() if not _finite(v)]
-    if broken:
-        raise ValueError(
-            f"{path} has weights that are not finite, such as {broken[0]}: "
-            "pack another checkpoint"
-        )
-
-
-def _finite(value):
-    return bool(value.isfinite().all())
-
-
-def _check_readable(path):
-    """Tell what is wrong with a file in words, before it is parsed."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(40)
-    except OSError as error:
-        raise type(error)(
-            error.errno, f"cannot read it ({error.strerror})", str(path)
-        ) from error
-    if head.startswith(b"version https://git-lfs"):
-        raise ValueError(
-            f"{path} is a pointer of Git LFS: fetch the file itself with 'git "
-            "lfs pull'"
-        )
-    if not head:
-        raise ValueError(f"{path} is empty: {MEND}")
-
-
-def one_line(error):
-    """What an exception says, in one line of moderate length."""
-    parts = [error] if isinstance(error, OSError) else error.args
-    said = " ".join(": ".join(map(str, parts)).split()) or repr(error)
-    return said if len(said) < 300 else f"{said[:300]} ..."

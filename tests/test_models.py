@@ -6,13 +6,15 @@ import warnings
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 from speechbrain.inference.separation import SepformerSeparation
 from speechbrain.utils.fetching import FetchConfig, LocalStrategy
 
 from speechbrain_flashformer import cli
 from speechbrain_flashformer.inference import FlashFormerSeparation
-from speechbrain_flashformer.models import load_weights, untrusted
 from speechbrain_flashformer.pack import pack
+from speechbrain_flashformer.trust import untrusted
+from speechbrain_flashformer.weights import load_weights
 
 NAMES = ("hyperparams.yaml", "encoder.ckpt", "masknet.ckpt", "decoder.ckpt")
 
@@ -170,7 +172,7 @@ decoder: !new:speechbrain.lobes.models.dual_path.Decoder
 
 
 def test_masknets_of_speechbrain_need_no_trust():
-    assert untrusted(PEERS, "a.yaml") == []
+    assert untrusted(YAML().compose(PEERS)) == []
 
 
 # --- what is broken ----------------------------------------------------------

@@ -1,0 +1,108 @@
+"""Weights as files: read without running code, given to a module strictly."""
+
+from pathlib import Path
+
+import torch
+
+from speechbrain_flashformer.checkpoints import misfits
+
+MEND = "copy the whole model again, or pack its training again"
+
+
+def load_weights(module, path):
+    """Give a module the weights of a checkpoint, all or none.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        On any device.
+    path : str or Path
+        The checkpoint, NAME.ckpt.
+
+    Raises
+    ------
+    OSError
+        When it cannot be read.
+    ValueError
+        When it holds no weights, or not this module's.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "encoder.ckpt"
+    >>> torch.save(torch.nn.Linear(2, 3).state_dict(), path)
+    >>> load_weights(torch.nn.Linear(2, 3), path)
+    """
+    fit_weights(module, read_weights(path), path)
+
+
+def read_weights(path):
+    """A state dict on the CPU; a checkpoint runs no code."""
+    check_readable(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    # It was readable: what fails now is the unzipper or the unpickler.
+    except Exception as error:
+        raise ValueError(
+            f"{path} is cut, or no checkpoint of weights: {MEND}"
+        ) from error
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor)
+        for key, value in state.items()
+    ):
+        raise ValueError(f"{path} holds no weights by name: {MEND}")
+    return state
+
+
+def fit_weights(module, state, path):
+    """Give a module a state dict that was read from a path."""
+    name, own = Path(path).stem, module.state_dict()
+    wrong = misfits(state, module) or [
+        key
+        for key, value in state.items()
+        if value.layout != torch.strided
+        or value.is_complex()
+        or value.is_floating_point() != own[key].is_floating_point()
+    ]
+    if wrong:
+        raise ValueError(
+            f"{path} does not fit the {name} of its hyperparams.yaml in "
+            f"{len(wrong)} weights, such as {wrong[0]}: give both of the same "
+            "model"
+        )
+    try:
+        module.load_state_dict(state)
+        loaded = module.state_dict().items()
+        broken = [key for key, value in loaded if not value.isfinite().all()]
+    # Quantized, without storage, and what else a tensor can be.
+    except Exception as error:
+        raise ValueError(f"{path}: {one_line(error)}: {MEND}") from error
+    if broken:
+        raise ValueError(
+            f"{path} has weights that are not finite, such as {broken[0]}: "
+            "pack another checkpoint"
+        )
+
+
+def check_readable(path):
+    """Tell what is wrong with a file in words, before it is parsed."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(40)
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"cannot read it ({error.strerror})", str(path)
+        ) from error
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            f"{path} is a pointer of Git LFS: fetch the file itself with 'git "
+            "lfs pull'"
+        )
+    if not head:
+        raise ValueError(f"{path} is empty: {MEND}")
+
+
+def one_line(error):
+    """What an exception says, in one line of moderate length."""
+    parts = [error] if isinstance(error, OSError) else error.args
+    said = " ".join(": ".join(map(str, parts)).split()) or repr(error)
+    return said if len(said) < 300 else f"{said[:300]} ..."
