@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from speechbrain_flashformer.separate import MODULES, separate
+from speechbrain_flashformer.separate import MODULES, separate, unwrapped
 from speechbrain_flashformer.streaming import (
     StreamingSeparator,
     StreamingStep,
@@ -166,7 +166,9 @@ def export_streaming_onnx(model, path, overwrite=False, block=16.0):
 
 def _networks(model):
     """Encoder, masknet and decoder, apart from the model, on the CPU."""
-    return [deepcopy(model.mods[name]).cpu().eval() for name in MODULES]
+    return [
+        deepcopy(unwrapped(model.mods[name])).cpu().eval() for name in MODULES
+    ]
 
 
 def _check_can_write(path, overwrite):

@@ -26,6 +26,7 @@ from speechbrain_flashformer.separate import (
     encoder_frame,
     encoder_statistics,
     separate,
+    unwrapped,
 )
 from speechbrain_flashformer.streaming import (
     StreamingSeparator,
@@ -77,7 +78,7 @@ class SeparationOptions:
         Make the sources sum to the mixture: what they lack of it is shared
         equally.
     precision : str
-        ``fp32``, ``bf16`` or ``fp16``.
+        ``fp32``, ``bf16`` or ``fp16``. With fp32, that of ``run_opts`` if any.
     streaming : bool
         Separate as a stream, exactly as ``StreamingSeparator`` does, for which
         the model must be causal. There are then no chunks, no norm and no
@@ -222,7 +223,7 @@ class FlashFormerSeparation(SepformerSeparation):
     def describe(self):
         """What the model is and how it runs here, as a dict of texts."""
         rate, spks = self.hparams.sample_rate, self.hparams.num_spks
-        encoder, masknet, decoder = self._networks()
+        encoder, masknet, decoder = self._bare_networks()
         seconds = 10
         mixture = torch.randn(1, seconds * rate, device=self.device)
         macs = count_macs(lambda: separate(mixture, encoder, masknet, decoder))
@@ -275,7 +276,9 @@ class FlashFormerSeparation(SepformerSeparation):
             raise ValueError(
                 f"separate_batch takes [batch, time], got {tuple(mix.shape)}"
             )
-        return separate(mix.to(self.device), *self._networks())
+        mix = mix.to(self.device)
+        with self._autocast():
+            return separate(mix, *self._networks()).to(mix.dtype)
 
     def separate_audio(self, audio, sample_rate=None, **options):
         """Separate audio that is in memory.
@@ -416,13 +419,14 @@ class FlashFormerSeparation(SepformerSeparation):
         ValueError
             When the model is not causal.
         """
-        if not getattr(self.mods.masknet, "causal", False):
+        networks = self._bare_networks()
+        if not getattr(networks[1], "causal", False):
             raise ValueError(
                 "this model is not causal and cannot stream: give one that is "
                 "as --model; flashformer-streaming.yaml of the recipe trains "
                 "one (docs/streaming.md)"
             )
-        return StreamingSeparator(*self._networks(), batch_size)
+        return StreamingSeparator(*networks, batch_size)
 
     def separate_stream(self, blocks, sample_rate=None):
         """Separate sound while it is heard.
@@ -509,6 +513,26 @@ class FlashFormerSeparation(SepformerSeparation):
     def _networks(self):
         return [self.mods[name] for name in MODULES]
 
+    def _bare_networks(self):
+        """Without what ``run_opts`` wrapped around them, which hides them."""
+        return [unwrapped(network) for network in self._networks()]
+
+    def _autocast(self, precision="fp32"):
+        """The precision asked for, else that of ``run_opts``."""
+        dtype = PRECISIONS[precision] or PRECISIONS[self.precision]
+        if dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(torch.device(self.device).type, dtype)
+
+    def _compile(self):
+        try:
+            super()._compile()
+        except (RuntimeError, AttributeError) as error:
+            raise ValueError(
+                "run_opts: TorchScript (jit) cannot take these modules: take "
+                "compile, or name those it can take in jit_module_keys"
+            ) from error
+
     def _stream(self, read, rate, frames, options):
         """Yield the sources [C, n, S] at ``rate``; ``read()`` gives blocks."""
         if options.streaming:
@@ -565,7 +589,7 @@ class FlashFormerSeparation(SepformerSeparation):
     def _plan(self, options):
         """Chunks in samples, as many at once as fit the memory."""
         rate = self.hparams.sample_rate
-        encoder, masknet = self.mods.encoder, self.mods.masknet
+        encoder, masknet, _ = self._bare_networks()
         _, stride = encoder_frame(encoder)
         align = stride * getattr(masknet, "token_stride", 1)
         chunk, overlap = (
@@ -584,20 +608,16 @@ class FlashFormerSeparation(SepformerSeparation):
 
     def _forward(self, options, statistics):
         """The network as [B, T] -> [B, T, S] on the CPU."""
-        dtype = PRECISIONS[options.precision]
         device = torch.device(self.device)
 
         @torch.no_grad()
         def _forward(chunks):
             chunks = chunks.to(device)
-            autocast = contextlib.nullcontext()
-            if dtype is not None:
-                autocast = torch.autocast(device.type, dtype)
             given = statistics
             if given is not None:
                 times = len(chunks) // len(given[0])
                 given = tuple(value.repeat(times) for value in given)
-            with autocast:
+            with self._autocast(options.precision):
                 sources = separate(chunks, *self._networks(), statistics=given)
             sources = sources.float().cpu()
             if not sources.isfinite().all():

@@ -6,6 +6,7 @@ Axes: B batch, T samples, N encoder channels, L frames, S speakers.
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from speechbrain_flashformer.norm import moments, weighted_sums
 
@@ -133,6 +134,13 @@ def _keep(lengths, size):
 
 
 def encoder_frame(encoder):
-    """Kernel and stride in samples of an encoder, wrapped for DDP or not."""
-    conv = next(m for m in encoder.modules() if isinstance(m, nn.Conv1d))
+    """Kernel and stride in samples of an encoder, wrapped or scripted too."""
+    conv = next(m for m in encoder.modules() if hasattr(m, "kernel_size"))
     return conv.kernel_size[0], conv.stride[0]
+
+
+def unwrapped(module):
+    """The module inside wrappers of torch.compile and of several devices."""
+    module = getattr(module, "_orig_mod", module)
+    several = isinstance(module, (nn.DataParallel, DistributedDataParallel))
+    return unwrapped(module.module) if several else module

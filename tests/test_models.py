@@ -469,3 +469,55 @@ def test_speechbrain_itself_loads_a_packed_folder(packed, model):
     torch.testing.assert_close(
         theirs.separate_batch(noise), model.separate_batch(noise)
     )
+
+
+# --- run_opts ----------------------------------------------------------------
+
+RUN_OPTS = {
+    "compile": {"compile": True},
+    "one": {"compile": True, "compile_module_keys": ["masknet"]},
+    "parallel": {"data_parallel_backend": True},
+    "both": {"compile": True, "data_parallel_backend": True},
+    "jit": {"jit": True, "jit_module_keys": ["encoder"]},
+}
+
+
+@pytest.mark.parametrize("options", RUN_OPTS)
+def test_run_opts_change_no_result(packed_causal, monkeypatch, options):
+    compile = torch.compile
+    # Compiling for real takes minutes.
+    monkeypatch.setattr(
+        "torch.compile", lambda module, **_: compile(module, backend="eager")
+    )
+    plain = load(packed_causal, run_opts={"device": "cpu"})
+    run_opts = {"device": "cpu", **RUN_OPTS[options]}
+    model = load(packed_causal, run_opts=run_opts)
+    mixture = torch.randn(1, 1600)
+    torch.testing.assert_close(
+        model.separate_batch(mixture), plain.separate_batch(mixture)
+    )
+    options = {"chunk": 0.1, "overlap": 0.02}
+    torch.testing.assert_close(
+        model.separate_audio(mixture, **options),
+        plain.separate_audio(mixture, **options),
+    )
+    torch.testing.assert_close(
+        model.separate_audio(mixture, streaming=True),
+        plain.separate_audio(mixture, streaming=True),
+    )
+    assert model.describe() == plain.describe()
+
+
+def test_run_opts_choose_the_precision(packed, model):
+    mixture = torch.randn(1, 1600)
+    half = load(packed, run_opts={"device": "cpu", "precision": "bf16"})
+    expected = model.separate_audio(mixture, precision="bf16")
+    for out in half.separate_audio(mixture), half.separate_batch(mixture):
+        assert out.dtype == torch.float32
+        torch.testing.assert_close(out, expected)
+    assert not torch.equal(model.separate_batch(mixture), expected)
+
+
+def test_modules_that_cannot_be_scripted_are_told(packed):
+    with pytest.raises(ValueError, match="take compile, or name those"):
+        load(packed, run_opts={"device": "cpu", "jit": True})
