@@ -1,16 +1,11 @@
-"""Audio files in blocks: read, resample, write, in memory that does not grow.
+"""Audio files in blocks: read and resample, in memory that does not grow.
 
-Outputs are written beside and renamed when whole, so that no file is ever
-half there.
-
-Axes: C channels, n and T samples, S speakers.
+Axes: C channels, n samples.
 """
 
-import os
-import re
 import shutil
-import uuid
-from contextlib import suppress
+import tempfile
+from functools import cached_property
 from math import ceil, gcd
 from pathlib import Path
 
@@ -18,70 +13,128 @@ import soundfile
 import torch
 from torchaudio.transforms import Resample
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
-SUBTYPES = {"float": "FLOAT", "pcm16": "PCM_16", "pcm24": "PCM_24"}
-WAV_LIMIT = 2**32 - 2**16  # bytes; longer ones are written as RF64
-UNKNOWN_SIZE = 2**31 - 2**16  # what a pipe's header claims, at least
-LOUDEST = 0.99  # peak of a recording that would have clipped
-NORMAL_PEAK = 0.9
+from speechbrain_flashformer.containers import (
+    REMEDY,
+    find_streams,
+    open_sound,
+)
+
+ENDLESS = 2**62  # samples, at least, where libsndfile knows no length
 
 
 class AudioReader:
-    """An audio file to be read in blocks.
+    """An audio file to be read in blocks, to its end.
 
     Arguments
     ---------
     path : str or Path
-        Any format that libsndfile reads.
+        Any format that libsndfile reads. A pipe, which can be read once, is
+        copied into a temporary file.
 
     Raises
     ------
     ValueError
-        When the file cannot be read, is empty, or (while reading) holds
-        samples that are not finite numbers.
+        When the file cannot be read, is empty, is cut short or (while
+        reading) holds samples that are not finite numbers.
+
+    Attributes
+    ----------
+    sample_rate : int
+        Hz.
+    channels : int
+        C.
     """
 
     def __init__(self, path):
-        self.path = Path(path)
+        self.path = self._stored = Path(path)
         if not self.path.exists():
             raise FileNotFoundError(f"no file {self.path}")
+        if self.path.is_dir():
+            raise ValueError(f"{self.path} is a folder, not an audio file")
         try:
-            info = soundfile.info(str(self.path))
+            if not self.path.is_file():
+                with self.path.open("rb") as pipe:
+                    self._copy = keep(pipe)
+                self._stored = Path(self._copy.name)
+            self._streams = find_streams(self._stored, self.path)
+            shapes, self._lengths = [], []
+            for pieces, samples in self._streams:
+                with open_sound(self._stored, pieces) as sound:
+                    shapes.append((sound.samplerate, sound.channels))
+                    self._lengths.append(samples or sound.frames)
         except (OSError, soundfile.SoundFileError) as error:
             raise ValueError(
-                f"cannot read {self.path} as audio: {error}"
+                f"cannot read {self.path} as audio: {_reason(error)}"
             ) from error
-        self.sample_rate, self.channels = info.samplerate, info.channels
-        self.frames = info.frames
-        if not self.frames:
-            raise ValueError(f"{self.path} holds no samples")
-        # libsndfile reads on in silence; a pipe's header has no size at all.
-        cut = re.search(r"data : (\d+) \(should be (\d+)\)", info.extra_info)
-        if cut and int(cut[2]) < int(cut[1]) < UNKNOWN_SIZE:
+        if len(set(shapes)) > 1:
             raise ValueError(
-                f"{self.path} is cut short: {cut[2]} of {cut[1]} bytes"
+                f"{self.path} changes its rate or its channels on the way: "
+                f"{REMEDY}"
             )
+        self.sample_rate, self.channels = shapes[0]
+        if not any(self._lengths):
+            raise ValueError(f"{self.path} holds no samples")
+
+    @cached_property
+    def frames(self):
+        """Samples per channel, counted where the format does not tell."""
+        if max(self._lengths) < ENDLESS:
+            return sum(self._lengths)
+        return sum(block.shape[1] for block in self._read(10.0))
 
     def blocks(self, seconds=10.0):
         """Yield the samples in order, float32 [C, n]."""
+        read = 0
+        for block in self._read(seconds):
+            check_finite(block, self.path, read / self.sample_rate)
+            read += block.shape[1]
+            yield block
+        if read != self.frames:
+            raise ValueError(
+                f"{self.path} is cut short, {read} of {self.frames} samples "
+                f"can be read: {REMEDY}"
+            )
+
+    def _read(self, seconds):
         size = max(1, round(seconds * self.sample_rate))
         read = 0
         try:
-            with soundfile.SoundFile(str(self.path)) as file:
-                while len(block := file.read(size, "float32", always_2d=True)):
-                    block = torch.from_numpy(block).T.contiguous()
-                    check_finite(block, self.path, read / self.sample_rate)
-                    read += block.shape[1]
-                    yield block
+            for pieces, _ in self._streams:
+                with open_sound(self._stored, pieces) as sound:
+                    while len(
+                        block := sound.read(size, "float32", always_2d=True)
+                    ):
+                        read += len(block)
+                        yield torch.from_numpy(block).T.contiguous()
         except soundfile.SoundFileError as error:
             raise ValueError(
                 f"cannot read {self.path} beyond "
-                f"{read / self.sample_rate:.1f} s: {error}"
+                f"{read / self.sample_rate:.1f} s, {_reason(error)} {REMEDY}"
             ) from error
-        if read != self.frames:
-            raise ValueError(
-                f"{self.path} is cut short: {read} of {self.frames} samples"
-            )
+
+
+def _reason(error):
+    """What libsndfile says, without the name that it was given."""
+    return getattr(error, "error_string", error)
+
+
+def keep(pipe):
+    """Copy what can be read once into a temporary file.
+
+    Arguments
+    ---------
+    pipe : binary file
+        Read to its end.
+
+    Returns
+    -------
+    tempfile.NamedTemporaryFile
+        Goes with the object.
+    """
+    copy = tempfile.NamedTemporaryFile(prefix="flashformer-")
+    shutil.copyfileobj(pipe, copy)
+    copy.flush()
+    return copy
 
 
 def check_finite(block, name, start_seconds=0.0):
@@ -185,181 +238,3 @@ def resample_blocks(blocks, old, new):
         yield resampler.feed(block)
     if resampler.buffer is not None:
         yield resampler.flush()
-
-
-def partial_prefix(pid):
-    """How the names of the unfinished files of a process begin."""
-    return f".flashformer-{pid}-"
-
-
-class SourceWriter:
-    """Writes the sources of one recording, all of them or none.
-
-    A context manager: on leaving it well the files appear under their names;
-    after an exception nothing is left. Float files keep their level whatever
-    it is. When a source of a PCM recording would clip, one gain brings down
-    all of them, to a peak of 0.99.
-
-    Arguments
-    ---------
-    paths : list of Path
-        S files, which must not exist unless overwrite.
-    sample_rate : int
-        Hz.
-    frames : int, optional
-        Samples that each will have, where that is known.
-    subtype : str
-        ``float`` (32 bit), ``pcm16`` or ``pcm24``.
-    normalize : bool
-        One gain brings the loudest peak of the recording to 0.9.
-    overwrite : bool
-        Whether existing files are replaced.
-
-    Example
-    -------
-    >>> folder = getfixture("tmp_path")
-    >>> with SourceWriter([folder / "s1.wav"], 8000, frames=100) as writer:
-    ...     writer.write(torch.zeros(100, 1))
-    >>> [path.name for path in folder.iterdir()]
-    ['s1.wav']
-    """
-
-    def __init__(
-        self,
-        paths,
-        sample_rate,
-        frames=None,
-        subtype="float",
-        normalize=False,
-        overwrite=False,
-    ):
-        if subtype not in SUBTYPES:
-            raise ValueError(
-                f"unknown subtype {subtype!r}: choose one of "
-                + ", ".join(SUBTYPES)
-            )
-        self.paths = [Path(path) for path in paths]
-        self.sample_rate, self.frames = sample_rate, frames
-        self.subtype, self.normalize = SUBTYPES[subtype], normalize
-        self.overwrite = overwrite
-        self.written = 0
-        self.peak = 0.0
-        self.gain = 1.0
-        self.files = []
-
-    def __enter__(self):
-        """Check that all can be written, and begin."""
-        self._check_absent()
-        folder = self.paths[0].parent
-        try:
-            for path in self.paths:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(folder).free
-        except OSError as error:
-            raise OSError(f"cannot write in {folder}: {error}") from error
-        needed = 4 * (self.frames or 0) * len(self.paths)
-        if free < needed:
-            raise OSError(
-                f"{folder} has {free / 1e6:.0f} MB free, the sources need "
-                f"{needed / 1e6:.0f} MB"
-            )
-        mark = partial_prefix(os.getpid()) + uuid.uuid4().hex
-        self.partial = [
-            path.with_name(f"{mark}-{i}.partial")
-            for i, path in enumerate(self.paths)
-        ]
-        try:
-            self.files = [self._open(path, "FLOAT") for path in self.partial]
-        except BaseException:
-            self._discard()
-            raise
-        return self
-
-    def write(self, sources):
-        """Append sources [n, S]."""
-        if sources.numel():
-            self.peak = max(self.peak, sources.abs().max().item())
-        self.written += len(sources)
-        for file, source in zip(self.files, sources.T):
-            self._write(file, source.contiguous().numpy())
-
-    def __exit__(self, kind, value, traceback):
-        """Rename the files, or remove them after an exception."""
-        try:
-            if kind is None:
-                for file in self.files:
-                    file.close()
-                self._set_gain()
-                unknown, self.frames = self.frames is None, self.written
-                if unknown or self.gain != 1 or self.subtype != "FLOAT":
-                    for path in self.partial:
-                        self._rewrite(path)
-                self._check_absent()
-                for partial, path in zip(self.partial, self.paths):
-                    os.replace(partial, path)
-        finally:
-            self._discard()
-
-    def _set_gain(self):
-        if self.normalize and self.peak > 0:
-            self.gain = NORMAL_PEAK / self.peak
-        elif self.subtype != "FLOAT" and self.peak > 1:
-            self.gain = LOUDEST / self.peak
-
-    def _rewrite(self, path):
-        """Give a finished float file its gain and its subtype."""
-        second = path.with_name(path.name + "2")
-        try:
-            with (
-                soundfile.SoundFile(str(path)) as old,
-                self._open(second, self.subtype) as new,
-            ):
-                for block in old.blocks(2**20, dtype="float32"):
-                    self._write(new, block * self.gain)
-            os.replace(second, path)
-        finally:
-            second.unlink(missing_ok=True)
-
-    def _open(self, path, subtype):
-        # RF64 has no limit, but fewer programs read it: what may become too
-        # long is written anew as WAV once it is known not to be.
-        too_long = self.frames is None or 4 * self.frames > WAV_LIMIT
-        try:
-            return soundfile.SoundFile(
-                str(path),
-                "w",
-                self.sample_rate,
-                1,
-                subtype,
-                format="RF64" if too_long else "WAV",
-            )
-        except (OSError, soundfile.SoundFileError) as error:
-            raise OSError(f"cannot write in {path.parent}: {error}") from error
-
-    def _write(self, file, samples):
-        # libsndfile tells of a full disk by a short count, on which
-        # soundfile asserts.
-        try:
-            file.write(samples)
-        except (OSError, soundfile.SoundFileError, AssertionError) as error:
-            raise OSError(
-                f"writing in {self.paths[0].parent} failed, is the disk full? "
-                f"({type(error).__name__} {error})"
-            ) from error
-
-    def _check_absent(self):
-        for path in self.paths:
-            if path.is_dir():
-                raise IsADirectoryError(f"{path} is a folder")
-            if path.exists() and not self.overwrite:
-                raise FileExistsError(
-                    f"{path} exists: remove it, or overwrite it "
-                    "(--overwrite, in Python overwrite=True)"
-                )
-
-    def _discard(self):
-        for file in self.files:
-            with suppress(OSError, soundfile.SoundFileError):
-                file.close()
-        for path in self.partial:
-            path.unlink(missing_ok=True)

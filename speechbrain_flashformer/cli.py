@@ -447,7 +447,7 @@ def _run_task(task, options):
 
 def _clean_up(task, pid, exit_status):
     """What is left to do for a recording whose process died."""
-    from speechbrain_flashformer.audio import partial_prefix
+    from speechbrain_flashformer.files import partial_prefix
 
     path, folder, _ = task
     for left in folder.glob(f"{partial_prefix(pid)}*"):
@@ -507,7 +507,7 @@ def _stream(parsed):
     model, device = _model_folder(parsed.model), _device(parsed.device)
     _load(model, device, threads, parsed.trust)
 
-    from speechbrain_flashformer.audio import SourceWriter
+    from speechbrain_flashformer.files import SourceWriter
     from speechbrain_flashformer.live import PcmReader, separate_live
 
     network_ms = 1000 * _MODEL.stream_latency()

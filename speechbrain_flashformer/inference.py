@@ -14,11 +14,11 @@ from speechbrain_flashformer.attention import attention_report
 from speechbrain_flashformer.audio import (
     AudioReader,
     Resampler,
-    SourceWriter,
     check_finite,
     resample_blocks,
 )
 from speechbrain_flashformer.chunks import ChunkPlan, separate_long
+from speechbrain_flashformer.files import SourceWriter
 from speechbrain_flashformer.metrics import count_macs
 from speechbrain_flashformer.models import load_model
 from speechbrain_flashformer.separate import (

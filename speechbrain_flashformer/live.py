@@ -14,7 +14,7 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from speechbrain_flashformer.audio import UNKNOWN_SIZE
+from speechbrain_flashformer.containers import is_placeholder
 from speechbrain_flashformer.streaming import TOO_LOUD
 
 ENCODINGS = {"s16le": np.dtype("<i2"), "f32le": np.dtype("<f4")}
@@ -232,7 +232,7 @@ class PcmReader:
                 "bit PCM or 32-bit float (ffmpeg: -c:a pcm_s16le)"
             )
         self.encoding = WAV_ENCODINGS[kind, bits]
-        if 0 < size < UNKNOWN_SIZE:
+        if not is_placeholder(size):
             self.left = size
 
     def _header(self):

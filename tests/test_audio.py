@@ -1,18 +1,23 @@
 """Files in blocks: what is read, resampled and written, and what is refused."""
 
+import os
+import re
+import struct
+import threading
+
 import numpy as np
 import pytest
 import soundfile
 import torch
 from torchaudio.functional import resample
 
-from speechbrain_flashformer import audio
+from speechbrain_flashformer import files
 from speechbrain_flashformer.audio import (
     AudioReader,
     Resampler,
-    SourceWriter,
     resample_blocks,
 )
+from speechbrain_flashformer.files import SourceWriter
 
 
 @pytest.mark.parametrize(
@@ -75,17 +80,278 @@ def test_a_truncated_file_is_refused(tmp_path):
         list(AudioReader(path).blocks(seconds=1))
 
 
-def test_a_truncated_wav_is_refused_and_one_from_a_pipe_is_not(tmp_path):
-    path = tmp_path / "cut.wav"
-    soundfile.write(path, np.full(8000, 0.1), 8000)
+def mono(path, seconds=3, rate=16000, **options):
+    """A recording that gets louder and softer; its samples."""
+    noise = np.random.default_rng(0).normal(size=seconds * rate)
+    samples = 0.1 * noise * (1.1 + np.sin(np.arange(len(noise)) / rate * 3))
+    with soundfile.SoundFile(path, "w", rate, 1, **options) as file:
+        file.write(samples)
+    return samples
+
+
+def heard(path):
+    """What blocks give; as much as is promised before they are read."""
+    reader = AudioReader(path)
+    whole = torch.cat(list(reader.blocks(seconds=0.5)), 1)
+    assert whole.shape == (reader.channels, reader.frames)
+    return whole.numpy()[0]
+
+
+def set_bytes(content, place, value):
+    return content[:place] + value + content[place + len(value) :]
+
+
+CONTAINERS = {
+    "a.wav": {},
+    "a.flac": {},
+    "a.ogg": {},
+    "a.opus": {"format": "OGG", "subtype": "OPUS"},
+    "a.mp3": {},
+    "a.aiff": {},
+    "a.w64": {},
+    "a.rf64": {},
+    "a.caf": {},
+    "a.au": {},
+    "adpcm.wav": {"subtype": "IMA_ADPCM"},
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_cut_file_of_any_container_is_refused(tmp_path, name):
+    mono(tmp_path / name, **CONTAINERS[name])
+    content = (tmp_path / name).read_bytes()
+    assert len(heard(tmp_path / name)) >= 48000
+    (tmp_path / name).write_bytes(content[: 2 * len(content) // 3])
+    with pytest.raises(ValueError, match=f"{name}.*ffmpeg"):
+        heard(tmp_path / name)
+
+
+# (container, where its size is after a mark, layout of that)
+SIZES = {
+    "a.wav": (b"data", 4, "<I"),
+    "a.rf64": (b"ds64", 16, "<Q"),
+    "a.w64": (bytes.fromhex("d3118cd100c04f8edb8a"), 10, "<Q"),
+    "a.aiff": (b"SSND", 4, ">I"),
+    "a.caf": (b"data", 4, ">Q"),
+    "a.au": (b".snd", 8, ">I"),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("written", ["none", "most", "half of most"])
+def test_a_size_that_nobody_wrote_is_no_size(tmp_path, name, written):
+    mono(tmp_path / name)
+    expected = heard(tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    mark, behind, layout = SIZES[name]
+    most = 2 ** (8 * struct.calcsize(layout))
+    value = {"none": 0, "most": most - 1, "half of most": most // 2 - 1}
+    # The last mark: a GUID has the same end as those before it.
+    place = content.rindex(mark) + behind
+    size = struct.pack(layout, value[written])
+    (tmp_path / name).write_bytes(set_bytes(content, place, size))
+    np.testing.assert_array_equal(heard(tmp_path / name), expected)
+
+
+@pytest.mark.parametrize("size", [10**9, 2 * 10**9, 0x7FFFF000, 0x80000000])
+def test_round_sizes_of_a_wav_are_no_sizes(tmp_path, size):
+    mono(tmp_path / "a.wav")
+    content = (tmp_path / "a.wav").read_bytes()
+    for mark in (b"RIFF", b"data"):
+        place = content.index(mark) + 4
+        content = set_bytes(content, place, struct.pack("<I", size))
+    (tmp_path / "a.wav").write_bytes(content)
+    assert len(heard(tmp_path / "a.wav")) == 48000
+
+
+def test_a_large_wav_that_is_cut_is_told(tmp_path):
+    mono(tmp_path / "a.wav")
+    content = (tmp_path / "a.wav").read_bytes()
+    size = struct.pack("<I", 3 * 10**9 + 44)
+    place = content.index(b"data") + 4
+    (tmp_path / "a.wav").write_bytes(set_bytes(content, place, size))
+    with pytest.raises(ValueError, match="96000 of 3000000044 bytes"):
+        AudioReader(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize("size", ["wrapped", "all ones"])
+def test_more_sound_than_32_bits_count(tmp_path, size):
+    path = tmp_path / "a.wav"
+    mono(path)
     content = path.read_bytes()
-    path.write_bytes(content[:9000])
-    with pytest.raises(ValueError, match=r"cut\.wav is cut short"):
-        AudioReader(path)
-    # A pipe's header cannot know how long the audio will be.
-    size = content.index(b"data") + 4
-    path.write_bytes(content[:size] + b"\xff" * 4 + content[size + 4 :])
-    assert AudioReader(path).frames == 8000
+    place = content.index(b"data") + 4
+    count = 2**32 + 96000
+    low = count % 2**32 if size == "wrapped" else 2**32 - 1
+    path.write_bytes(set_bytes(content, place, struct.pack("<I", low)))
+    with path.open("r+b") as file:
+        file.truncate(place + 4 + count)  # a hole takes no room
+    assert AudioReader(path).frames == count // 2
+
+
+def test_a_wav_without_sound_has_no_samples_whatever_follows(tmp_path):
+    mono(tmp_path / "a.wav")
+    content = (tmp_path / "a.wav").read_bytes()
+    place = content.index(b"data") + 4
+    notes = bytes(4) + b"LIST" + struct.pack("<I", 6) + b"INFO.."
+    (tmp_path / "a.wav").write_bytes(content[:place] + notes)
+    with pytest.raises(ValueError, match="holds no samples"):
+        AudioReader(tmp_path / "a.wav")
+
+
+def test_flac_of_unknown_length_is_read_to_its_end(tmp_path):
+    path = tmp_path / "a.flac"
+    mono(path)
+    expected = heard(path)
+    content = bytearray(path.read_bytes())
+    # The last 36 bits before the MD5 sum in STREAMINFO.
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
+    np.testing.assert_array_equal(heard(path), expected)
+
+
+def drop_xing(path):
+    content = path.read_bytes()
+    mark = re.search(b"Xing|Info", content[:200]).start()
+    # The next header of the same kind.
+    second = content.index(content[:2], mark)
+    path.write_bytes(content[second:])
+
+
+@pytest.mark.parametrize("mode", ["CONSTANT", "AVERAGE", "VARIABLE"])
+@pytest.mark.parametrize("rate", [16000, 44100])
+def test_mp3_without_a_count_is_read_to_its_end(tmp_path, mode, rate):
+    path = tmp_path / "a.mp3"
+    options = {"bitrate_mode": mode, "compression_level": 0.5}
+    mono(path, rate=rate, **options)
+    expected = heard(path)
+    assert len(expected) == 3 * rate
+    drop_xing(path)
+    samples = heard(path)
+    assert 0 <= len(samples) - 3 * rate < 3 * 1152
+    # What follows is the same but for the encoder's delay, 576 samples.
+    np.testing.assert_allclose(
+        samples[576 + 2000 :][: 2 * rate],
+        expected[2000:][: 2 * rate],
+        atol=1e-3,
+    )
+
+
+def test_mp3_with_other_things_between_is_read_to_its_end(tmp_path):
+    path = tmp_path / "a.mp3"
+    mono(path)
+    once = path.read_bytes()
+    tag = b"ID3\4\0\0\0\0\x20\0" + 1024 * b"\xff\xfb\x90\x00"
+    last = b"TAG" + bytes(125)
+    path.write_bytes(tag + once + last + tag + once + last)
+    samples = heard(path)
+    assert 0 <= len(samples) - 96000 < 4 * 1152
+
+
+def test_mp3_in_a_wav_is_read_to_its_end(tmp_path):
+    path = tmp_path / "a.mp3"
+    mono(path, bitrate_mode="VARIABLE", compression_level=0.5)
+    drop_xing(path)
+    expected = heard(path)
+    kind = struct.pack(
+        "<HHIIHHHHIHHH", 85, 1, 16000, 4000, 1, 0, 12, 1, 2, 288, 1, 1393
+    )
+    mp3 = path.read_bytes()
+    chunks = (
+        (b"fmt ", kind),
+        (b"fact", struct.pack("<I", 48000)),
+        (b"data", mp3),
+    )
+    wav = b"WAVE" + b"".join(
+        name + struct.pack("<I", len(content)) + content
+        for name, content in chunks
+    )
+    path = tmp_path / "a.wav"
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(wav)) + wav)
+    np.testing.assert_array_equal(heard(path), expected)
+
+
+def test_mpeg_of_layer_two_is_read_to_its_end_or_refused(tmp_path):
+    path = tmp_path / "a.mp2"
+    # 44.1 kHz, 192 kbit/s, silent; every other frame has a byte more.
+    frames = bytes.fromhex("fffda000") + bytes(622)
+    frames += bytes.fromhex("fffda200") + bytes(623)
+    path.write_bytes(100 * frames)
+    assert len(heard(path)) == 200 * 1152
+    low = bytes.fromhex("fffd1000") + bytes(100)
+    path.write_bytes(100 * frames + 1000 * low)
+    with pytest.raises(ValueError, match="of 1382400 samples can be read"):
+        heard(path)
+
+
+@pytest.mark.parametrize("name", ["a.ogg", "a.opus", "a.flac", "a.mp3"])
+def test_joined_streams_are_read_to_the_end_of_the_last(tmp_path, name):
+    path = tmp_path / name
+    mono(path, **CONTAINERS[name])
+    once, content = heard(path), path.read_bytes()
+    path.write_bytes(content + content)
+    twice = heard(path)
+    assert 0 <= len(twice) - 2 * len(once) < 4 * 1152
+    if name != "a.mp3":
+        np.testing.assert_array_equal(twice[: len(once)], once)
+        np.testing.assert_array_equal(twice[len(once) :], once)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.rf64", "a.caf", "a.au", "a.aiff"])
+def test_joined_files_that_cannot_be_are_refused(tmp_path, name):
+    mono(tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content + content)
+    with pytest.raises(ValueError, match=f"{name} is of several files"):
+        AudioReader(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.ogg", "a.mp3"])
+def test_joined_streams_of_two_rates_are_refused(tmp_path, name):
+    mono(tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    mono(tmp_path / name, rate=44100)
+    content += (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} changes its rate"):
+        AudioReader(tmp_path / name)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no FIFO there")
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_pipe_is_read_once_and_given_twice(tmp_path, cut):
+    mono(tmp_path / "a.wav")
+    expected = heard(tmp_path / "a.wav")
+    content = (tmp_path / "a.wav").read_bytes()
+    pipe = tmp_path / "pipe.wav"
+    os.mkfifo(pipe)
+    content = content[:20000] if cut else content
+    feed = threading.Thread(target=pipe.write_bytes, args=[content])
+    feed.start()
+    if cut:
+        with pytest.raises(ValueError, match=r"pipe\.wav is cut short"):
+            AudioReader(pipe)
+    else:
+        reader = AudioReader(pipe)
+        for _ in range(2):
+            whole = torch.cat(list(reader.blocks()), 1)
+            np.testing.assert_array_equal(whole[0], expected)
+    feed.join()
+
+
+def test_a_name_that_is_no_utf8_is_read_and_written(tmp_path):
+    name = os.fsdecode(b"caf\xe9.wav")
+    try:
+        (tmp_path / name).write_bytes(b"")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    mono(tmp_path / "a.wav")
+    (tmp_path / "a.wav").replace(tmp_path / name)
+    sources = torch.from_numpy(heard(tmp_path / name))[:, None]
+    write([tmp_path / "out" / name], sources, subtype="pcm16")
+    np.testing.assert_allclose(
+        heard(tmp_path / "out" / name), sources[:, 0], atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -221,7 +487,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(paths, monkeypatch, when):
             raise AssertionError
         real(self, data)
 
-    monkeypatch.setattr(audio.soundfile.SoundFile, "write", full)
+    monkeypatch.setattr(files.soundfile.SoundFile, "write", full)
     with pytest.raises(OSError, match="is the disk full"):
         write(paths, torch.zeros(100, 2), subtype="pcm16")
     assert list(paths[0].parent.iterdir()) == []
@@ -250,14 +516,14 @@ def test_a_folder_without_permission_is_told(paths, monkeypatch):
     def refuse(*arguments, **options):
         raise soundfile.LibsndfileError(2, "Error opening: ")
 
-    monkeypatch.setattr(audio.soundfile, "SoundFile", refuse)
+    monkeypatch.setattr(files.soundfile, "SoundFile", refuse)
     with pytest.raises(OSError, match="cannot write in .*out"):
         write(paths, torch.zeros(10, 2))
     assert list(paths[0].parent.iterdir()) == []
 
 
 def test_long_recordings_get_a_header_that_holds_them(paths, monkeypatch):
-    monkeypatch.setattr(audio, "WAV_LIMIT", 1000)
+    monkeypatch.setattr(files, "WAV_LIMIT", 1000)
     write(paths, torch.ones(500, 2))
     assert soundfile.info(paths[0]).format == "RF64"
     assert read(paths).all()

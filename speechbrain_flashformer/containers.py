@@ -1,0 +1,345 @@
+"""How much sound a file holds, where its header does not say so.
+
+libsndfile believes headers. Where one is wrong or says nothing, as in a file
+that came through a pipe, libsndfile is given a view of the file whose header
+is right. Files that hold less than they promise are refused.
+"""
+
+import io
+import os
+import struct
+from bisect import bisect_right
+
+import soundfile
+
+from speechbrain_flashformer.mpeg import mpeg_pieces
+
+REMEDY = (
+    "copy or record it again, or keep what is there with 'ffmpeg -i OLD_FILE "
+    "NEW_FILE.wav'"
+)
+W64_DATA = b"data" + bytes.fromhex("f3acd3118cd100c04f8edb8a")
+# Magic -> bytes of the file's header, layout of a chunk's (name, size), name
+# of the chunk with the sound, bytes in it before the sound, alignment.
+CHUNKS = {
+    b"RIFF": (12, "<4sI", b"data", 0, 2),
+    b"RF64": (12, "<4sI", b"data", 0, 2),
+    b"RIFX": (12, ">4sI", b"data", 0, 2),
+    b"riff": (40, "<16sQ", W64_DATA, 0, 8),
+    b"FORM": (12, ">4sI", b"SSND", 8, 2),
+    b"caff": (8, ">4sQ", b"data", 4, 1),
+}
+DS64_DATA_SIZE = 28  # where RF64 has the size for which 32 bits are too few
+# How a stream begins, of which several can follow each other in one file.
+BEGINNINGS = {"OGG": b"OggS\0\x02", "FLAC": b"fLaC\0\0\0\x22"}
+LARGEST_PAGE = 65307  # bytes, of Ogg
+MPEG_SUFFIXES = (".mp3", ".mp2", ".mp1", ".mpga")
+
+
+def find_streams(path, name):
+    """Find the streams of sound in an audio file.
+
+    Arguments
+    ---------
+    path : str or Path
+        A file.
+    name : str or Path
+        Its name for messages.
+
+    Returns
+    -------
+    list
+        For each stream the pieces of a ``View`` in which libsndfile reads it
+        to its end, or None where it does so in the file itself; and its
+        samples per channel, or None where libsndfile knows.
+
+    Raises
+    ------
+    ValueError
+        When the file is cut short.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        magic = file.read(4)
+        pieces = None
+        if magic in CHUNKS or magic == b".snd":
+            pieces = _mend_header(name, file, magic, size)
+        try:
+            with open_sound(path, pieces) as sound:
+                kind, subtype = sound.format, sound.subtype
+        except soundfile.SoundFileError:
+            kind, subtype = "", ""
+        named = str(name).lower().endswith(MPEG_SUFFIXES) and not kind
+        if named or subtype.startswith("MPEG"):
+            return [mpeg_pieces(name, file, size, REMEDY)]
+        if kind not in BEGINNINGS:
+            return [(pieces, None)]
+        if kind == "OGG":
+            _check_last_page(name, file, size)
+        starts = _find_beginnings(file, BEGINNINGS[kind])
+    stops = [*starts[1:], size]
+    if len(starts) < 2:
+        return [(None, None)]
+    return [([ends], None) for ends in zip(starts, stops)]
+
+
+def open_sound(path, pieces=None):
+    """Open a stream of a file for reading it once, from its begin to its end.
+
+    Arguments
+    ---------
+    path : str or Path
+        The file.
+    pieces : list, optional
+        As ``find_streams`` gives them.
+
+    Returns
+    -------
+    soundfile.SoundFile
+
+    Raises
+    ------
+    soundfile.SoundFileError
+        When libsndfile cannot read it.
+    """
+    return _Forward(View(path, pieces) if pieces else native_name(path))
+
+
+def native_name(path):
+    """A path as soundfile takes it, even where it is no UTF-8."""
+    return str(path) if os.name == "nt" else os.fsencode(path)
+
+
+class _Forward(soundfile.SoundFile):
+    """A file that is not seeked: where no length is known that cannot work."""
+
+    def seekable(self):
+        return False
+
+
+class View(io.RawIOBase):
+    """A file to read, made of pieces of another.
+
+    Arguments
+    ---------
+    path : str or Path
+        The other file.
+    pieces : list
+        In order: bytes as they are, or (start, stop) in the other file.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "digits"
+    >>> path.write_bytes(b"0123456789")
+    10
+    >>> with View(path, [b"ab", (2, 5), b"c"]) as view:
+    ...     view.read()
+    b'ab234c'
+    """
+
+    def __init__(self, path, pieces):
+        self.file = open(path, "rb")
+        self.pieces, self.starts, self.size = pieces, [], 0
+        for piece in pieces:
+            self.starts.append(self.size)
+            given = isinstance(piece, bytes)
+            self.size += len(piece) if given else piece[1] - piece[0]
+        self.position = 0
+
+    def readable(self):
+        """It is."""
+        return True
+
+    def tell(self):
+        """Bytes from the start."""
+        return self.position
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        """Go on from there."""
+        origins = {io.SEEK_SET: 0, io.SEEK_CUR: self.position}
+        self.position = max(0, origins.get(whence, self.size) + offset)
+        return self.position
+
+    def readinto(self, buffer):
+        """Fill the buffer, as far as the file goes."""
+        # libsndfile takes less than it asked for as the end of the file.
+        filled = 0
+        while filled < len(buffer) and self.position < self.size:
+            place = bisect_right(self.starts, self.position) - 1
+            piece = self.pieces[place]
+            inside = self.position - self.starts[place]
+            wanted = len(buffer) - filled
+            if isinstance(piece, bytes):
+                data = piece[inside : inside + wanted]
+            else:
+                start, stop = piece
+                self.file.seek(start + inside)
+                data = self.file.read(min(wanted, stop - start - inside))
+            if not data:
+                break  # the file has shrunk
+            buffer[filled : filled + len(data)] = data
+            filled += len(data)
+            self.position += len(data)
+        return filled
+
+    def close(self):
+        """Close the other file."""
+        self.file.close()
+        super().close()
+
+
+def is_placeholder(size):
+    """Whether a size of 32 bits in a header is one that nobody counted.
+
+    What writes into a pipe cannot know the size, and says 0, the largest
+    number of 32 or 31 bits or a little less, or a large round one.
+
+    Example
+    -------
+    >>> [is_placeholder(size) for size in (0, 2**32 - 1, 0x7FFFF000, 2 * 10**9)]
+    [True, True, True, True]
+    >>> is_placeholder(16044), is_placeholder(3 * 10**9 + 44)
+    (False, False)
+    """
+    largest = min(abs(size - 2**31), abs(size - 2**32)) <= 2**16
+    is_round = size >= 10**9 and (not size % 10**6 or not size % 2**20)
+    return size == 0 or largest or is_round
+
+
+def _mend_header(name, file, magic, size):
+    """Pieces with the true size of the sound, or None when it is right."""
+    header = _find_sound(file, magic, size)
+    if header is None:
+        return None
+    field, layout, start, promised, extra = header
+    left = size - start
+    if promised <= 0:
+        if _is_chunks(file, magic, start, size):
+            return None  # empty indeed
+    elif promised > left:
+        if not is_placeholder(promised) and promised < 2**62:
+            raise ValueError(
+                f"{name} is cut short, it holds {left} of {promised} bytes of "
+                f"sound: {REMEDY}"
+            )
+    # Else right, unless 32 bits were too few.
+    elif (
+        left < 2**32
+        or layout[1] == "Q"
+        or promised != left % 2**32
+        and not is_placeholder(promised)
+    ):
+        file.seek(start + promised)
+        if file.read(4) == magic:
+            raise ValueError(
+                f"{name} is of several files that were joined: give them one "
+                "by one, or join them with 'sox FIRST SECOND NEW_FILE.wav'"
+            )
+        return None
+    if magic == b"RIFF":  # as RF64, which has no limit
+        sizes = struct.pack("<IQQQI", 28, size + 28, left, 0, 0)
+        head = b"RF64\xff\xff\xff\xffWAVEds64" + sizes
+        return [head, (12, field), b"\xff" * 4, (field + 4, size)]
+    largest = 2 ** (8 * struct.calcsize(layout)) - 1
+    mended = struct.pack(layout, min(left + extra, largest))
+    return [(0, field), mended, (field + len(mended), size)]
+
+
+def _find_sound(file, magic, size):
+    """Where the sound is and what the header says about it.
+
+    (Place of the size, its layout, start of the sound, its bytes as promised,
+    bytes that the size counts besides).
+    """
+    if magic == b".snd":
+        file.seek(4)
+        start, promised = struct.unpack(">II", file.read(8))
+        return 8, ">I", start, promised, 0
+    _, layout, wanted, before, _ = CHUNKS[magic]
+    for place, kind, length in _chunks(file, magic, size):
+        if kind != wanted:
+            continue
+        start = place + struct.calcsize(layout) + before
+        extra = before + (24 if magic == b"riff" else 0)
+        field, layout = place + len(wanted), layout[0] + layout[-1]
+        if magic == b"RF64" and length == 2**32 - 1:
+            file.seek(DS64_DATA_SIZE)
+            field, layout = DS64_DATA_SIZE, "<Q"
+            (length,) = struct.unpack(layout, file.read(8))
+        return field, layout, start, length - before, extra
+    return None
+
+
+def _chunks(file, magic, size, place=None):
+    """Yield (place, kind, bytes of content) of each chunk."""
+    head, layout, _, _, align = CHUNKS[magic]
+    place = head if place is None else place
+    above = struct.calcsize(layout)
+    while place + above <= size:
+        file.seek(place)
+        kind, length = struct.unpack(layout, file.read(above))
+        if magic == b"riff":
+            length -= above
+        yield place, kind, length
+        place += above + max(0, length)
+        place += -place % align
+
+
+def _is_chunks(file, magic, start, size):
+    """Whether nothing but whole chunks lies between start and size."""
+    place, align = start, 1
+    if magic in CHUNKS:
+        _, layout, _, _, align = CHUNKS[magic]
+        above = struct.calcsize(layout)
+        for place, kind, length in _chunks(file, magic, size, start):
+            if not kind[:4].isascii() or not kind[:4].decode().isprintable():
+                return False
+            place += above + max(0, length)
+    return 0 <= size - place < align
+
+
+def _check_last_page(name, file, size):
+    """Raise a ValueError when the last page of an Ogg file is not whole."""
+    file.seek(max(0, size - LARGEST_PAGE))
+    tail = file.read()
+    page = tail[tail.rfind(b"OggS") :]
+    if len(page) < _page_size(page):
+        raise ValueError(
+            f"{name} is cut short, in the middle of an Ogg page: {REMEDY}"
+        )
+
+
+def _page_size(page):
+    """Bytes of the Ogg page that begins so; of no page, none."""
+    if page[:4] != b"OggS":
+        return 0
+    if len(page) < 27 or len(page) < 27 + page[26]:
+        return LARGEST_PAGE + 1
+    return 27 + page[26] + sum(page[27 : 27 + page[26]])
+
+
+def _find_beginnings(file, mark):
+    """Where streams begin that follow each other."""
+    starts, beside = [], None
+    for place in _find(file, mark):
+        # The first pages of a multiplexed Ogg file lie side by side.
+        if place != beside:
+            starts.append(place)
+        file.seek(place)
+        beside = place + _page_size(file.read(LARGEST_PAGE))
+    return starts
+
+
+def _find(file, mark, block=2**20):
+    """Yield the places of some bytes in a file."""
+    place, data = 0, b""
+    while True:
+        file.seek(place)
+        data = file.read(block)
+        found = data.find(mark)
+        while found >= 0:
+            yield place + found
+            found = data.find(mark, found + 1)
+        if len(data) < block:
+            return
+        place += block - len(mark) + 1
