@@ -5,6 +5,7 @@ Axes: C channels, n samples.
 
 import shutil
 import tempfile
+import warnings
 from functools import cached_property
 from math import ceil, gcd
 from pathlib import Path
@@ -19,6 +20,11 @@ from speechbrain_flashformer.containers import (
     open_sound,
 )
 
+# Of the RMS: so little of an offset changes the sources by less than -30 dB.
+LEAST_OFFSET = 0.03
+# Channels cancel each other when their mean has less than this share of the
+# power that it would have if they had nothing in common.
+CANCELLED = 0.1
 ENDLESS = 2**62  # samples, at least, where libsndfile knows no length
 
 
@@ -144,6 +150,70 @@ def check_finite(block, name, start_seconds=0.0):
             f"{name} holds samples that are not finite numbers, in the "
             f"block at {start_seconds:.1f} s: mend the recording first"
         )
+
+
+def plan_hearing(blocks, each, name):
+    """Choose what is heard of a recording.
+
+    An offset, which is no sound but would be taken for one, is removed.
+
+    Arguments
+    ---------
+    blocks : iterable of torch.Tensor
+        All of the recording, [C, n].
+    each : bool
+        Hear each channel apart, not their mean.
+    name : str or Path
+        The recording's, for a warning.
+
+    Returns
+    -------
+    callable
+        Blocks [C, n] -> [C, n] with each, else [1, n]: the mean of the
+        channels, or the loudest one where they cancel each other.
+
+    Example
+    -------
+    >>> left = torch.randn(1, 8000)
+    >>> hear = plan_hearing([0.5 + left], False, "left")
+    >>> bool(hear(0.5 + left).mean().abs() < 1e-4)
+    True
+    """
+    count, sums, products = 0, 0.0, 0.0
+    for block in blocks:
+        block = block.double()
+        count += block.shape[1]
+        sums = sums + block.sum(1)
+        products = products + block @ block.T
+    offset = sums / count
+    covariance = products / count - torch.outer(offset, offset)
+    power = covariance.diag()
+    is_small = offset.square() <= LEAST_OFFSET**2 * power
+    offset = offset.masked_fill(is_small, 0).float()[:, None]
+    loudest = None
+    # Of the mean; and if each product of two channels were 0.
+    if (
+        not each
+        and covariance.mean() < CANCELLED * power.sum() / len(power) ** 2
+    ):
+        loudest = power.argmax().item()
+        warnings.warn(
+            f"the channels of {name} cancel each other (is one upside down?): "
+            f"channel {loudest + 1}, the loudest, is separated instead of "
+            "their mean",
+            stacklevel=2,
+        )
+
+    def _hear(block):
+        if offset.any():
+            block = block - offset
+        if each:
+            return block
+        if loudest is not None:
+            return block[loudest : loudest + 1]
+        return block.mean(0, keepdim=True)
+
+    return _hear
 
 
 # Taps of a resampling filter, about: 44056 to 8000 Hz takes 6 million.

@@ -15,6 +15,7 @@ from speechbrain_flashformer.audio import (
     AudioReader,
     Resampler,
     check_finite,
+    plan_hearing,
     resample_blocks,
 )
 from speechbrain_flashformer.chunks import ChunkPlan, separate_long
@@ -64,7 +65,8 @@ class SeparationOptions:
     Arguments
     ---------
     channels : str
-        ``mix`` takes the mean of the channels, ``each`` separates each.
+        ``mix`` takes the mean of the channels, or the loudest one where they
+        cancel each other; ``each`` separates each.
     chunk : float
         Seconds that the network is given at once; longer recordings are cut.
     overlap : float
@@ -75,8 +77,8 @@ class SeparationOptions:
         with an overlap of twice the network's reach, chunks then give what
         the whole would.
     mixture_consistency : bool
-        Make the sources sum to the mixture: what they lack of it is shared
-        equally.
+        Make the sources sum to the mixture (without its offset, if it has
+        one): what they lack of it is shared equally.
     precision : str
         ``fp32``, ``bf16`` or ``fp16``. With fp32, that of ``run_opts`` if any.
     streaming : bool
@@ -310,7 +312,9 @@ class FlashFormerSeparation(SepformerSeparation):
             return audio.split(10 * rate, 1)
 
         options = SeparationOptions(**options)
-        parts = self._stream(_blocks, rate, audio.shape[1], options)
+        parts = self._stream(
+            _blocks, rate, audio.shape[1], options, "the audio"
+        )
         return torch.cat(list(parts), 1)
 
     def separate_file(self, path, savedir=None, **options):
@@ -332,10 +336,7 @@ class FlashFormerSeparation(SepformerSeparation):
         """
         reader = AudioReader(_local(path, savedir))
         options = SeparationOptions(**options)
-        parts = self._stream(
-            reader.blocks, reader.sample_rate, reader.frames, options
-        )
-        return torch.cat(list(parts), 1)
+        return torch.cat(list(self._separated(reader, options)), 1)
 
     # --- file to files ------------------------------------------------------
 
@@ -372,7 +373,11 @@ class FlashFormerSeparation(SepformerSeparation):
         """
         reader = AudioReader(path)
         options = SeparationOptions(**options)
-        paths = self.output_paths(path, folder, name, options.channels)
+        paths = self.output_paths(
+            name or Path(path).stem,
+            folder,
+            reader.channels if options.channels == "each" else None,
+        )
         writer = SourceWriter(
             paths,
             reader.sample_rate,
@@ -382,21 +387,30 @@ class FlashFormerSeparation(SepformerSeparation):
             overwrite,
         )
         with writer:
-            for part in self._stream(
-                reader.blocks, reader.sample_rate, reader.frames, options
-            ):
+            for part in self._separated(reader, options):
                 # [C, n, S] -> [n, C S]
                 writer.write(part.transpose(0, 1).flatten(1))
         return writer.paths
 
-    def output_paths(self, path, folder, name=None, channels="mix"):
-        """The files that ``separate_to_files`` writes."""
-        stem = name or Path(path).stem
-        if channels == "each":
-            numbers = range(1, AudioReader(path).channels + 1)
-            stems = [f"{stem}_c{number}" for number in numbers]
-        else:
-            stems = [stem]
+    def output_paths(self, name, folder, channels=None):
+        """The files of a recording that ``separate_to_files`` writes.
+
+        Arguments
+        ---------
+        name : str
+            NAME.
+        folder : str or Path
+            Where they are.
+        channels : int, optional
+            How many are separated each; none by default.
+
+        Returns
+        -------
+        list of Path
+        """
+        stems = [name]
+        if channels:
+            stems = [f"{name}_c{number}" for number in range(1, channels + 1)]
         speakers = range(1, self.hparams.num_spks + 1)
         return [
             Path(folder) / f"{stem}_s{speaker}.wav"
@@ -533,16 +547,24 @@ class FlashFormerSeparation(SepformerSeparation):
                 "compile, or name those it can take in jit_module_keys"
             ) from error
 
-    def _stream(self, read, rate, frames, options):
+    def _separated(self, reader, options):
+        """Yield the sources [C, n, S] of an ``AudioReader``."""
+        return self._stream(
+            reader.blocks,
+            reader.sample_rate,
+            reader.frames,
+            options,
+            reader.path,
+        )
+
+    def _stream(self, read, rate, frames, options, name):
         """Yield the sources [C, n, S] at ``rate``; ``read()`` gives blocks."""
         if options.streaming:
             self.make_stream()  # or tell why not, before the file is read
+        hear = plan_hearing(read(), options.channels == "each", name)
 
         def _mixture():
-            for block in read():
-                if options.channels == "mix":
-                    block = block.mean(0, keepdim=True)
-                yield block
+            return map(hear, read())
 
         model_rate = self.hparams.sample_rate
         statistics = None

@@ -1,6 +1,7 @@
 """FlashFormerSeparation: any input, kept level, long files, safe loading."""
 
 import inspect
+import warnings
 
 import numpy as np
 import pytest
@@ -179,6 +180,39 @@ def test_channels_are_mixed_down_or_kept_apart(model, noise, tmp_path):
         torch.testing.assert_close(
             row, model.separate_audio(channel)[0], rtol=0, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.3])
+def test_channels_that_cancel_are_told_and_the_loudest_is_taken(
+    model, noise, offset, tmp_path
+):
+    stereo = torch.cat([0.09 * noise, -0.1 * noise + offset])
+    path = save(tmp_path / "stereo.wav", stereo, 8000, "FLOAT")
+    with pytest.warns(UserWarning, match=r"stereo\.wav cancel .*channel 2"):
+        out = model.separate_file(path)
+    expected = model.separate_audio(-0.1 * noise)
+    torch.testing.assert_close(out, expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 8])
+def test_channels_that_do_not_cancel_are_no_warning(model, channels):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.separate_audio(torch.randn(channels, 8000))
+        one = torch.zeros(channels, 8000)
+        model.separate_audio(one)
+        one[0] = torch.randn(8000)
+        model.separate_audio(one)
+
+
+def test_an_offset_changes_nothing(model, noise):
+    noise = noise - noise.mean()
+    expected = model.separate_audio(noise)
+    stereo = torch.cat([noise, noise])
+    for offset in (0.5, torch.tensor([[0.5], [-2.0]])):
+        out = model.separate_audio(stereo + offset)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)
+    assert not model.separate_audio(torch.full((1, 8000), 0.25)).any()
 
 
 @pytest.mark.parametrize("rate", [44100, 16000, 11025])
