@@ -1,14 +1,15 @@
 """The command ``flashformer``: separate, stream, app, pack, info, export."""
 
 import argparse
-import glob
+import codecs
+import io
 import os
-import shutil
 import signal
 import sys
 import tempfile
 import time
-from contextlib import closing, contextmanager
+import warnings
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +32,9 @@ Separate recordings: for each INPUT the files DIR/NAME_s1.wav, DIR/NAME_s2.wav,
 
 INPUT is an audio file, a folder (searched to all depths, which DIR then
 repeats), a quoted glob, or - for an audio file on standard input (NAME is then
-stdin). The paths written go to standard output, all else to standard error.
+stdin). Of folders all is taken that libsndfile can read, but not what was
+separated before. The paths written go to standard output, all else to standard
+error.
 A file that fails does not stop the others; the exit status is then 1.
 Under torchrun each process takes its share of the files.
 """
@@ -66,6 +69,7 @@ def main(arguments=None):
     command line is wrong. 130: interrupted. 141: nobody reads what it prints.
     143: terminated.
     """
+    _open_standard_streams()
     parsed = _parser().parse_args(arguments)
     before = exit_on_sigterm()
     try:
@@ -85,6 +89,27 @@ def main(arguments=None):
         return FAILED
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _open_standard_streams():
+    """Lose nothing where a stream is closed, or cannot print a name."""
+    # Else the next file that is opened is where others write their errors.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        codecs.register_error("flashformer", _encode_anyhow)
+        sys.stdout.reconfigure(errors="flashformer")
+
+
+def _encode_anyhow(error):
+    """The bytes of a name that is no text; else an escape sequence."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.backslashreplace_errors(error)
 
 
 def _parser():
@@ -301,6 +326,8 @@ def _separate(parsed):
         wrong = "--overlap must be more than 0 and less than half of --chunk"
     elif parsed.inputs.count("-") > 1:
         wrong = "standard input can be given only once"
+    elif "-" in parsed.inputs and sys.stdin is None:
+        wrong = "standard input is closed"
     elif "-" in parsed.inputs and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         wrong = "standard input cannot be shared by several processes"
     if wrong:
@@ -322,10 +349,14 @@ def _separate(parsed):
     options["progress"] = (
         parsed.jobs == 1 and not parsed.quiet and sys.stderr.isatty()
     )
-    with _standard_input("-" in parsed.inputs) as standard_input:
-        tasks, failures = _find_inputs(
-            parsed.inputs, parsed.out, standard_input
+    from speechbrain_flashformer.inputs import find_inputs
+
+    with tempfile.TemporaryDirectory(prefix="flashformer-") as folder:
+        tasks, failures, notes = find_inputs(
+            parsed.inputs, parsed.out, Path(folder)
         )
+        for note in notes:
+            _tell(note)
         rank = int(os.environ.get("RANK", 0))
         tasks = tasks[rank :: int(os.environ.get("WORLD_SIZE", 1))]
         # In this process too when there are workers: what is wrong with the
@@ -359,63 +390,6 @@ def _separate(parsed):
     return FAILED if failures else OK
 
 
-def _find_inputs(inputs, out, standard_input):
-    """The recordings named: (path, folder, name) each; what is none."""
-    from speechbrain_flashformer.audio import AUDIO_SUFFIXES
-
-    found, failures = [], []
-    for word in inputs:
-        if word == "-":
-            found.append((standard_input, out, "stdin"))
-            continue
-        # A name that exists is no pattern, whatever characters it has.
-        names = [word]
-        if not Path(word).exists():
-            names = sorted(glob.glob(word, recursive=True)) or [word]
-        for path in map(Path, names):
-            if not path.is_dir():
-                found.append((path, out, path.stem))
-                continue
-            inside = [
-                file
-                for file in sorted(path.rglob("*"))
-                if file.suffix.lower() in AUDIO_SUFFIXES
-                and file.is_file()
-                and not file.name.startswith(".")
-                # What was separated before is no recording.
-                and out.resolve() not in file.resolve().parents
-            ]
-            if not inside:
-                failures.append(f"no audio file in {path}")
-            found += [
-                (file, out / file.parent.relative_to(path), file.stem)
-                for file in inside
-            ]
-    found = list(dict.fromkeys(found))
-    taken = {}
-    for path, folder, name in found:
-        other = taken.setdefault((folder, name), path)
-        if other.resolve() != path.resolve():
-            raise ValueError(
-                f"{other} and {path} would both be written as "
-                f"{folder / name}_s1.wav: separate them into different folders"
-            )
-    return [(path, *place) for place, path in taken.items()], failures
-
-
-@contextmanager
-def _standard_input(wanted):
-    """Standard input as a file: readers have to seek."""
-    if not wanted:
-        yield None
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "stdin.audio"
-        with path.open("wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
-        yield path
-
-
 _MODEL = None
 
 
@@ -437,7 +411,9 @@ def _run_task(task, options):
     """Separate one recording: (the paths written, or what went wrong)."""
     path, folder, name = task
     try:
-        paths = _MODEL.separate_to_files(path, folder, name, **options)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: _tell(message)
+            paths = _MODEL.separate_to_files(path, folder, name, **options)
         return [str(path) for path in paths], None
     # Whatever it is, the other recordings are still to be separated.
     except Exception as error:

@@ -17,9 +17,19 @@ import soundfile
 from speechbrain_flashformer.containers import native_name
 
 SUBTYPES = {"float": "FLOAT", "pcm16": "PCM_16", "pcm24": "PCM_24"}
+SOFTWARE = "speechbrain_flashformer"  # tells sources from recordings
 WAV_LIMIT = 2**32 - 2**16  # bytes; longer ones are written as RF64
 LOUDEST = 0.99  # peak of a recording that would have clipped
 NORMAL_PEAK = 0.9
+
+
+def was_separated(path):
+    """Whether a file was written by a ``SourceWriter``."""
+    try:
+        with soundfile.SoundFile(native_name(path)) as file:
+            return file.software.startswith(SOFTWARE)
+    except (OSError, soundfile.SoundFileError):
+        return False
 
 
 def partial_prefix(pid):
@@ -161,7 +171,7 @@ class SourceWriter:
         # long is written anew as WAV once it is known not to be.
         too_long = self.frames is None or 4 * self.frames > WAV_LIMIT
         try:
-            return soundfile.SoundFile(
+            file = soundfile.SoundFile(
                 native_name(path),
                 "w",
                 self.sample_rate,
@@ -169,6 +179,8 @@ class SourceWriter:
                 subtype,
                 format="RF64" if too_long else "WAV",
             )
+            file.software = SOFTWARE
+            return file
         except (OSError, soundfile.SoundFileError) as error:
             raise OSError(f"cannot write in {path.parent}: {error}") from error
 

@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "containers": {"mpeg"},
     "audio": {"containers"},
     "files": {"containers"},
+    "inputs": {"files"},
     "inference": {
         "attention",
         "audio",
@@ -67,6 +68,7 @@ MAY_IMPORT = {
         "export",
         "files",
         "inference",
+        "inputs",
         "jobs",
         "live",
         "pack",

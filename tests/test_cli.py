@@ -1,9 +1,11 @@
 """The command ``flashformer``, run as users run it."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -353,6 +355,155 @@ def test_a_recording_named_twice_is_separated_once(packed, tmp_path, capsys):
     out, pattern = tmp_path / "out", tmp_path / "*.wav"
     assert run("separate", path, pattern, "-o", out, "--model", packed) == 0
     assert len(capsys.readouterr().out.split()) == 2
+
+
+@pytest.mark.parametrize(
+    "inside, out",
+    [("rec", "rec"), ("rec/monday", "rec"), ("rec", "."), (".", ".")],
+)
+def test_outputs_go_into_the_input_or_above_it(
+    packed, tmp_path, capsys, monkeypatch, inside, out
+):
+    a, b = speak(tmp_path / "rec/a.wav"), speak(tmp_path / "rec/monday/b.wav")
+    before = a.read_bytes(), b.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    arguments = ("separate", inside, "-o", out, "--model", packed)
+    assert run(*arguments) == 0
+    written = capsys.readouterr().out.split()
+    assert len(written) == (2 if "monday" in inside else 4)
+    # What was written is no recording the next time, wherever that writes.
+    assert run(*arguments, "--overwrite") == 0
+    assert capsys.readouterr().out.split() == written
+    assert run("separate", "rec", "-o", "new", "--model", packed) == 0
+    printed = capsys.readouterr()
+    assert len(printed.out.split()) == 4
+    if out != ".":
+        assert "passed over, as they were separated" in printed.err
+    assert (a.read_bytes(), b.read_bytes()) == before
+
+
+@pytest.mark.parametrize("words", [["a.wav", "a_s1.wav"], ["."]])
+def test_a_recording_is_never_written_over(
+    packed, tmp_path, capsys, monkeypatch, words
+):
+    speak(tmp_path / "a.wav")
+    named_alike = speak(tmp_path / "a_s1.wav", seed=1)
+    before = named_alike.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    options = ("-o", ".", "--model", packed, "--overwrite")
+    assert run("separate", *words, *options) == 1
+    assert "over the recording a_s1.wav" in capsys.readouterr().err
+    assert names(tmp_path)[:2] == ["a.wav", "a_s1.wav"]
+    assert named_alike.read_bytes() == before
+
+
+def test_sources_that_are_given_are_separated(packed, tmp_path):
+    out = tmp_path / "out"
+    path = speak(tmp_path / "a.wav")
+    assert run("separate", path, "-o", out, "--model", packed) == 0
+    again = tmp_path / "again"
+    assert run("separate", out, "-o", again, "--model", packed) == 0
+    assert len(names(again)) == 4
+
+
+def test_folders_give_all_that_can_be_read_and_name_the_rest(
+    packed, tmp_path, capsys
+):
+    folder = tmp_path / "in"
+    for name in ("a.wav", "c.au", "d.caf", "e.w64", "f.mp3", "g.aiff"):
+        speak(folder / name)
+    (folder / "g.aiff").rename(folder / "g.AIFC")
+    for name in ("b.oga", "h.opus"):
+        soundfile.write(
+            folder / name,
+            0.1 * np.random.default_rng(0).normal(size=8000),
+            8000,
+            "OPUS" if name == "h.opus" else "VORBIS",
+            format="OGG",
+        )
+    for i in range(7):
+        (folder / f"{i}.m4a").write_bytes(b"no matter what")
+    (folder / "._a.wav").write_bytes(b"of another system")
+    out = tmp_path / "out"
+    assert run("separate", folder, "-o", out, "--model", packed) == 0
+    assert names(out) == [f"{n}_s{i}.wav" for n in "abcdefgh" for i in (1, 2)]
+    errors = capsys.readouterr().err
+    assert "0.m4a, 1.m4a, 2.m4a, 3.m4a, 4.m4a and 2 more" in errors
+
+
+def test_names_that_cannot_be_printed_lose_nothing(
+    packed, tmp_path, monkeypatch
+):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for name in ("a\u7d46", "caf\xe9", "z"):
+        speak(folder / f"{name}.wav")
+    bare = os.fsdecode(b"bare \xff.wav")
+    try:
+        speak(tmp_path / "x.wav").rename(folder / bare)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    printed = io.BytesIO()
+    stream = io.TextIOWrapper(printed, "cp1252")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert run("separate", folder, "-o", out, "--model", packed) == 0
+    assert len(names(out)) == 8
+    lines = printed.getvalue().splitlines()
+    start = os.fsencode(out)
+    assert start + b"/bare \xff_s1.wav" in lines
+    assert start + b"/caf\xe9_s1.wav" in lines
+    assert start + b"/a\\u7d46_s1.wav" in lines
+
+
+def test_without_standard_error_nothing_is_lost(packed, tmp_path):
+    path, out = speak(tmp_path / "a.wav"), tmp_path / "out"
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m"]
+        + ["speechbrain_flashformer.cli", "separate", path]
+        + [tmp_path / "none.wav", "-o", out, "--model", packed],
+        stdout=subprocess.PIPE,
+    )
+    assert done.returncode == 1
+    written = [str(out / f"a_s{i}.wav") for i in (1, 2)]
+    assert done.stdout.decode().split() == written
+    for name in written:
+        assert soundfile.info(name).frames == 8000
+
+
+def test_pipes_are_read_once(packed, tmp_path):
+    content = speak(tmp_path / "a.wav").read_bytes()
+    fifo, out = tmp_path / "fifo.wav", tmp_path / "out"
+    os.mkfifo(fifo)
+    end, begin = os.pipe()  # as the shell makes it for <( )
+    feeds = [
+        threading.Thread(target=fifo.write_bytes, args=[content]),
+        threading.Thread(target=_write_all, args=[begin, content]),
+    ]
+    for feed in feeds:
+        feed.start()
+    inputs = (fifo, f"/dev/fd/{end}")
+    options = ("--model", packed, "--channels", "each")
+    assert run("separate", *inputs, "-o", out, *options) == 0
+    for feed in feeds:
+        feed.join()
+    os.close(end)
+    stems = sorted([str(end), "fifo"])
+    assert names(out) == [f"{n}_c1_s{i}.wav" for n in stems for i in (1, 2)]
+
+
+def _write_all(number, content):
+    with open(number, "wb") as pipe:
+        pipe.write(content)
+
+
+def test_channels_that_cancel_are_told(packed, tmp_path, capsys):
+    samples = 0.1 * np.random.default_rng(0).normal(size=8000)
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.stack([samples, -samples], 1), 8000)
+    out = tmp_path / "out"
+    assert run("separate", path, "-o", out, "--model", packed) == 0
+    errors = capsys.readouterr().err
+    assert errors.startswith("flashformer: the channels of ")
+    assert soundfile.read(out / "a_s1.wav")[0].any()
 
 
 # --- the other commands ------------------------------------------------------

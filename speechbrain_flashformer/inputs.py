@@ -1,0 +1,162 @@
+"""Which recordings a command line names, and where their sources go."""
+
+import glob
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import soundfile
+
+from speechbrain_flashformer.files import was_separated
+
+# Formats that need more than the file, or whose suffix mostly means another.
+NOT_BY_SUFFIX = {"RAW", "MAT4", "MAT5", "SD2"}
+MORE_SUFFIXES = (
+    ".8svx .aif .aifc .bwf .iff .mp1 .mp2 .mpga .oga .opus .sf .snd .sph .wave"
+)
+AUDIO_SUFFIXES = {
+    f".{name.lower()}"
+    for name in soundfile.available_formats()
+    if name not in NOT_BY_SUFFIX
+} | set(MORE_SUFFIXES.split())
+MOST_NAMED = 5  # files in a note
+
+
+def find_inputs(words, out, folder):
+    """Find the recordings.
+
+    Arguments
+    ---------
+    words : list of str
+        Files, folders, globs, or - for standard input.
+    out : Path
+        The folder that the sources go to.
+    folder : Path
+        Gets a copy of what can be read once.
+
+    Returns
+    -------
+    tuple
+        The recordings, each (path, folder, name); what is wrong; what was
+        passed over. The last two are lists of str.
+
+    Raises
+    ------
+    ValueError
+        When a source would be written in the place of a recording or of
+        another source, or when processes would have to share a pipe.
+    """
+    found, failures, notes = [], [], []
+    for word in words:
+        paths = [Path(word)]
+        # A name that exists is no pattern, whatever characters it has.
+        if word != "-" and not paths[0].exists():
+            matching = map(Path, sorted(glob.glob(word, recursive=True)))
+            paths = _without_sources(list(matching), notes) or paths
+        for path in paths:
+            if word == "-":
+                found.append(
+                    (_keep(sys.stdin.buffer, folder, path), out, "stdin")
+                )
+            elif path.is_dir():
+                inside = _search(path, out, notes)
+                if not inside:
+                    failures.append(f"no audio file in {path}")
+                found += [
+                    (file, out / file.parent.relative_to(path), file.stem)
+                    for file in inside
+                ]
+            elif path.exists() and not path.is_file():
+                with path.open("rb") as pipe:
+                    kept = _keep(pipe, folder, path)
+                found.append((kept, out, path.stem))
+            else:
+                found.append((path, out, path.stem))
+    _check_places(found)
+    return list(dict.fromkeys(found)), failures, notes
+
+
+def _search(folder, out, notes):
+    """The recordings in a folder, to all depths."""
+    # What was separated before is no recording.
+    below = folder.resolve() in out.resolve().parents
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+        and not file.name.startswith(".")
+        and not (below and out.resolve() in file.resolve().parents)
+    ]
+    audio = [file for file in files if file.suffix.lower() in AUDIO_SUFFIXES]
+    others = [file.name for file in files if file not in set(audio)]
+    if others:
+        notes.append(
+            f"passed over in {folder}, as libsndfile reads no such files: "
+            f"{_some(others)}"
+        )
+    return _without_sources(audio, notes)
+
+
+def _without_sources(paths, notes):
+    """Leave out the sources that were separated from others of the paths."""
+    stems = {path.stem for path in paths}
+    kept, sources = [], []
+    for path in paths:
+        name = re.fullmatch(r"(.+?)(_c[1-9]\d*)?_s[1-9]\d*", path.stem)
+        is_source = (
+            name
+            and stems & {name[1], name[1] + (name[2] or "")}
+            and was_separated(path)
+        )
+        (sources if is_source else kept).append(path)
+    if sources:
+        notes.append(
+            "passed over, as they were separated from others here: "
+            + _some([path.name for path in sources])
+        )
+    return kept
+
+
+def _some(names):
+    """The first names, and how many more there are."""
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" * (more > 0))
+
+
+def _check_places(found):
+    """Raise a ValueError when one output is to be written over a file."""
+    taken = {}
+    for path, folder, name in found:
+        other = taken.setdefault((folder.resolve(), name), path)
+        if other.resolve() != path.resolve():
+            raise ValueError(
+                f"{other} and {path} would both be written as "
+                f"{folder / name}_s1.wav: separate them into different folders"
+            )
+    for path, _, _ in found:
+        name = re.fullmatch(r"(.+?)(_c[1-9]\d*)?_s[1-9]\d*", path.stem)
+        if not name or path.suffix != ".wav":
+            continue
+        for stem in (name[1], name[1] + (name[2] or "")):
+            if other := taken.get((path.resolve().parent, stem)):
+                raise ValueError(
+                    f"a source of {other} would be written over the recording "
+                    f"{path}: separate into another folder"
+                )
+
+
+def _keep(pipe, folder, path):
+    """Copy what can be read once into a file of a folder: readers seek."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            f"{path} can be read once and cannot be shared by several "
+            "processes: make it a file"
+        )
+    number = len(list(folder.iterdir()))
+    kept = folder / str(number) / (path.name if path.name != "-" else "stdin")
+    kept.parent.mkdir()
+    with kept.open("wb") as file:
+        shutil.copyfileobj(pipe, file)
+    return kept
