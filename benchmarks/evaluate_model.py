@@ -3,14 +3,22 @@
 
 > python benchmarks/evaluate_model.py MODEL NAME=FOLDER [NAME=FOLDER ...]
 
-FOLDER holds mix/, s1/ and s2/ with files of one name, at the model's rate; or a
-folder for each speaker, of whose recordings of 3 s and more mixtures are made.
-The NAME voices needs no folder: mixtures of generated voices that occur in no
-training set of seed 0. Writes results/evaluate_model.csv: mean SI-SNRi and its
-5th percentile in dB, the share of mixtures that come out worse than they went
-in, and how much louder the outputs are than the sources.
+FOLDER holds mix/, s1/ and s2/ with files of one name, at the model's rate, as
+test_sets.py writes them; or a folder for each speaker, of whose recordings of
+3 s and more mixtures are made. The NAME voices needs no folder: mixtures of
+generated voices that occur in no training set of seed 0. Writes
+results/evaluate_model.csv, a row for each set:
+
+* of mixtures: mean SI-SNRi and its 5th percentile in dB, the share that comes
+  out worse than it went in, and how much louder the outputs are than the
+  sources;
+* of recordings of one person, where s2/ is silence: SI-SNR of the louder output
+  and how far the other one lies below it, medians in dB;
+* of conversations, which have turns/: the share of the turns that come out
+  where most of that speaker's speech does not.
 """
 
+import csv
 import sys
 import tempfile
 from pathlib import Path
@@ -28,6 +36,18 @@ from speechbrain_flashformer.voices import make_voices
 OUT = Path(__file__).parent / "results" / "evaluate_model.csv"
 MADE = 200  # mixtures of generated voices, or of a folder of speakers
 SECONDS = 3
+COLUMNS = (
+    "set",
+    "mixtures",
+    "si-snr_i",
+    "5th percentile",
+    "worse (%)",
+    "level (dB)",
+    "level deviation (dB)",
+    "alone, si-snr",
+    "alone, other output (dB)",
+    "wrong turns (%)",
+)
 
 
 def main(model, sets):
@@ -38,7 +58,7 @@ def main(model, sets):
         for name, folder in find_sets(sets, Path(scratch)):
             rows.append({"set": name, **score(model, folder)})
             print(rows[-1])
-    write_csv(OUT, rows)
+    write_csv(OUT, [dict.fromkeys(COLUMNS, "") | row for row in rows])
 
 
 def find_sets(words, scratch):
@@ -56,9 +76,69 @@ def find_sets(words, scratch):
 
 
 def score(model, folder):
-    """Means over the mixtures of a folder."""
+    """What is said of the mixtures of a folder."""
+    if (folder / "turns").is_dir():
+        return score_turns(model, folder)
+    mixtures = list(load_mixtures(model, folder))
+    if not any(second.any() for _, _, second in mixtures):
+        return score_alone(model, mixtures)
+    return score_mixtures(model, mixtures)
+
+
+def score_alone(model, mixtures):
+    """One person alone: is the speech in one output, and that unharmed?"""
+    kept, below = [], []
+    for mixture, target, _ in mixtures:
+        estimates = model.separate_batch(mixture[None])
+        power = estimates[0].square().mean(0)
+        loud = power.argmax().item()
+        target = target[None, :, None]
+        kept.append(si_snr(target, estimates[:, :, [loud]]).item())
+        ratio = power[loud] / power[1 - loud].clamp(min=1e-12)
+        below.append(10 * ratio.log10().item())
+    return {
+        "mixtures": len(mixtures),
+        "alone, si-snr": round(float(np.median(kept)), 2),
+        "alone, other output (dB)": round(float(np.median(below)), 2),
+    }
+
+
+def score_turns(model, folder):
+    """Conversations, separated as recordings are."""
+    wrong = count = mixtures = 0
+    for path in sorted((folder / "turns").glob("*.csv")):
+        with path.open(newline="") as file:
+            turns = [
+                (int(row["speaker"]) - 1, int(row["start"]), int(row["stop"]))
+                for row in csv.DictReader(file)
+            ]
+        rate = model.hparams.sample_rate
+        name = path.with_suffix(".wav").name
+        mixture, *sources = read_mixture(folder, name, rate)
+        heard = model.separate_audio(mixture[None], rate)[0].T.numpy()
+        wrong += wrong_turns(heard, torch.stack(sources).numpy(), turns)
+        count, mixtures = count + len(turns), mixtures + 1
+    share = round(100 * wrong / count, 1)
+    return {"mixtures": mixtures, "wrong turns (%)": share}
+
+
+def wrong_turns(out, sources, turns):
+    """Turns (speaker, start, stop) that came out in the wrong place.
+
+    out and sources are [2, T].
+    """
+    straight = 0
+    for speaker, start, stop in turns:
+        piece = slice(start, stop)
+        likeness = np.abs(out[:, piece] @ sources[speaker, piece])
+        straight += int(likeness.argmax() == speaker)
+    return min(straight, len(turns) - straight)
+
+
+def score_mixtures(model, mixtures):
+    """Means over mixtures [T], each with its sources."""
     gains, levels = [], []
-    for mixture, *sources in load_mixtures(model, folder):
+    for mixture, *sources in mixtures:
         targets = torch.stack(sources, 1)[None]
         estimates = model.separate_batch(mixture[None])
         after, order = best_order(targets, estimates)

@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from evaluate_model import wrong_turns
 from records import write_csv
 
 from speechbrain_flashformer.chunks import ChunkPlan, separate_long
@@ -198,16 +199,6 @@ def converse(speakers, rng):
         if rng.random() < 0.5:
             place += rng.uniform(*PAUSE)
     return sources, turns
-
-
-def wrong_turns(out, sources, turns):
-    """Turns that came out in the wrong place."""
-    straight = 0
-    for s, start, stop in turns:
-        piece = slice(start, stop)
-        likeness = np.abs(out[:, piece] @ sources[s, piece])
-        straight += int(likeness.argmax() == s)
-    return min(straight, len(turns) - straight)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,45 @@ def test_a_folder_of_speakers_is_mixed(bench, tmp_path, monkeypatch):
     assert bench.score(model, tmp_path)["mixtures"] == 5
 
 
+def test_one_person_alone_is_to_be_in_one_output(bench, tmp_path):
+    speech = 0.1 * np.random.default_rng(1).normal(size=8000).astype("f4")
+    write_set(tmp_path / "set", [speech, np.zeros_like(speech)])
+    split = torch.from_numpy(np.stack([0.1 * speech, speech], 1))[None]
+    row = bench.score(Model(lambda _: split), tmp_path / "set")
+    assert row["alone, other output (dB)"] == pytest.approx(20, abs=0.01)
+    assert row["alone, si-snr"] > 60
+    noise = 0.1 * torch.randn(1, 8000, 2)
+    row = bench.score(Model(lambda _: split + noise), tmp_path / "set")
+    assert row["alone, si-snr"] < 3
+
+
+def test_turns_in_the_wrong_output_are_counted(bench, tmp_path):
+    rng = np.random.default_rng(1)
+    sources = np.zeros((2, 8000), "f4")
+    turns = [(0, 0, 2000), (1, 2000, 4000), (0, 4000, 6000), (1, 6000, 8000)]
+    for speaker, start, stop in turns:
+        sources[speaker, start:stop] = 0.1 * rng.normal(size=stop - start)
+    write_set(tmp_path / "set", sources)
+    (tmp_path / "set/turns").mkdir()
+    lines = [f"{who + 1},{start},{stop}\n" for who, start, stop in turns]
+    text = "speaker,start,stop\n" + "".join(lines)
+    (tmp_path / "set/turns/a.csv").write_text(text)
+    for wrong, order in enumerate([(0, 0, 0, 0), (0, 0, 1, 0), (1, 0, 1, 0)]):
+        out = torch.from_numpy(
+            np.concatenate(
+                [
+                    sources[:, start:stop][[swap, 1 - swap]]
+                    for swap, (_, start, stop) in zip(order, turns)
+                ],
+                1,
+            )
+        )
+        model = Model(None)
+        model.separate_audio = lambda *_, out=out: out.T[None]
+        row = bench.score(model, tmp_path / "set")
+        assert row == {"mixtures": 1, "wrong turns (%)": 25 * wrong}
+
+
 @pytest.mark.parametrize("word", ["cv=nowhere", "cv"])
 def test_a_set_is_a_folder(bench, tmp_path, word):
     with pytest.raises(FileNotFoundError, match=f"{word}: give NAME=FOLDER"):
