@@ -10,8 +10,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from speechbrain_flashformer.attention import rotary_angles
-
 
 class Variant(nn.Module):
     """The network as it is; what the others share.
@@ -52,9 +50,7 @@ class Variant(nn.Module):
 
     def think(self, layer, x):
         """One layer at the token rate."""
-        head_width = self.masknet.head_width
-        angles = rotary_angles(x.shape[1], head_width, device=x.device)
-        return layer(x, angles)
+        return layer(x, self.masknet.rotary(x.shape[1]))
 
     def ascend(self, x, skips):
         """Masks [S, B, N, L] of tokens [B, T, C]."""
@@ -92,7 +88,7 @@ class EarlySplit(Variant):
         self.speakers, C = masknet.num_spks, self.width
         self.divide = nn.Linear(C, self.speakers * C)
         self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(late))
-        heads = C // masknet.head_width
+        heads = masknet.layers[0].attention.nhead
         self.across = nn.ModuleList(
             nn.MultiheadAttention(C, heads, batch_first=True)
             for _ in range(late)

@@ -15,8 +15,7 @@ reference     any          the dense T x T matrix: an oracle, never automatic
 
 Axes: B batch, T tokens (Tq of queries, Tk of keys), H heads, D head width.
 
-Sources: "FlashAttention-2" (Dao, arXiv:2307.08691); rotary positions from
-"RoFormer" (Su et al., arXiv:2104.09864).
+Source: "FlashAttention-2" (Dao, arXiv:2307.08691).
 """
 
 import contextlib
@@ -525,76 +524,3 @@ BACKENDS = {
     "sdpa": (_why_not_sdpa, _run_sdpa),
     "reference": (_why_not_reference, _run_reference),
 }
-
-
-# --- rotary positions -------------------------------------------------------
-
-
-def rotary_angles(length, head_width, offset=0, base=10000.0, device=None):
-    """Angles that ``rotate`` turns queries and keys by (RoFormer, eq. 15).
-
-    Arguments
-    ---------
-    length : int
-        Number of tokens, T.
-    head_width : int
-        D, even.
-    offset : int or torch.Tensor
-        Position of the first token; a tensor [1] in an exported graph.
-    base : float
-        The longest wavelength is about ``2 pi base`` tokens.
-    device : torch.device, optional
-        Where the result lives.
-
-    Returns
-    -------
-    tuple of torch.Tensor
-        Cosines and sines, float32, each [T, 1, D / 2].
-
-    Example
-    -------
-    >>> rotary_angles(10, 16)[0].shape
-    torch.Size([10, 1, 8])
-    """
-    if head_width % 2:
-        raise ValueError(
-            f"rotary positions need an even head width, got {head_width}"
-        )
-    # In float64: an hour of audio has 450,000 positions, too many for the
-    # phase to survive in float32.
-    wide = {"dtype": torch.float64, "device": device}
-    half = torch.arange(0, head_width, 2, **wide)
-    place = torch.arange(length, **wide) + offset
-    angles = place[:, None, None] * base ** (-half / head_width)
-    if torch.compiler.is_exporting():
-        # Few runtimes have a float64 cosine.
-        turns = angles / math.tau
-        angles = (turns - turns.floor()).float() * math.tau
-    return angles.cos().float(), angles.sin().float()
-
-
-def rotate(x, angles):
-    """Turn the pairs (i, i + D / 2) of each head by their position's angle.
-
-    Arguments
-    ---------
-    x : torch.Tensor
-        Queries or keys, [B, T, H, D].
-    angles : tuple of torch.Tensor
-        From ``rotary_angles``.
-
-    Returns
-    -------
-    torch.Tensor
-        [B, T, H, D], in the dtype of x.
-
-    Example
-    -------
-    >>> x = torch.randn(2, 10, 4, 16)
-    >>> turned = rotate(x, rotary_angles(10, 16))
-    >>> torch.allclose(turned.norm(dim=-1), x.norm(dim=-1), atol=1e-5)
-    True
-    """
-    cos, sin = (angle.to(x.dtype) for angle in angles)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

@@ -66,13 +66,15 @@ class Separation(sb.Brain):
 
     def compute_forward(self, batch, stage):
         """Estimated sources, [B, T, S]."""
-        mixture, lengths = batch.mix_sig
+        padded = bool((batch.mix_sig.lengths < 1).any())
+        # Brain itself moves no batch; each stage comes by here.
+        mixture, lengths = batch.to(self.device).mix_sig
         return separate(
             mixture,
             self.modules["encoder"],
             self.modules["masknet"],
             self.modules["decoder"],
-            lengths if (lengths < 1).any() else None,
+            lengths if padded else None,
         )
 
     def compute_objectives(self, predictions, batch, stage):

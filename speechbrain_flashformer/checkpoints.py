@@ -99,8 +99,10 @@ class RandomState:
     def save(self, path):
         """Write the states; called by all processes."""
         state = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            state["cuda"] = torch.cuda.get_rng_state()
+        if torch.accelerator.is_available():
+            device = torch.accelerator.current_accelerator()
+            module = torch.get_device_module(device)
+            state[device.type] = module.get_rng_state()
         states = gather(state)
         if if_main_process():
             torch.save(states, path)
@@ -114,8 +116,11 @@ class RandomState:
             return
         state = states[rank]
         torch.set_rng_state(state["cpu"])
-        if torch.cuda.is_available() and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"])
+        if torch.accelerator.is_available():
+            device = torch.accelerator.current_accelerator()
+            if device.type in state:
+                module = torch.get_device_module(device)
+                module.set_rng_state(state[device.type])
 
 
 register_checkpoint_hooks(RandomState, save_on_main_only=False)

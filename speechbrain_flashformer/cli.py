@@ -440,19 +440,18 @@ def _model_folder(name):
 
 
 def _device(name):
-    """The device asked for; else this process's GPU, else the CPU."""
+    """The device asked for; else the one that SpeechBrain trains on here."""
     import torch
+    from speechbrain.utils.distributed import infer_device
 
-    if name:
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:
-            first = str(error).splitlines()[0]
-            raise ValueError(f"--device {name}: {first}") from error
-        return name
-    if torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return "cpu"
+    if not name:
+        return infer_device()
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"--device {name}: {first}") from error
+    return name
 
 
 # --- stream -----------------------------------------------------------------
@@ -586,11 +585,9 @@ def _pack(parsed):
 
 
 def _info(parsed):
-    from speechbrain_flashformer.inference import FlashFormerSeparation
-
     folder = _model_folder(parsed.model)
-    model = FlashFormerSeparation.from_hparams(folder, trust=parsed.trust)
-    for name, value in {"model": folder, **model.describe()}.items():
+    _load(folder, _device(None), trust=parsed.trust)
+    for name, value in {"model": folder, **_MODEL.describe()}.items():
         print(f"{name:24}{value}")
     return OK
 
@@ -600,12 +597,10 @@ def _export(parsed):
         print("flashformer: --block needs --streaming", file=sys.stderr)
         return USAGE
     from speechbrain_flashformer import export
-    from speechbrain_flashformer.inference import FlashFormerSeparation
 
-    model = FlashFormerSeparation.from_hparams(
-        _model_folder(parsed.model), trust=parsed.trust
-    )
-    arguments = model, parsed.out, parsed.overwrite
+    model, device = _model_folder(parsed.model), _device(None)
+    _load(model, device, trust=parsed.trust)
+    arguments = _MODEL, parsed.out, parsed.overwrite
     if parsed.streaming:
         block = 16.0 if parsed.block is None else parsed.block
         path = export.export_streaming_onnx(*arguments, block)

@@ -227,7 +227,7 @@ class FlashFormerSeparation(SepformerSeparation):
         rate, spks = self.hparams.sample_rate, self.hparams.num_spks
         encoder, masknet, decoder = self._bare_networks()
         seconds = 10
-        mixture = torch.randn(1, seconds * rate, device=self.device)
+        mixture = torch.randn(1, seconds * rate, device=self._weights_device)
         macs = count_macs(lambda: separate(mixture, encoder, masknet, decoder))
         with torch.no_grad(), attention_report() as ran:
             separate(mixture, encoder, masknet, decoder)
@@ -261,8 +261,9 @@ class FlashFormerSeparation(SepformerSeparation):
 
     # --- in memory ----------------------------------------------------------
 
+    @torch.no_grad()
     def separate_batch(self, mix):
-        """Separate mixtures at the model's rate, each whole.
+        """Separate mixtures at the model's rate, each whole; no gradients.
 
         Arguments
         ---------
@@ -278,7 +279,7 @@ class FlashFormerSeparation(SepformerSeparation):
             raise ValueError(
                 f"separate_batch takes [batch, time], got {tuple(mix.shape)}"
             )
-        mix = mix.to(self.device)
+        mix = mix.to(self._weights_device)
         with self._autocast():
             return separate(mix, *self._networks()).to(mix.dtype)
 
@@ -536,7 +537,7 @@ class FlashFormerSeparation(SepformerSeparation):
         dtype = PRECISIONS[precision] or PRECISIONS[self.precision]
         if dtype is None:
             return contextlib.nullcontext()
-        return torch.autocast(torch.device(self.device).type, dtype)
+        return torch.autocast(self._weights_device.type, dtype)
 
     def _compile(self):
         try:
@@ -556,6 +557,11 @@ class FlashFormerSeparation(SepformerSeparation):
             options,
             reader.path,
         )
+
+    @property
+    def _weights_device(self):
+        # Brought elsewhere with ``to``, ``device`` is where they were loaded.
+        return next(self.mods.encoder.parameters()).device
 
     def _stream(self, read, rate, frames, options, name):
         """Yield the sources [C, n, S] at ``rate``; ``read()`` gives blocks."""
@@ -624,13 +630,13 @@ class FlashFormerSeparation(SepformerSeparation):
         megabytes = chunk / stride * per_frame / 1e6
         batch = 1
         # On a CPU one chunk fills all cores.
-        if torch.device(self.device).type != "cpu":
+        if self._weights_device.type != "cpu":
             batch = max(1, int(options.memory / megabytes))
         return ChunkPlan(chunk, overlap, align, batch)
 
     def _forward(self, options, statistics):
         """The network as [B, T] -> [B, T, S] on the CPU."""
-        device = torch.device(self.device)
+        device = self._weights_device
 
         @torch.no_grad()
         def _forward(chunks):

@@ -11,6 +11,7 @@ Axes: B batch, N encoder channels, L frames, T tokens, C channels, S speakers.
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from speechbrain_flashformer.attention import (
@@ -18,12 +19,11 @@ from speechbrain_flashformer.attention import (
     attend_masked,
     check_backend,
     check_window,
-    rotary_angles,
-    rotate,
     stream_mask,
 )
 from speechbrain_flashformer.fsmn import GatedFSMN
 from speechbrain_flashformer.norm import CumulativeNorm, GlobalNorm
+from speechbrain_flashformer.rotary import RotaryAngles, rotate
 
 # Tokens that the input norm of a causal network remembers: 4 s at 125 a second.
 NORM_TOKENS = 500
@@ -66,7 +66,7 @@ class Attention(nn.Module):
     Example
     -------
     >>> layer = Attention(16, 2)
-    >>> layer(torch.randn(2, 50, 16), rotary_angles(50, 8)).shape
+    >>> layer(torch.randn(2, 50, 16), RotaryAngles(8)(50)).shape
     torch.Size([2, 50, 16])
     """
 
@@ -139,7 +139,7 @@ class FlashFormerLayer(nn.Module):
     Example
     -------
     >>> layer = FlashFormerLayer(16, nhead=2, d_ffn=32)
-    >>> layer(torch.randn(2, 50, 16), rotary_angles(50, 8)).shape
+    >>> layer(torch.randn(2, 50, 16), RotaryAngles(8)(50)).shape
     torch.Size([2, 50, 16])
     """
 
@@ -293,11 +293,6 @@ class FlashFormer(nn.Module):
             raise ValueError(
                 f"d_model {d_model} is not divisible by nhead {nhead}"
             )
-        if (d_model // nhead) % 2:
-            raise ValueError(
-                "rotary positions need an even head width, got "
-                f"d_model / nhead = {d_model} / {nhead} = {d_model // nhead}"
-            )
         steps = max(token_stride, 1).bit_length() - 1
         if token_stride != 2**steps:
             raise ValueError(
@@ -305,7 +300,7 @@ class FlashFormer(nn.Module):
             )
         self.in_channels, self.num_spks = in_channels, num_spks
         self.token_stride = token_stride
-        self.head_width = d_model // nhead
+        self.rotary = RotaryAngles(d_model // nhead)
         self.checkpointing = checkpointing
         self.causal, self.future_tokens = causal, future_tokens
 
@@ -416,7 +411,7 @@ class FlashFormer(nn.Module):
             frames = (frames + 1) // 2
 
         keep = _keep(frames, x)
-        angles = rotary_angles(x.shape[1], self.head_width, device=x.device)
+        angles = self.rotary(x.shape[1])
         arguments = (angles, None if lengths is None else frames, keep)
         for layer in self.layers:
             if self.checkpointing and self.training:
@@ -479,7 +474,7 @@ class FlashFormer(nn.Module):
             )
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-        frames = self.project.weight.new_zeros(batch_size, 0, self.in_channels)
+        frames = self.norm_in.weight.new_zeros(batch_size, 0, self.in_channels)
         # Frames of each rate that wait for their future.
         skips = [
             frames.new_zeros(
@@ -514,7 +509,8 @@ class FlashFormer(nn.Module):
         mix_w : torch.Tensor
             The next frames of the encoder, [B, N, n]; n may be 0.
         context : dict
-            From ``make_streaming_context``; changed.
+            From ``make_streaming_context``; changed. It follows the network
+            to another device.
 
         Returns
         -------
@@ -535,10 +531,18 @@ class FlashFormer(nn.Module):
                 f"the context is of {context['batch_size']} streams, got "
                 f"{mix_w.shape[0]}"
             )
-        if mix_w.dtype != context["frames"].dtype:
+        weight = self.norm_in.weight
+        for what in ("dtype", "device"):
+            own, given = getattr(weight, what), getattr(mix_w, what)
+            if own != given:
+                raise ValueError(f"the network is {own}, got {given}")
+        if context["frames"].dtype != weight.dtype:
             raise ValueError(
-                f"the network is {context['frames'].dtype}, got {mix_w.dtype}"
+                f"the network is {weight.dtype}, its context "
+                f"{context['frames'].dtype}"
             )
+        if context["frames"].device != weight.device:
+            context.update(move_state(context, weight.device))
         frames = torch.cat([context["frames"], mix_w], 2)
         ready = frames.shape[2] - frames.shape[2] % self.token_stride
         context["frames"] = frames[:, :, ready:].clone()
@@ -579,7 +583,7 @@ class FlashFormer(nn.Module):
             skips[i] = skip[:, x.shape[1] :]
             x = merge(x.unflatten(1, (-1, 2)).flatten(2))
 
-        angles = rotary_angles(n, self.head_width, seen, device=x.device)
+        angles = self.rotary(n, seen)
         mask = stream_mask(n, self._left, seen, x)
         for layer, past in zip(self.layers, context["layers"]):
             x = layer.forward_streaming(x, angles, mask, past)
@@ -589,7 +593,7 @@ class FlashFormer(nn.Module):
         # filling of the delay.
         keep = None
         if self.future_tokens and (
-            torch.compiler.is_exporting() or seen < self.future_tokens
+            isinstance(seen, torch.Tensor) or seen < self.future_tokens
         ):
             place = torch.arange(n, device=x.device) + seen
             keep = (place >= self.future_tokens).to(x.dtype)[None, :, None]
@@ -650,6 +654,11 @@ class FlashFormer(nn.Module):
             )
         frames = (lengths.to(mix_w.device) * mix_w.shape[2]).round().long()
         return frames.clamp(1, mix_w.shape[2])
+
+
+def move_state(state, device):
+    """A copy of a stream's state with all of its tensors on a device."""
+    return tree_map_only(torch.Tensor, lambda x: x.to(device), state)
 
 
 def _keep(frames, x):

@@ -182,7 +182,7 @@ def sdr(target, estimate, filter_length=512):
     Returns
     -------
     torch.Tensor
-        dB, float64, [..., S]; -80 for a silent estimate, as of SI-SNR.
+        dB, float64, CPU, [..., S]; -80 for a silent estimate, as of SI-SNR.
 
     Example
     -------
@@ -190,7 +190,8 @@ def sdr(target, estimate, filter_length=512):
     >>> (sdr(x, 0.5 * x.roll(3)) > 20).all()
     tensor(True)
     """
-    target, estimate = target.double(), estimate.double()
+    # Not every device has float64.
+    target, estimate = target.cpu().double(), estimate.cpu().double()
     taps = filter_length
     # Much faster than a length with a large prime in it.
     size = next_fast_len(target.shape[1] + taps - 1, real=True)
@@ -199,11 +200,11 @@ def sdr(target, estimate, filter_length=512):
     cross = torch.fft.irfft(
         spectrum.conj() * torch.fft.rfft(estimate, n=size), n=size
     )[..., :taps]
-    lag = torch.arange(taps, device=target.device)
+    lag = torch.arange(taps)
     toeplitz = auto[:, (lag[:, None] - lag).abs()]
     # A silent or very narrow-band target makes the system singular.
     ridge = 1e-10 * auto[:, :1, None] + torch.finfo(torch.float64).tiny
-    toeplitz = toeplitz + ridge * torch.eye(taps, device=target.device)
+    toeplitz = toeplitz + ridge * torch.eye(taps)
     # One factorisation for all estimates: [S, taps, K].
     columns = cross.reshape(-1, *auto.shape).permute(1, 2, 0)
     filters = torch.linalg.solve(toeplitz, columns)
@@ -248,7 +249,7 @@ def perceptual(name, target, estimate, sample_rate):
     1.0
     """
     check_perceptual([name], sample_rate)
-    pairs = zip(target.double().numpy(), estimate.double().numpy())
+    pairs = zip(*(x.cpu().double().numpy() for x in (target, estimate)))
     if name == "stoi":
         from pystoi import stoi
 

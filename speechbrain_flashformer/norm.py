@@ -146,7 +146,8 @@ class CumulativeNorm(GlobalNorm):
 
     def make_past(self, like):
         """What ``forward_streaming`` begins with; like is any [B, n, N]."""
-        return like.new_zeros(like.shape[0], 3, self.span, dtype=torch.double)
+        wide = torch.promote_types(like.dtype, torch.float32)
+        return like.new_zeros(like.shape[0], 3, self.span, dtype=wide)
 
     def forward(self, x):
         """Normalise x [B, L, N]."""
@@ -158,7 +159,7 @@ class CumulativeNorm(GlobalNorm):
         past [B, 3, span] holds ``weighted_sums`` of the last frames, 0 before
         the beginning.
         """
-        wide = x.double()
+        wide = x.to(past.dtype)
         known = torch.cat([past, weighted_sums(wide)], 2)
         # Span by span: what is left of the span before, and what is new. No
         # difference of running totals, in which a click would never be over.

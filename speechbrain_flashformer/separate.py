@@ -105,13 +105,16 @@ def encoder_statistics(blocks, encoder):
     True
     """
     kernel, stride = encoder_frame(encoder)
-    device = next(encoder.parameters()).device
+    weight = next(encoder.parameters())
+    dtype = torch.promote_types(weight.dtype, torch.float32)
     sums, frames, rest = 0, 0, None
 
     def _add(samples):
         nonlocal sums, frames
-        mix_w = encoder(samples.to(device)).double()
-        sums = sums + weighted_sums(mix_w.transpose(1, 2)).sum(2)
+        mix_w = encoder(samples.to(weight.device)).to(dtype)
+        block = weighted_sums(mix_w.transpose(1, 2)).sum(2)
+        # Over hours in float64, which only the CPU is sure to have.
+        sums = sums + block.cpu().double()
         frames += mix_w.shape[2]
 
     for block in blocks:
@@ -125,7 +128,7 @@ def encoder_statistics(blocks, encoder):
     covered = kernel - stride if frames else 0
     if rest.shape[1] > covered:
         _add(F.pad(rest, (0, kernel - rest.shape[1])))
-    return moments(sums)
+    return tuple(part.to(dtype).to(weight.device) for part in moments(sums))
 
 
 def _keep(lengths, size):

@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from speechbrain_flashformer.masknet import move_state
 from speechbrain_flashformer.separate import encoder_frame
 
 # Squares of samples beyond this would not be finite for long.
@@ -85,7 +86,8 @@ class StreamingSeparator:
         kernel``.
     state : dict
         All that the stream remembers: tensors, numbers and lists of these, of
-        bounded size. It can be copied, saved, and put back.
+        bounded size. It can be copied, saved, and put back, and follows the
+        modules to another device.
 
     Raises
     ------
@@ -149,8 +151,8 @@ class StreamingSeparator:
         Raises
         ------
         ValueError
-            When the block is of another shape or type, or the state that was
-            put back is of another model.
+            When the block is of another shape or type, the state that was put
+            back is of another model, or the modules are not on one device.
         RuntimeError
             After ``flush``.
         """
@@ -206,16 +208,24 @@ class StreamingSeparator:
         if state["frame"] != [self.kernel, self.stride]:
             raise ValueError("this state was made by another model")
         weight, samples = next(self.encoder.parameters()), state["samples"]
+        modules = (self.encoder, self.masknet, self.decoder)
+        devices = {next(m.parameters()).device for m in modules}
+        if len(devices) > 1:
+            raise ValueError(
+                "encoder, masknet and decoder are on several devices: "
+                + ", ".join(sorted(map(str, devices)))
+            )
         for what, old, new in (
             ("streams", state["network"]["batch_size"], self.batch_size),
             ("type", samples.dtype, weight.dtype),
-            ("device", samples.device, weight.device),
         ):
             if old != new:
                 raise ValueError(
                     f"this state was made by another model: {what} {old} in "
                     f"place of {new}"
                 )
+        if samples.device != weight.device:
+            state.update(move_state(state, weight.device))
 
     def _run(self, block):
         """Samples [B, n] to sources [B, m, S]."""
@@ -288,7 +298,7 @@ class StreamingStep(nn.Module):
         }
         state = {k: weight.new_zeros(batch_size, *v) for k, v in state.items()}
         context = masknet.make_streaming_context(batch_size)
-        state["tokens"] = torch.zeros(1, dtype=torch.long)
+        state["tokens"] = weight.new_zeros(1, dtype=torch.long)
         state |= _flat({part: context[part] for part in PARTS})
         # What holds nothing needs no name.
         return {k: tensor for k, tensor in state.items() if tensor.numel()}

@@ -11,9 +11,8 @@ from speechbrain_flashformer.attention import (
     attend,
     attention_report,
     choose_backend,
-    rotary_angles,
-    rotate,
 )
+from speechbrain_flashformer.rotary import RotaryAngles, rotate
 
 WINDOWS = [
     (-1, -1),
@@ -153,7 +152,7 @@ def test_errors_name_the_matter():
     with pytest.raises(ValueError, match="lengths"):
         attend(q, k, v, lengths=torch.tensor([5, 5]))
     with pytest.raises(ValueError, match="even head width, got 7"):
-        rotary_angles(4, 7)
+        RotaryAngles(7)
 
 
 def test_a_backend_that_cannot_run_says_why_and_what_can():
@@ -285,7 +284,7 @@ def test_rotary_positions_turn_pairs_as_complex_numbers():
     turn = place * 10000.0 ** (-torch.arange(8) / 8)
     turned = torch.complex(*x.chunk(2, 3)) * torch.polar(turn * 0 + 1, turn)
     torch.testing.assert_close(
-        rotate(x, rotary_angles(30, 16, offset=7)),
+        rotate(x, RotaryAngles(16)(30, offset=7)),
         torch.cat([turned.real, turned.imag], 3),
         atol=1e-5,
         rtol=0,
@@ -294,13 +293,14 @@ def test_rotary_positions_turn_pairs_as_complex_numbers():
 
 def test_rotary_positions_are_relative():
     q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 30, 1, 16)
-    angles = rotary_angles(30, 16)
+    rotary = RotaryAngles(16)
+    angles = rotary(30)
     scores = torch.einsum("bqhd,bkhd->qk", rotate(q, angles), rotate(k, angles))
     for distance in (-7, 0, 12):
         band = scores.diagonal(distance)
         torch.testing.assert_close(band, band[:1].expand_as(band))
     # The same far into a recording of an hour.
-    far = rotary_angles(30, 16, offset=450_000)
+    far = rotary(30, offset=450_000)
     late = torch.einsum("bqhd,bkhd->qk", rotate(q, far), rotate(k, far))
     torch.testing.assert_close(late, scores, atol=1e-4, rtol=0)
 

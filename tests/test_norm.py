@@ -59,6 +59,24 @@ def test_the_level_makes_no_difference(level):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("cut", [1, 77, 2000])
+def test_sums_are_exact_without_float64(cut):
+    """Over spans as long as the yamls', after a click, however it is cut."""
+    norm = CumulativeNorm(8, span=2000)
+    x = torch.rand(1, 9000, 8) * torch.rand(1, 9000, 1)
+    x[:, 100] *= 1e6
+    past, parts = norm.make_past(x), []
+    assert past.dtype == torch.float32
+    for part in x[:, : 9000 if cut > 1 else 3000].split(cut, 1):
+        out, past = norm.forward_streaming(part, past)
+        parts.append(out)
+    found = torch.cat(parts, 1)
+    wide = CumulativeNorm(8, span=2000).double()
+    exact = wide(x.double())[:, : found.shape[1]].float()
+    torch.testing.assert_close(found, exact, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_the_norm_forgets():
     """A loud beginning is over when the span is, in both forms."""
     norm = CumulativeNorm(8, span=50)
