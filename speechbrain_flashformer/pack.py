@@ -3,6 +3,7 @@
 import csv
 import os
 import shutil
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -13,9 +14,22 @@ from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_flashformer import __version__
 from speechbrain_flashformer.checkpoints import averaged_weights, misfits
+from speechbrain_flashformer.models import (
+    build_model,
+    compose_yaml,
+    read_yaml,
+)
 from speechbrain_flashformer.scores import SUMMARY
 from speechbrain_flashformer.separate import MODULES
+from speechbrain_flashformer.streaming import lookahead_tokens
+from speechbrain_flashformer.trust import untrusted
+from speechbrain_flashformer.weights import (
+    fit_weights,
+    one_line,
+    read_weights,
+)
 
+LOOKAHEAD = "!apply:speechbrain_flashformer.streaming.lookahead_tokens"
 PACKED = {"hyperparams.yaml", "README.md", *(f"{m}.ckpt" for m in MODULES)}
 
 TAIL = """
@@ -47,17 +61,17 @@ Separates single-channel recordings of {num_spks} speakers at {sample_rate} Hz;
 
 ```sh
 pip install speechbrain-flashformer
-flashformer separate mixture.wav -o separated --model {name}
+flashformer separate mixture.wav -o separated --model {name}{option}
 ```
 
 ```python
 from speechbrain_flashformer.inference import FlashFormerSeparation
 
-model = FlashFormerSeparation.from_hparams("{name}")
+model = FlashFormerSeparation.from_hparams("{name}"{argument})
 sources = model.separate_file("mixture.wav")  # [1, time, speakers]
 ```
 
-`{name}` is this folder, or its name on a model hub.
+`{name}` is this folder; for the same on a model hub write `hf:OWNER/{name}`.
 {results}
 ## Training
 
@@ -99,9 +113,12 @@ def pack(run, out, half=False, overwrite=False):
         When the run lacks its hyperparams.yaml or a checkpoint.
     FileExistsError
         When the folder exists.
+    ValueError
+        When a file of the run is broken, or does not fit another.
     """
     run, out = Path(run).resolve(), Path(out).resolve()
-    if not (run / "hyperparams.yaml").is_file():
+    source = run / "hyperparams.yaml"
+    if not source.is_file():
         raise FileNotFoundError(
             f"no hyperparams.yaml in {run}: give the output folder of a "
             "training"
@@ -121,33 +138,28 @@ def pack(run, out, half=False, overwrite=False):
                 f"{out} is more than a packed model and is not replaced: "
                 "choose another folder"
             )
-    tree = YAML().load(run / "hyperparams.yaml")
-    best = []
-    if (run / "save").is_dir():
-        best = Checkpointer(run / "save").find_checkpoints(
-            min_key="si-snr",
-            max_num_checkpoints=tree.get("avg_checkpoints", 1),
-        )
-    if not best:
-        raise FileNotFoundError(f"no validated checkpoint in {run / 'save'}")
+    text = read_yaml(source)
+    compose_yaml(text, source)  # or tell what is wrong with it
+    tree = YAML().load(text)
+    hyperparams = _hyperparams(tree, source)
+    # A masknet of one's own is left alone: only who trusts it builds it.
+    odd = untrusted(compose_yaml(hyperparams, source))
+    modules = None if odd else build_model(hyperparams, source)["modules"]
+    best = _best_checkpoints(run / "save", tree.get("avg_checkpoints", 1))
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     old = partial.with_suffix(".old")
     partial.mkdir(parents=True)
     try:
-        with (partial / "hyperparams.yaml").open("w", encoding="utf-8") as file:
-            _write_hyperparams(tree, file)
+        (partial / "hyperparams.yaml").write_text(hyperparams, "utf-8")
         parameters = 0
         for name in MODULES:
-            state = averaged_weights(best, name)
-            # Trained on several GPUs, every key has this in front.
-            state = {k.removeprefix("module."): v for k, v in state.items()}
-            if name == "decoder":
-                gain = 10 ** (-best[0].meta.get("level_db", 0.0) / 20)
-                gain *= best[0].meta.get("polarity", 1)
-                state = {k: v * gain for k, v in state.items()}
+            state = _weights(best, name)
             parameters += sum(value.numel() for value in state.values())
+            file = best[0].path / f"{name}.ckpt"
+            if modules is not None:
+                fit_weights(modules[name], state, file)
             if half:
-                state = {k: v.half() for k, v in state.items()}
+                state = _halved(state, file)
             torch.save(state, partial / f"{name}.ckpt")
         card = CARD.format(
             name=out.name,
@@ -156,6 +168,8 @@ def pack(run, out, half=False, overwrite=False):
             parameters=parameters / 1e6,
             version=__version__,
             results=_results(run, best[0].meta),
+            option=" --trust" if odd else "",
+            argument=", trust=True" if odd else "",
         )
         (partial / "README.md").write_text(card, encoding="utf-8")
         if out.exists():
@@ -193,29 +207,108 @@ def start_from(folder, modules):
                 f"no {path} to start from: give a folder made by 'flashformer "
                 "pack'"
             )
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_weights(path)
         if wrong := misfits(state, modules[name]):
             raise ValueError(
                 f"{path} does not fit the {name} of the yaml in {len(wrong)} "
                 f"weights, such as {wrong[0]}: take over the numbers of the "
                 "hyperparams.yaml beside it"
             )
-        modules[name].load_state_dict(state)
+        fit_weights(modules[name], state, path)
 
 
-def _write_hyperparams(tree, file):
-    """Only what inference needs, with nothing to include."""
-    file.write("# The model of a training run, flattened.\n\n")
-    yaml = YAML()
-    yaml.indent(mapping=4, sequence=4, offset=2)
+def _best_checkpoints(save, count):
+    if type(count) is not int or count < 1:
+        raise ValueError(
+            f"avg_checkpoints of {save.parent / 'hyperparams.yaml'} is a whole "
+            f"number from 1, not {count!r}"
+        )
+    best = []
+    if save.is_dir():
+        try:
+            best = Checkpointer(save).find_checkpoints(
+                min_key="si-snr", max_num_checkpoints=count
+            )
+        # Of a CKPT.yaml: syntax, missing or of another kind.
+        except Exception as error:
+            raise ValueError(
+                f"a checkpoint in {save} has a broken CKPT.yaml "
+                f"({one_line(error)}): move it away"
+            ) from error
+    if not best:
+        raise FileNotFoundError(f"no validated checkpoint in {save}")
+    return best
+
+
+def _weights(best, name):
+    """The weights of one module, ready for inference."""
+    for checkpoint in best:
+        try:
+            read_weights(checkpoint.path / f"{name}.ckpt")
+        except ValueError as error:
+            raise ValueError(
+                f"{name}.ckpt is broken in {checkpoint.path}: move that folder "
+                "away, and the next best is packed"
+            ) from error
+    state = averaged_weights(best, name)
+    # Trained on several GPUs, every key has this in front.
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    if name == "decoder":
+        # A loss that fixes level and polarity leaves both out.
+        gain = 10 ** (-best[0].meta.get("level_db", 0.0) / 20)
+        gain *= best[0].meta.get("polarity", 1)
+        state = {k: v * gain for k, v in state.items()}
+    return state
+
+
+def _halved(state, path):
+    state = {
+        key: value.half() if value.is_floating_point() else value
+        for key, value in state.items()
+    }
+    if not all(value.isfinite().all() for value in state.values()):
+        raise ValueError(
+            f"{path} has weights too large for half precision: pack without "
+            "--half"
+        )
+    return state
+
+
+def _hyperparams(tree, path):
+    """Only what inference needs, with nothing to include, as text."""
+    keys = ("num_spks", "sample_rate", "modules")
+    if lacking := [key for key in keys if key not in tree]:
+        raise ValueError(
+            f"{path} has no {', '.join(lacking)}: give the output folder of a "
+            "training"
+        )
     kept = {name: _plain(tree[name]) for name in ("num_spks", "sample_rate")}
-    kept |= {name: _plain(tree["modules"][name]) for name in MODULES}
-    yaml.dump(kept, file)
-    file.write(TAIL)
+    for name in MODULES:
+        modules = tree["modules"]
+        node = modules.get(name) if isinstance(modules, dict) else None
+        if not _tag(node).startswith("!new:"):
+            raise ValueError(
+                f"{path}: modules have no {name} with its class: give the "
+                "output folder of a training"
+            )
+        kept[name] = _plain(node)
+    yaml, text = YAML(), StringIO()
+    yaml.indent(mapping=4, sequence=4, offset=2)
+    yaml.dump(kept, text)
+    head = "# The model of a training run, flattened.\n\n"
+    return head + text.getvalue() + TAIL
+
+
+def _tag(node):
+    tag = getattr(node, "tag", None)
+    return str(tag.value or "") if tag is not None else ""
 
 
 def _plain(node):
     """A copy of a yaml node with its tags, without comments and anchors."""
+    if _tag(node) == LOOKAHEAD:
+        # The one number that the recipes compute: a packed model calls nothing.
+        return lookahead_tokens(**node)
     if isinstance(node, CommentedMap):
         copy = CommentedMap((k, _plain(v)) for k, v in node.items())
     elif isinstance(node, CommentedSeq):
@@ -241,10 +334,11 @@ def _results(run, meta):
     if file.is_file():
         with file.open(newline="", encoding="utf-8") as rows:
             table = {row["snt_id"]: row for row in csv.DictReader(rows)}
-        mean = table["avg"]
-        lines.append(
-            f"- test, {len(table) - len(SUMMARY)} mixtures: "
-            f"SI-SNRi {float(mean['si-snr_i']):.2f} dB, "
-            f"SDRi {float(mean['sdr_i']):.2f} dB"
-        )
+        # A test that was stopped has no mean yet.
+        if mean := table.get("avg"):
+            lines.append(
+                f"- test, {len(table) - len(SUMMARY)} mixtures: "
+                f"SI-SNRi {float(mean['si-snr_i']):.2f} dB, "
+                f"SDRi {float(mean['sdr_i']):.2f} dB"
+            )
     return "\n## Results\n\n" + "\n".join(lines) + "\n"

@@ -6,7 +6,7 @@ import torch
 
 from speechbrain_flashformer.checkpoints import misfits
 
-MEND = "copy the whole model again, or pack its training again"
+MEND = "copy it again from where it is whole, or pack its training again"
 
 
 def load_weights(module, path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hyperpyyaml import load_hyperpyyaml
 
+from speechbrain_flashformer import cli
 from speechbrain_flashformer.inference import FlashFormerSeparation
 from speechbrain_flashformer.pack import pack, start_from
 
@@ -162,17 +163,127 @@ def test_only_a_packed_folder_is_replaced(make_run, tmp_path):
 def test_folders_that_are_no_run_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no hyperparams.yaml in"):
         pack(tmp_path, tmp_path / "out")
-    (tmp_path / "hyperparams.yaml").write_text("num_spks: 2\n")
-    with pytest.raises(FileNotFoundError, match="no validated checkpoint in"):
-        pack(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failure_leaves_nothing(make_run, tmp_path):
+def edit(old, new):
+    def change(run):
+        text = (run / "hyperparams.yaml").read_text()
+        assert old in text
+        (run / "hyperparams.yaml").write_text(text.replace(old, new))
+
+    return change
+
+
+def write(name, content):
+    def change(run):
+        (path,) = run.glob(name)
+        path.write_bytes(content)
+
+    return change
+
+
+def remove(name):
+    def change(run):
+        (path,) = run.glob(name)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return change
+
+
+def with_decoder(value):
+    def change(run):
+        (path,) = run.glob("save/*/decoder.ckpt")
+        state = torch.load(path, weights_only=True)
+        torch.save(
+            {name: weight * value for name, weight in state.items()}, path
+        )
+
+    return change
+
+
+BROKEN = {
+    "syntax": (write("hyperparams.yaml", b"a: ["), "hyperparams.yaml is no y"),
+    "empty": (write("hyperparams.yaml", b""), "hyperparams.yaml is empty"),
+    "few": (write("hyperparams.yaml", b"a: 1"), "has no num_spks, sample_rate"),
+    "modules": (
+        write("hyperparams.yaml", b"num_spks: 2\nsample_rate: 8\nmodules: 1"),
+        "modules have no encoder with its class",
+    ),
+    "unresolved": (
+        write(
+            "hyperparams.yaml",
+            b"num_spks: 2\nsample_rate: 8\nmodules: {encoder: !ref <a>}",
+        ),
+        "modules have no encoder with its class",
+    ),
+    "argument": (edit("lookback", "lookbak"), "unexpected keyword .*lookbak"),
+    "rate": (edit("8000", "fast"), "sample_rate is a whole number"),
+    "average": (
+        edit("num_spks: 2\nsam", "num_spks: 2\navg_checkpoints: 0\nsam"),
+        "avg_checkpoints of .* is a whole number",
+    ),
+    "no checkpoint": (remove("save"), "no validated checkpoint in"),
+    "meta": (write("save/*/CKPT.yaml", b"a: ["), "has a broken CKPT.yaml"),
+    "cut": (write("save/*/decoder.ckpt", b"cut"), "decoder.ckpt is broken in"),
+    "missing": (remove("save/*/decoder.ckpt"), "cannot read it .*decoder.ckpt"),
+    "other": (edit("d_ffn: 32", "d_ffn: 64"), "does not fit the masknet"),
+    "nan": (with_decoder(torch.nan), "decoder.ckpt has .* not finite"),
+    "half": (with_decoder(1e9), "too large for half precision"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_run_is_one_error(make_run, tmp_path, capsys, case):
     run = make_run(tmp_path / "run", seed=0)
-    (path,) = (run / "save").glob("CKPT*/decoder.ckpt")
-    path.write_bytes(b"cut")
-    before = set(tmp_path.iterdir())
-    with pytest.raises(Exception, match=r"."):
-        pack(run, tmp_path / "out")
-    assert set(tmp_path.iterdir()) == before
+    change, message = BROKEN[case]
+    change(run)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as told:
+        pack(run, tmp_path / "out", half=True)
+    assert str(run) in str(told.value)
+    arguments = ["pack", str(run), str(tmp_path / "out"), "--half"]
+    assert cli.main(arguments) == 1
+    assert capsys.readouterr().err == f"flashformer: {told.value}\n"
+    assert list(tmp_path.iterdir()) == [run]
+
+
+def test_a_model_without_level_and_polarity_is_packed_as_it_is(
+    make_run, tmp_path
+):
+    run = make_run(tmp_path / "run", seed=0)
+    (path,) = run.glob("save/*/CKPT.yaml")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(
+        "".join(x for x in lines if not x.startswith(("level_db", "polarity")))
+    )
+    (trained,) = run.glob("save/*/decoder.ckpt")
+    packed = pack(run, tmp_path / "out") / "decoder.ckpt"
+    expected = torch.load(trained, weights_only=True)
+    state = torch.load(packed, weights_only=True)
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+def test_a_network_of_ones_own_needs_trust(make_run, tmp_path):
+    run = make_run(tmp_path / "run", seed=0)
+    # Under a name that only who trusts the model may look up.
+    edit("!new:speechbrain_flashformer.FlashFormer", "!new:conftest.Own")(run)
+    folder = pack(run, tmp_path / "out")
+    with pytest.raises(ValueError, match="asks for '!new:conftest.Own'"):
+        FlashFormerSeparation.from_hparams(folder)
+    card = (folder / "README.md").read_text()
+    assert "--model out --trust\n" in card
+    assert 'from_hparams("out", trust=True)' in card
+
+
+def test_what_the_recipes_compute_is_packed_as_a_number(make_run, tmp_path):
+    run = make_run(tmp_path / "run", seed=0, causal=True)
+    computed = (
+        "  causal: true\n  future_tokens: !apply:speechbrain_flashformer."
+        "streaming.lookahead_tokens\n    {lookahead_ms: 16, sample_rate: "
+        "8000, kernel_stride: 8, token_stride: 8}\n"
+    )
+    edit("  causal: true\n", computed)(run)
+    folder = pack(run, tmp_path / "out")
+    text = (folder / "hyperparams.yaml").read_text()
+    assert "future_tokens: 2" in text and "!apply" not in text
+    FlashFormerSeparation.from_hparams(folder)
