@@ -25,6 +25,8 @@ OPTIONS = {"opset_version": 18, "dynamo": True, "verbose": False}
 TOLERANCE = 1e-4
 # Blocks of a stream that an export is compared over.
 CHECKED_BLOCKS = 30
+# Of a protocol buffer, with room for the graph, bytes.
+MOST_BYTES = 2**31 - 2**24
 
 
 class WaveformSeparator(nn.Module):

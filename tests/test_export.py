@@ -44,6 +44,14 @@ def test_onnxruntime_equals_torch(model, graph, batch, samples):
     )
 
 
+def test_weights_that_no_file_can_hold_are_refused(
+    model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(export, "MOST_BYTES", 1000)
+    with pytest.raises(ValueError, match="GB of weights, more than one ONNX"):
+        export.export_onnx(model, tmp_path / "a.onnx")
+
+
 @pytest.mark.parametrize("future_tokens", [0, 2])
 def test_a_causal_network_is_exported_whole_too(tmp_path, future_tokens):
     modules = {
