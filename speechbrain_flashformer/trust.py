@@ -84,9 +84,9 @@ class PackedLoader(Loader):
 def refusal(odd, path):
     """Why a yaml is not built, and what to do about it."""
     return (
-        f"{path} asks for {odd[0][:99]!r}, which 'flashformer pack' never writes "
-        "and which may run code: if you trust who made it, say --trust (in "
-        "Python trust=True)"
+        f"{path} asks for {odd[0][:99]!r}, which 'flashformer pack' never "
+        "writes and which may run code: if you trust who made it, say --trust "
+        "(in Python trust=True)"
     )
 
 

@@ -511,11 +511,13 @@ def test_run_opts_change_no_result(packed_causal, monkeypatch, options):
 def test_run_opts_choose_the_precision(packed, model):
     mixture = torch.randn(1, 1600)
     half = load(packed, run_opts={"device": "cpu", "precision": "bf16"})
-    expected = model.separate_audio(mixture, precision="bf16")
-    for out in half.separate_audio(mixture), half.separate_batch(mixture):
-        assert out.dtype == torch.float32
-        torch.testing.assert_close(out, expected)
-    assert not torch.equal(model.separate_batch(mixture), expected)
+    torch.testing.assert_close(
+        half.separate_audio(mixture),
+        model.separate_audio(mixture, precision="bf16"),
+    )
+    out, full = half.separate_batch(mixture), model.separate_batch(mixture)
+    assert out.dtype == torch.float32 and not torch.equal(out, full)
+    assert (out - full).norm() < 0.05 * full.norm()
 
 
 def test_modules_that_cannot_be_scripted_are_told(packed):
