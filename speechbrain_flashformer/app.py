@@ -73,9 +73,17 @@ def serve(model, host="127.0.0.1", port=None, max_minutes=60, max_mb=500):
         When the port is taken.
     """
     # Uploads, results and whatever else gradio keeps on disk.
-    with tempfile.TemporaryDirectory(prefix="flashformer-app-") as folder:
-        # gradio reads it when it is imported, too.
-        os.environ["GRADIO_TEMP_DIR"] = folder
+    parent = os.environ.get("GRADIO_TEMP_DIR")
+    if parent:
+        Path(parent).mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(
+            prefix="flashformer-app-", dir=parent
+        ) as folder,
+        # gradio reads these when it is imported, too. It asks its own page
+        # whether it is there, which no proxy knows.
+        _environment(GRADIO_TEMP_DIR=folder, NO_PROXY="*", no_proxy="*"),
+    ):
         gradio = _gradio()
         page = _build_page(model, folder, max_minutes, max_mb)
         try:
@@ -99,7 +107,21 @@ def serve(model, host="127.0.0.1", port=None, max_minutes=60, max_mb=500):
             yield url
         finally:
             page.close(verbose=False)
-            del os.environ["GRADIO_TEMP_DIR"]
+
+
+@contextmanager
+def _environment(**values):
+    """Set environment variables while the context lasts."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _build_page(model, folder, max_minutes, max_mb):

@@ -512,6 +512,10 @@ def _stream(parsed):
             parsed.block / 1000,
             _unbuffered(sys.stdout, "wb") if listened else None,
             writer,
+            lambda load: _tell(
+                f"falls behind: load {load:.2f} (computing / audio); a longer "
+                "--block costs less"
+            ),
         )
     if load.heard:
         _tell(

@@ -9,13 +9,14 @@ Axes: n samples, S sources.
 import os
 import shutil
 import uuid
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import soundfile
 
 from speechbrain_flashformer.containers import native_name
 
+BYTES = {"FLOAT": 4, "PCM_16": 2, "PCM_24": 3}  # per sample
 SUBTYPES = {"float": "FLOAT", "pcm16": "PCM_16", "pcm24": "PCM_24"}
 SOFTWARE = "speechbrain_flashformer"  # tells sources from recordings
 WAV_LIMIT = 2**32 - 2**16  # bytes; longer ones are written as RF64
@@ -103,7 +104,10 @@ class SourceWriter:
             free = shutil.disk_usage(folder).free
         except OSError as error:
             raise OSError(f"cannot write in {folder}: {error}") from error
-        needed = 4 * (self.frames or 0) * len(self.paths)
+        frames = self.frames or 0
+        needed = 4 * frames * len(self.paths)
+        if self.normalize or self.subtype != "FLOAT":
+            needed += BYTES[self.subtype] * frames  # one is written anew
         if free < needed:
             raise OSError(
                 f"{folder} has {free / 1e6:.0f} MB free, the sources need "
@@ -141,10 +145,24 @@ class SourceWriter:
                     for path in self.partial:
                         self._rewrite(path)
                 self._check_absent()
-                for partial, path in zip(self.partial, self.paths):
-                    os.replace(partial, path)
+                self._rename()
         finally:
             self._discard()
+
+    def _rename(self):
+        """Give all files their names, or leave all as it was."""
+        with ExitStack() as undo:
+            old = []
+            for partial, path in zip(self.partial, self.paths):
+                if path.exists():
+                    old.append(partial.with_name(f"{partial.name}-old"))
+                    os.replace(path, old[-1])
+                    undo.callback(os.replace, old[-1], path)
+                os.replace(partial, path)
+                undo.callback(path.unlink)
+            undo.pop_all()
+        for path in old:
+            path.unlink()
 
     def _set_gain(self):
         if self.normalize and self.peak > 0:
@@ -169,7 +187,9 @@ class SourceWriter:
     def _open(self, path, subtype):
         # RF64 has no limit, but fewer programs read it: what may become too
         # long is written anew as WAV once it is known not to be.
-        too_long = self.frames is None or 4 * self.frames > WAV_LIMIT
+        too_long = (
+            self.frames is None or BYTES[subtype] * self.frames > WAV_LIMIT
+        )
         try:
             file = soundfile.SoundFile(
                 native_name(path),

@@ -30,9 +30,11 @@ NOT_PCM = {
     b"caff": "CAF",
 }
 FULL_SCALE = 2**15
+WATCHED = 5.0  # seconds of sound over which a stream may fall behind
+QUIET = 30.0  # seconds of sound between two warnings
 
 
-def separate_live(model, reader, block, sink=None, writer=None):
+def separate_live(model, reader, block, sink=None, writer=None, warn=None):
     """Separate what a reader hears until it ends, or nobody listens.
 
     Arguments
@@ -48,6 +50,9 @@ def separate_live(model, reader, block, sink=None, writer=None):
         encoding. Without a buffer, so that they are heard at once.
     writer : SourceWriter, optional
         Gets them too.
+    warn : callable, optional
+        Called with the load (computing / audio) when it is above 1: the
+        stream falls behind.
 
     Returns
     -------
@@ -61,7 +66,7 @@ def separate_live(model, reader, block, sink=None, writer=None):
     SystemExit
         When no sound came before the signal that ended it.
     """
-    rate, load = reader.sample_rate, Load()
+    rate, load = reader.sample_rate, Load(warn)
     # What torch does once, it does before the sound comes.
     warm = [torch.zeros(1, math.ceil(min(block, 0.1) * rate))] * 20
     for _ in model.separate_stream(warm, rate):
@@ -254,6 +259,11 @@ class PcmReader:
 class Load:
     """What blocks cost, in memory that does not grow.
 
+    Arguments
+    ---------
+    warn : callable, optional
+        As for ``separate_live``.
+
     Example
     -------
     >>> load = Load()
@@ -263,13 +273,15 @@ class Load:
     (0.03, 0)
     """
 
-    def __init__(self):
+    def __init__(self, warn=None):
+        self.warn, self.warned = warn, -QUIET
         self.heard = self.spent = self.elsewhere = 0.0  # seconds
         self.overruns = self.clipped = self.silenced = 0
         self.times = Counter()  # by their logarithm, to a hundredth
 
     def watch(self, blocks, sample_rate):
         """Yield blocks [1, n]; until the next is asked for, time runs."""
+        heard, before = self.heard, self.spent
         for block in blocks:
             self.silenced += (~(block.abs() < TOO_LOUD)).sum().item()
             self.elsewhere = 0.0
@@ -281,6 +293,14 @@ class Load:
             self.spent += spent
             self.overruns += spent > seconds
             self.times[math.ceil(100 * math.log(max(spent, 1e-9)))] += 1
+            if self.heard - heard >= WATCHED:
+                self._warn((self.spent - before) / (self.heard - heard))
+                heard, before = self.heard, self.spent
+
+    def _warn(self, load):
+        if self.warn and load > 1 and self.heard - self.warned >= QUIET:
+            self.warned = self.heard
+            self.warn(load)
 
     def encode(self, sources, encoding):
         """Sources [n, S] as bytes; 16 bits clip."""

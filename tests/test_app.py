@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -216,6 +217,32 @@ def test_what_is_old_goes_and_ten_seconds_take_less_than_five(
         while kept() and time.monotonic() < end:
             time.sleep(0.2)
         assert not kept()
+
+
+@pytest.mark.parametrize(
+    "name, proxy",
+    [
+        ("http_proxy", "http://127.0.0.1:9"),
+        ("all_proxy", "socks5://127.0.0.1:9"),
+    ],
+)
+def test_a_proxy_is_not_asked_and_the_environment_stays(
+    tmp_path, monkeypatch, name, proxy
+):
+    monkeypatch.setenv(name, proxy)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "new" / "temporary"))
+    before = dict(os.environ)
+    model = SimpleNamespace(
+        hparams=SimpleNamespace(num_spks=2, sample_rate=8000)
+    )
+    with app.serve(model) as url:
+        port = int(url.rstrip("/").rsplit(":", 1)[1])
+        socket.create_connection(("127.0.0.1", port), 5).close()
+        (kept,) = (tmp_path / "new" / "temporary").iterdir()
+        assert os.environ["GRADIO_TEMP_DIR"] == str(kept)
+    for changed in ("GRADIO_TEMP_DIR", "NO_PROXY", "no_proxy"):
+        assert os.environ.get(changed) == before.get(changed)
+    assert not list((tmp_path / "new" / "temporary").iterdir())
 
 
 # --- the command -------------------------------------------------------------

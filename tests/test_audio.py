@@ -1,9 +1,11 @@
 """Files in blocks: what is read, resampled and written, and what is refused."""
 
+import itertools
 import os
 import re
 import struct
 import threading
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -502,6 +504,52 @@ def test_too_small_a_disk_is_told_before_work(paths):
     assert list(paths[0].parent.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "options, needed",
+    [({}, 8), ({"normalize": True}, 12)]
+    + [({"subtype": "pcm16"}, 10), ({"subtype": "pcm24"}, 11)],
+)
+def test_what_is_written_anew_has_to_fit_too(
+    paths, monkeypatch, options, needed
+):
+    # More samples than 32 bits count, and a disk that has a byte too few.
+    frames = 2**33
+    usage = namedtuple("usage", "free")(needed * frames - 1)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage)
+    message = f"need {needed * frames / 1e6:.0f} MB"
+    with (
+        pytest.raises(OSError, match=message),
+        SourceWriter(paths, 8000, frames, **options),
+    ):
+        raise AssertionError("began all the same")
+
+
+@pytest.mark.parametrize(
+    "exists, failing",
+    [(False, 1), (False, 2)] + [(True, number) for number in (1, 2, 3, 4)],
+)
+def test_a_rename_that_fails_leaves_all_as_it_was(
+    paths, monkeypatch, exists, failing
+):
+    if exists:
+        write(paths, torch.zeros(10, 2))
+    before = {
+        path.name: path.read_bytes() for path in paths[0].parent.glob("*")
+    }
+    replace, count = os.replace, itertools.count(1)
+
+    def refuse(source, target):
+        if next(count) == failing:
+            raise OSError("no rename today")
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", refuse)
+    with pytest.raises(OSError, match="no rename today"):
+        write(paths, torch.ones(10, 2), overwrite=True)
+    after = {path.name: path.read_bytes() for path in paths[0].parent.iterdir()}
+    assert after == before
+
+
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "out").write_text("a file")
     with (
@@ -527,6 +575,12 @@ def test_long_recordings_get_a_header_that_holds_them(paths, monkeypatch):
     write(paths, torch.ones(500, 2))
     assert soundfile.info(paths[0]).format == "RF64"
     assert read(paths).all()
+
+
+def test_pcm_that_fits_a_wav_is_one(paths, monkeypatch):
+    monkeypatch.setattr(files, "WAV_LIMIT", 1500)
+    write(paths, torch.ones(500, 2), subtype="pcm16")
+    assert soundfile.info(paths[0]).format == "WAV"
 
 
 def test_a_folder_in_the_place_of_a_file_is_told(paths):

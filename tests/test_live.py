@@ -1,6 +1,7 @@
 """Live sound: what comes out of pipes is what the stream gives."""
 
 import io
+import itertools
 import os
 import signal
 import struct
@@ -192,6 +193,33 @@ def test_load_is_told_in_little_memory():
     assert load.percentile(50) == pytest.approx(0.0015, rel=0.011)
     assert load.overruns == (spent > 0.001875).sum()
     assert len(load.times) < 100
+
+
+def test_a_stream_that_falls_behind_is_told_while_it_does(monkeypatch):
+    # 10 s in time, 100 s too slow, 10 s in time.
+    spent = np.repeat([0.5, 1.25, 0.5], [10, 100, 10])
+    clock = iter(np.stack([np.zeros_like(spent), spent], 1).ravel())
+    monkeypatch.setattr(
+        "speechbrain_flashformer.live.perf_counter", lambda: next(clock)
+    )
+    told = []
+    load = Load(lambda value: told.append((load.heard, value)))
+    for _ in load.watch([torch.zeros(1, 8000)] * 120, 8000):
+        pass
+    assert told == [(15, 1.25), (45, 1.25), (75, 1.25), (105, 1.25)]
+
+
+def test_the_command_says_that_it_falls_behind(
+    flashformer, capsys, monkeypatch
+):
+    # A clock that runs a second between two looks at it.
+    clock = itertools.count()
+    monkeypatch.setattr(
+        "speechbrain_flashformer.live.perf_counter", lambda: next(clock)
+    )
+    assert flashformer(pcm(6 * RATE).tobytes(), "--block", 500) == 0
+    told = capsys.readouterr().err
+    assert told.count("falls behind: load 2.00") == 1
 
 
 @pytest.mark.parametrize("rate", [RATE, 44100])
