@@ -283,30 +283,64 @@ def test_three_speakers_come_out_in_order(sources):
     assert swapped_share(out, sources) == 0
 
 
-def test_channels_are_ordered_apart(sources):
-    mixture = sources.sum(0)
-    other = sources.flip(0)
-    calls = []
+def at_random(channels, seed):
+    """A network that knows each channel's sources, [C, S, T]."""
+    generator = torch.Generator().manual_seed(seed)
+    calls, swaps = [], []
 
     def network(chunks):
+        start = PLAN.hop * len(calls)
         calls.append(len(chunks))
-        start = PLAN.hop * (len(calls) - 1)
-        pair = [x[:, start:][:, : chunks.shape[1]].T for x in (sources, other)]
-        if len(calls) % 2:
-            pair[1] = pair[1].flip(1)
-        return torch.stack(pair)
+        out = []
+        for sources in channels:
+            order = torch.randperm(len(sources), generator=generator)
+            swaps.append(order[0].item())
+            piece = sources[:, start : start + chunks.shape[1]]
+            out.append(piece[order].T)
+        return torch.stack(out)
 
-    # Ends on a chunk, so that each chunk begins where the plan says.
-    samples = PLAN.hop * 5 + PLAN.chunk
-    two = mixture[None, :samples].repeat(2, 1)
-    out = run(two, network)
-    assert swapped_share(out[0].T, sources[:, :samples]) == 0
-    assert swapped_share(out[1].T, sources[:, :samples]) == 0
+    return network, swaps
+
+
+# Ends on a chunk, so that each chunk begins where the plan says.
+SAMPLES = PLAN.hop * 5 + PLAN.chunk
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_channels_of_one_conversation_have_one_order(sources, seed):
+    sources = sources[:, :SAMPLES]
+    if seed % 2:  # one speaker is late
+        sources[1, : 2 * RATE] = 0
+    # A microphone at another place: other levels, 4 ms later.
+    far = torch.tensor([[0.1], [0.9]]) * sources.roll(32, 1)
+    network, swaps = at_random([sources, far], seed)
+    out = run(torch.randn(2, SAMPLES), network)
+    assert 0 < sum(swaps) < len(swaps)
+    for channel, true in zip(out, (sources, far)):
+        assert swapped_share(channel.T, true) == 0
+    one, other = (channel.T / channel.norm(dim=0)[:, None] for channel in out)
+    alike = one @ other.roll(-32, 1).T
+    assert alike.diag().min() > 0.7 > alike.fliplr().diag().max()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_channels_of_other_conversations_stay_in_order(sources, seed):
+    other = torch.stack(
+        [voice(60, 130, 1.2, seed=3), voice(60, 230, 1.4, seed=4)]
+    )
+    both = sources[:, :SAMPLES], other[:, :SAMPLES]
+    network, swaps = at_random(both, seed)
+    out = run(torch.randn(2, SAMPLES), network)
+    assert 0 < sum(swaps) < len(swaps)
+    for channel, true in zip(out, both):
+        assert swapped_share(channel.T, true) == 0
 
 
 def test_silence_and_noise_do_not_upset_the_order():
     order = SpeakerOrder(2, RATE)
-    order.learn(torch.zeros(2, 4000))
+    silence = torch.zeros(2, 4000)
+    assert order.arrange(None, silence) == [0, 1]
+    assert order.arrange(None, silence, silence) == [0, 1]
     assert order.arrange(torch.zeros(2, 900), torch.zeros(2, 8000)) == [0, 1]
     noise = torch.randn(2, 8000)
     assert order.arrange(noise[:, :900], noise.flip(0)) == [1, 0]
