@@ -93,6 +93,8 @@ def test_train_stop_resume_and_test(data, tmp_path):
     after = epochs(output)
     assert list(after) == [1, 2, 3, 4, 5, 6]
     assert {epoch: after[epoch] for epoch in before} == before
+    # A training begun anew would give the same: its first epoch, twice.
+    assert log.read_text().count("epoch: 1,") == 1
     learning = epochs(output, "train loss")
     assert learning[6] < learning[1] - 1
 

@@ -34,10 +34,13 @@ class Stop(BaseException):
 class Stopping(Separation):
     """Is stopped after so many batches."""
 
+    steps = 0
+
     def fit_batch(self, batch):
         if self.left == 0:
             raise Stop
         self.left -= 1
+        self.steps += 1
         return super().fit_batch(batch)
 
 
@@ -131,6 +134,7 @@ def train(data, tmp_path):
             )
         except Stop:
             return None
+        run.steps = brain.steps
         return [p.detach().clone() for p in brain.modules.parameters()]
 
     return run
@@ -143,20 +147,25 @@ class Silent:
 
 def test_stopped_at_any_step_it_ends_with_the_same_weights(train):
     whole = train("whole")
-    # In the first epoch, at its end, in the second: seven steps in each.
-    for stop in (1, 7, 10):
+    # In the first epoch, at its end, in the second: seven steps in each, of
+    # which every second one and the last are saved.
+    for stop, left in ((1, 14), (7, 7), (10, 5)):
         name = f"stopped after {stop}"
         assert train(name, stop, ckpt_interval_steps=2) is None
         resumed = train(name, ckpt_interval_steps=2)
+        # Begun anew it would end with the same weights too.
+        assert train.steps == left
         assert all(map(torch.equal, whole, resumed)), name
 
 
 def test_gradients_half_gathered_are_not_lost(train):
     options = {"grad_accumulation_factor": 3, "ckpt_interval_steps": 1}
     whole = train("whole", grad_accumulation_factor=3)
-    for stop in (4, 6, 9):
+    # Saved after three steps, after six, and at the end of an epoch.
+    for stop, left in ((4, 11), (6, 8), (9, 7)):
         assert train(f"stopped after {stop}", stop, **options) is None
         resumed = train(f"stopped after {stop}", **options)
+        assert train.steps == left
         assert all(map(torch.equal, whole, resumed)), stop
 
 
@@ -165,16 +174,20 @@ def test_gradients_half_gathered_are_not_lost(train):
 )
 def test_whatever_the_batches_and_the_checkpoints_kept(train, options):
     whole = train("whole", **options)
+    steps = train.steps
     for stop in (4, 9):
         name = f"stopped after {stop}"
         assert train(name, stop, ckpt_interval_steps=3, **options) is None
         resumed = train(name, ckpt_interval_steps=3, **options)
+        assert train.steps <= steps - 3
         assert all(map(torch.equal, whole, resumed)), name
 
 
 def test_workers_change_nothing(train):
+    whole = train("whole")
     assert train("half", 4, workers=1, ckpt_interval_steps=3) is None
-    assert all(map(torch.equal, train("whole"), train("half", workers=2)))
+    assert all(map(torch.equal, whole, train("half", workers=2)))
+    assert train.steps == 14 - 3
 
 
 def test_a_killed_worker_is_told_and_the_training_can_go_on(train, monkeypatch):
@@ -191,6 +204,7 @@ def test_a_killed_worker_is_told_and_the_training_can_go_on(train, monkeypatch):
         train("killed", workers=1, ckpt_interval_steps=1)
     monkeypatch.undo()
     assert all(map(torch.equal, whole, train("killed", workers=1)))
+    assert train.steps < 14
 
 
 def test_stages_are_those_of_speechbrain():

@@ -187,6 +187,18 @@ def test_perceptual_measures_fall_with_noise(name):
     assert values[0] > values[1] > values[2]
 
 
+@pytest.mark.parametrize("rate, band", [(8000, "nb"), (16000, "wb")])
+def test_pesq_is_of_the_band_of_its_rate(rate, band):
+    pesq = pytest.importorskip("pesq", reason="needs the extra eval").pesq
+    rng = np.random.default_rng(0)
+    bursts = np.repeat(rng.uniform(0, 1, 40) > 0.5, rate // 20) * 0.3 + 1e-3
+    clean = bursts * rng.normal(size=2 * rate)
+    heard = clean + 0.1 * rng.normal(size=2 * rate)
+    pair = (torch.from_numpy(x)[None] for x in (clean, heard))
+    expected = pesq(rate, clean, heard, band)
+    assert perceptual("pesq", *pair, rate) == [pytest.approx(expected)]
+
+
 def test_what_cannot_be_measured_is_told_first(monkeypatch):
     with pytest.raises(ValueError, match="no measure 'mos'"):
         check_perceptual(["mos"], 8000)

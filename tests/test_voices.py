@@ -1,5 +1,6 @@
 """The starter set: its layout, levels, speakers and failures."""
 
+import itertools
 import json
 import re
 
@@ -36,6 +37,7 @@ def made(request, tmp_path_factory):
 
 def test_mixtures_are_sums_with_the_levels_of_wsj0_mix(made):
     folder, num_spks = made
+    ranges = []
     for part, size in zip(("tr", "cv", "tt"), SIZES):
         mixtures = read(folder, num_spks, part)
         assert len(mixtures) == size
@@ -45,23 +47,66 @@ def test_mixtures_are_sums_with_the_levels_of_wsj0_mix(made):
             assert np.abs(error).max() < (num_spks + 1) / 32768
             level = 10 * np.log10((signals[1:] ** 2).mean(1))
             assert np.ptp(level) <= 5.01
+            ranges.append(np.ptp(level))
             assert np.abs(signals).max() == pytest.approx(0.9, abs=1e-3)
             assert signals.shape[1] > 8000
+    # Not all alike, but drawn.
+    assert max(ranges) > 2
 
 
-def test_no_speaker_is_in_two_parts(made):
+def test_speakers_of_a_mixture_differ_and_are_of_their_part(made):
     folder, num_spks = made
-    heard = {
-        part: {
-            name
-            for stem in read(folder, num_spks, part)
-            for name in stem.split("_")[1:]
+    families = voices._deal_families(np.random.default_rng(3))
+    for part in ("tr", "cv", "tt"):
+        tracts = {
+            "".join(filter(str.isalnum, variant))
+            for family in families[part]
+            for variant in family
         }
-        for part in ("tr", "cv", "tt")
-    }
-    assert all(heard.values())
-    assert not heard["tr"] & heard["tt"] and not heard["tr"] & heard["cv"]
-    assert not heard["cv"] & heard["tt"]
+        for stem in read(folder, num_spks, part):
+            # The last letter is one of several people with one vocal tract.
+            heard = [name[:-1] for name in stem.split("_")[1:]]
+            assert len(set(heard)) == num_spks and set(heard) <= tracts
+
+
+def test_no_vocal_tract_is_in_two_parts():
+    families = voices._deal_families(np.random.default_rng(3))
+    tracts = [tract for part in families.values() for f in part for tract in f]
+    assert len(tracts) == len(set(tracts)) > 50
+    # Nor are relatives: Alex and Alex2, but m1 and m2 are none.
+    stems = [
+        {tract.lower().rstrip("0123456789") for tract in sum(part, [])}
+        for part in families.values()
+    ]
+    for one, other in itertools.combinations(stems, 2):
+        assert {stem for stem in one & other if len(stem) > 1} == set()
+    sizes = [sum(map(len, families[part])) for part in ("tr", "cv", "tt")]
+    assert min(sizes) >= 5 and sizes[0] > 0.6 * sum(sizes)
+
+
+def test_a_seed_says_who_says_what(tmp_path, monkeypatch):
+    """With noise in the place of speech, which is quick."""
+
+    def noise(lines, sample_rate, folder, bar):
+        said.append([line["text"] for line in lines])
+        return list(np.random.default_rng(0).normal(size=(len(lines), 80)))
+
+    said, made = [], []
+    monkeypatch.setattr(voices, "_speak_all", noise)
+    for n, (seed, train) in enumerate(((0, 3), (0, 5), (1, 3))):
+        folder = make_voices(
+            tmp_path / str(n), 2, (train, 2, 2), seed, progressbar=False
+        )
+        names = {part: [] for part in ("tr", "cv", "tt")}
+        for path in sorted(folder.glob("*/*/*/s1/*")):
+            names[path.parts[-3]].append(path.stem)
+        made.append(names)
+    assert [len(parts["tr"]) for parts in made] == [3, 5, 3]
+    # Another training set has the same validation and test.
+    assert said[0] == said[1] != said[2]
+    for part in ("cv", "tt"):
+        assert made[0][part] == made[1][part] != made[2][part]
+    assert made[0]["tr"] != made[2]["tr"]
 
 
 def test_the_same_seed_gives_the_same_files(made, tmp_path):
