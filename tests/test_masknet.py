@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from speechbrain_flashformer import FlashFormer
-from speechbrain_flashformer.attention import attention_report
+from speechbrain_flashformer.attention import attention_report, rotary_angles
 
 
 def small(**options):
@@ -47,19 +47,42 @@ def test_original_arrangement_attends_over_every_frame():
 
 
 @pytest.mark.parametrize("token_stride", [1, 8])
-@pytest.mark.parametrize("window", [(4, 4), None])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": (4, 4)},
+        {"window": None},
+        {"causal": True, "future_tokens": 1},
+    ],
+    ids=str,
+)
 def test_a_row_alone_equals_the_same_row_in_a_padded_batch(
-    token_stride, window
+    token_stride, options
 ):
-    masknet = small(token_stride=token_stride, window=window).double()
-    lengths = torch.tensor([101, 64, 37, 1])
-    x = torch.rand(4, 12, 101, dtype=torch.float64)
+    masknet = small(token_stride=token_stride, **options).double()
+    # 31 / 97 * 97 is less than 31 in float32.
+    lengths = torch.tensor([97, 64, 31, 1])
+    x = torch.rand(4, 12, 97, dtype=torch.float64)
     for b, n in enumerate(lengths):
         x[b, :, n:] = 9.0  # padding that would be noticed
-    masks = masknet(x, lengths / 101)
+    masks = masknet(x, lengths / 97)
     for b, n in enumerate(lengths):
         alone = masknet(x[b : b + 1, :, :n])
         torch.testing.assert_close(masks[:, b : b + 1, :, :n], alone)
+
+
+def test_dropout_is_on_every_residual_branch():
+    layer, x = small(dropout=1.0).layers[0], torch.randn(2, 10, 32)
+    angles = rotary_angles(10, 16)
+    assert torch.equal(layer.train()(x, angles), x)
+    assert not torch.equal(layer.eval()(x, angles), x)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_the_backend_asked_for_is_the_one_that_runs(backend):
+    with attention_report() as ran:
+        small(attention_backend=backend)(torch.rand(1, 12, 50))
+    assert [entry["backend"] for entry in ran] == [backend] * 2
 
 
 def test_rows_of_a_batch_do_not_mix():
@@ -132,15 +155,15 @@ def test_keys_do_not_depend_on_options_without_weights():
 
 
 def test_windowed_network_hears_a_finite_span():
-    masknet = small(window=(2, 2), lookback=3, lookahead=3, dilations=(1,))
+    masknet = small(window=(2, 2), lookback=3, lookahead=3, dilations=(1, 2))
     x, one = torch.rand(1, 12, 1000, requires_grad=True), torch.ones(1)
     # The norm is global by design: its statistics are given.
     masknet(x, statistics=(one, 2 * one))[..., 504].sum().backward()
     heard = x.grad[0].any(0).nonzero().flatten()
     # Frame 504 is the first of its token. Memories of 3 on the way down and
-    # up at 1, 2 and 4 frames; two layers of window and memory, 2 + 3 tokens
-    # each; the frames of the last token.
-    reach = 2 * 3 * (1 + 2 + 4) + 2 * (2 + 3) * 8
+    # up at 1, 2 and 4 frames; two layers of a window and two memories, 2 +
+    # 3 + 6 tokens each; the frames of the last token.
+    reach = 2 * 3 * (1 + 2 + 4) + 2 * (2 + 3 + 6) * 8
     assert reach - 8 < 504 - heard.min() <= reach + 7
     assert reach - 8 < heard.max() - 504 <= reach + 7
 
