@@ -168,9 +168,14 @@ def export_streaming_onnx(model, path, overwrite=False, block=16.0):
 
 def _networks(model):
     """Encoder, masknet and decoder, apart from the model, on the CPU."""
-    return [
-        deepcopy(unwrapped(model.mods[name])).cpu().eval() for name in MODULES
-    ]
+    networks = [unwrapped(model.mods[name]) for name in MODULES]
+    weights = sum(p.nbytes for net in networks for p in net.parameters())
+    if weights > MOST_BYTES:
+        raise ValueError(
+            f"the model has {weights / 1e9:.1f} GB of weights, more than one "
+            "ONNX file can hold: export a smaller one"
+        )
+    return [deepcopy(network).cpu().eval() for network in networks]
 
 
 def _check_can_write(path, overwrite):
