@@ -5,12 +5,9 @@ import torch
 from speechbrain.lobes.models.dual_path import Decoder, Encoder
 
 from speechbrain_flashformer import FlashFormer
-from speechbrain_flashformer.chunks import (
-    ChunkPlan,
-    SpeakerOrder,
-    separate_long,
-)
+from speechbrain_flashformer.chunks import ChunkPlan, separate_long
 from speechbrain_flashformer.separate import encoder_statistics, separate
+from speechbrain_flashformer.speakers import SpeakerOrder
 
 RATE = 8000
 PLAN = ChunkPlan(chunk=4 * RATE, overlap=RATE, align=64)

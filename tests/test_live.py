@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -219,7 +220,7 @@ def test_the_command_says_that_it_falls_behind(
     )
     assert flashformer(pcm(6 * RATE).tobytes(), "--block", 500) == 0
     told = capsys.readouterr().err
-    assert told.count("falls behind: load 2.00") == 1
+    assert len(re.findall(r"falls behind: load [2-4]\.00 ", told)) == 1
 
 
 @pytest.mark.parametrize("rate", [RATE, 44100])

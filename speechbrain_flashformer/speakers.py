@@ -1,0 +1,245 @@
+"""Who is who: which output of a chunk is which speaker of those before.
+
+Axes: S speakers, T samples, K frames, D features.
+"""
+
+from itertools import permutations
+
+import torch
+from torch.nn.functional import avg_pool1d
+from torchaudio.functional import melscale_fbanks
+
+ENVELOPE_FRAME = 0.032  # seconds
+
+
+class SpeakerOrder:
+    """Says which output of a new chunk is which speaker of those before.
+
+    Arguments
+    ---------
+    num_spks : int
+        S.
+    sample_rate : int
+        Hz.
+
+    Example
+    -------
+    >>> order = SpeakerOrder(2, 8000)
+    >>> chunk = torch.randn(2, 16000)
+    >>> order.arrange(None, chunk)
+    [0, 1]
+    >>> order.arrange(chunk[:, -4000:], chunk[:, -4000:].flip(0))
+    [1, 0]
+    """
+
+    # A profile may say so much against an order, and no more: two chunks that
+    # agree to 30 dB in their overlap are beyond doubt.
+    MOST_DOUBT = 30.0
+    # What a voice never heard before costs; 15 s of one speaker lie 1 to 4
+    # apart, those of two speakers mostly above 8.
+    UNKNOWN = 8.0
+    # What it costs when a speaker has nothing of the first channel's envelope.
+    # Envelopes of two conversations correlate by 0.1 or 0.2, whose cube is
+    # nothing; those of one conversation by nearly 1.
+    UNLIKE = 30.0
+
+    def __init__(self, num_spks, sample_rate):
+        self.profile = VoiceProfile(num_spks, sample_rate)
+        self.orders = list(permutations(range(num_spks)))
+        self.frame = round(ENVELOPE_FRAME * sample_rate)
+
+    def arrange(self, before, fresh, first=None):
+        """Choose the order in which a new chunk continues the last.
+
+        Arguments
+        ---------
+        before : torch.Tensor or None
+            What the last chunk says about the overlap, [S, overlap]; None for
+            the first chunk.
+        fresh : torch.Tensor
+            The new chunk from there on, [S, T].
+        first : torch.Tensor, optional
+            The same in the recording's first channel, in order, [S, T].
+
+        Returns
+        -------
+        list of int
+            ``fresh[order]`` continues ``before``.
+        """
+        S = len(fresh)
+        errors, energy = torch.ones(S, S), S
+        if before is not None:
+            # In the middle both chunks have heard most of what is around.
+            weight = torch.hann_window(before.shape[1], periodic=False) ** 2
+            shared = weight * fresh[:, : before.shape[1]]
+            before = weight * before
+            # |a - b|^2 of every pair, so that each order is a sum.
+            errors = (before[:, None] - shared).square().sum(2).double()
+            energy = before.square().sum() + shared.square().sum()
+        sums, counts = self.profile.measure(fresh)
+        distances = self.profile.distances(sums, counts, self.UNKNOWN)
+        alike = torch.zeros(S, S)
+        if first is not None:
+            alike = envelope_correlation(first, fresh, self.frame) ** 3
+
+        def _cost(order):
+            pairs = [(i, j) for i, j in enumerate(order)]
+            error = sum(errors[i, j] for i, j in pairs) / (energy + 1e-20)
+            mismatch = 10 * torch.log10(error + 1e-12).item()
+            unlike = S - sum(alike[i, j].item() for i, j in pairs)
+            voices = sum(distances[i][j] for i, j in pairs)
+            return mismatch + self.UNLIKE * unlike, voices
+
+        costs = [_cost(order) for order in self.orders]
+        least = min(voices for _, voices in costs)
+        totals = [
+            signals + min(voices - least, self.MOST_DOUBT)
+            for signals, voices in costs
+        ]
+        best = self.orders[totals.index(min(totals))]
+        index = list(best)
+        self.profile.add(sums[index], counts[index])
+        return index
+
+
+def envelope_correlation(one, other, frame):
+    """Correlation of the envelopes of signals that sound at the same time.
+
+    Arguments
+    ---------
+    one, other : torch.Tensor
+        [S, T] each.
+    frame : int
+        Samples that make one value of the envelope.
+
+    Returns
+    -------
+    torch.Tensor
+        [S, S], each of -1 to 1; 0 where an envelope is constant.
+
+    Example
+    -------
+    >>> x = torch.randn(2, 8000) * torch.linspace(0, 9, 8000).sin()
+    >>> envelope_correlation(x[:1], -0.5 * x[:1], 80).round()
+    tensor([[1.]])
+    """
+
+    def _envelope(signals):
+        frame_power = avg_pool1d(signals[None].square(), frame, ceil_mode=True)[
+            0
+        ]
+        envelope = frame_power.sqrt()
+        envelope = envelope - envelope.mean(1, keepdim=True)
+        return envelope / envelope.norm(dim=1, keepdim=True).clamp(min=1e-20)
+
+    return _envelope(one) @ _envelope(other).T
+
+
+class VoiceProfile:
+    """Means of what tells voices apart: spectral envelope and pitch.
+
+    Per frame, a log-mel spectrum without its mean and the autocorrelation at
+    the lags of a voice's pitch, over the frames that are one speaker's alone.
+
+    Arguments are those of ``SpeakerOrder``.
+    """
+
+    WINDOW = 0.064  # seconds
+    BANDS, LAGS = 24, 45
+    HIGHEST, LOWEST = 400, 73  # pitch, Hz
+    # Frames of one speaker: so much above the others, and so far below the
+    # loudest frame at most, in power.
+    ALONE, FLOOR = 4.0, 1e-4
+
+    def __init__(self, num_spks, sample_rate):
+        self.size = round(self.WINDOW * sample_rate)
+        self.window = torch.hann_window(self.size)
+        self.mel = melscale_fbanks(
+            self.size // 2 + 1,
+            100.0,
+            min(3800.0, sample_rate / 2),
+            self.BANDS,
+            sample_rate,
+        )
+        lags = sample_rate / torch.linspace(self.HIGHEST, self.LOWEST, 91)
+        lags = torch.linspace(lags[0], lags[-1], 2 * self.LAGS)
+        self.lags = lags.round().long().clamp(max=self.size - 1)
+        width = self.BANDS + self.LAGS
+        self.sums = torch.zeros(num_spks, 2, width, dtype=torch.double)
+        self.counts = torch.zeros(num_spks, dtype=torch.double)
+
+    def measure(self, estimate):
+        """Sums of features and of their squares over the frames that tell.
+
+        estimate [S, T] -> sums [S, 2, D] and counts of frames [S].
+        """
+        estimate = estimate.detach().float().cpu()
+        sums, counts = (
+            torch.zeros_like(self.sums),
+            torch.zeros_like(self.counts),
+        )
+        if estimate.shape[1] < self.size:
+            return sums, counts
+        power = torch.stft(
+            estimate,
+            self.size,
+            self.size // 2,
+            window=self.window,
+            center=False,
+            return_complex=True,
+        )
+        power = power.abs().square().transpose(1, 2)  # [S, K, F]
+        energy = power.sum(2)
+        others = (energy.sum(0) - energy).clamp(min=1e-20)
+        alone = (energy > self.ALONE * others) & (
+            energy > self.FLOOR * energy.max()
+        )
+        for s, mine in enumerate(alone):
+            if not mine.any():
+                continue
+            features = self._features(power[s, mine]).double()
+            sums[s] = torch.stack([features.sum(0), features.square().sum(0)])
+            counts[s] = len(features)
+        return sums, counts
+
+    def _features(self, power):
+        """[K, F] -> [K, D]."""
+        mel = torch.log(power @ self.mel + 1e-10)
+        mel = mel - mel.mean(1, keepdim=True)
+        pitch = torch.fft.irfft(power, self.size)
+        pitch = pitch[:, self.lags] / pitch[:, :1].clamp(min=1e-10)
+        # Pitch varies less in these units than the envelope: to count alike.
+        pitch = 3 * pitch.unflatten(1, (self.LAGS, 2)).mean(2)
+        return torch.cat([mel, pitch], 1)
+
+    def add(self, sums, counts):
+        """Add what was measured to each speaker's profile."""
+        self.sums += sums
+        self.counts += counts
+
+    def distances(self, sums, counts, unknown):
+        """How far each profile is from each new voice, [S][S] numbers.
+
+        Squared differences of the means, in units of the variance between
+        frames; ``unknown`` where a profile has no frames, 0 where the new
+        voice has none.
+        """
+        S = len(counts)
+        total = self.counts.sum()
+        if not total:
+            return [[0.0] * S for _ in range(S)]
+        means = self.sums[:, 0] / self.counts.clamp(min=1)[:, None]
+        squares = self.sums[:, 1] - self.counts[:, None] * means.square()
+        variance = squares.sum(0) / total + 1e-6
+        news = sums[:, 0] / counts.clamp(min=1)[:, None]
+        # Few frames tell little: their mean is wide of the speaker's.
+        trust = counts / (counts + 1 / self.WINDOW)
+
+        def _distance(i, j):
+            if not counts[j]:
+                return 0.0
+            far = ((means[i] - news[j]).square() / variance).sum().item()
+            far = far if self.counts[i] else unknown
+            return far * trust[j].item()
+
+        return [[_distance(i, j) for j in range(S)] for i in range(S)]
