@@ -106,8 +106,12 @@ class ResultsWriter:
             self.file, COLUMNS + self.more, extrasaction="ignore"
         )
         self.table.writeheader()
-        self.threads = os.cpu_count() or 1
-        self.pool = ThreadPoolExecutor(self.threads)
+        # As many as torch may use, each without a team of its own: torch
+        # would give every one of them as many again.
+        self.threads = torch.get_num_threads()
+        self.pool = ThreadPoolExecutor(
+            self.threads, initializer=torch.set_num_threads, initargs=(1,)
+        )
 
     def add(self, row, mixture, targets, predictions):
         """Score one mixture: [T], [S, T] and [S, T], any device."""

@@ -12,9 +12,9 @@ import contextlib
 import ctypes
 import json
 import os
-import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -153,18 +153,46 @@ def make_voices(
         "sample_rate": sample_rate,
         "utterances": utterances,
     }
-    if (folder / MARKER).is_file():
-        if json.loads((folder / MARKER).read_text()) == description:
-            return folder
+    if _is_made(folder, description):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent
+    ) as beside:
+        made = Path(beside, "set")
+        _write_set(made, description, progressbar)
+        (made / MARKER).write_text(json.dumps(description))
+        try:
+            if folder.exists():
+                folder.rmdir()
+            os.replace(made, folder)
+        except OSError:
+            # Another process may have made it meanwhile.
+            if not _is_made(folder, description):
+                raise
+    return folder
+
+
+def _is_made(folder, description):
+    """Whether the folder is this very set; raise if it is anything else."""
+    marker = folder / MARKER
+    if marker.is_file() and json.loads(marker.read_text()) == description:
+        return True
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(
             f"{folder} exists and is not this set of voices: remove it or "
             "choose another folder"
         )
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    root = partial / f"wav{sample_rate // 1000}k" / "min"
+    return False
+
+
+def _write_set(folder, description, progressbar):
+    """Write the mixtures that a description tells of."""
+    num_spks, sizes, seed, sample_rate, utterances = (
+        description[key]
+        for key in ("num_spks", "sizes", "seed", "sample_rate", "utterances")
+    )
+    root = folder / f"wav{sample_rate // 1000}k" / "min"
     families = _deal_families(np.random.default_rng(seed))
     # Each part draws on its own: another training set has the same test set.
     rngs = {
@@ -183,7 +211,7 @@ def make_voices(
         dynamic_ncols=True,
     ) as bar:
         pools = {part: {} for part in PARTS}
-        spoken = _speak_all(lines, sample_rate, partial, bar)
+        spoken = _speak_all(lines, sample_rate, folder.parent, bar)
         for line, signal in zip(lines, spoken):
             pool = pools[line["part"]].setdefault(line["tract"], [])
             pool.append((line["id"], signal))
@@ -194,11 +222,6 @@ def make_voices(
                     root / part, name, pools[part], num_spks, sample_rate, rng
                 )
                 bar.update(1)
-    (partial / MARKER).write_text(json.dumps(description))
-    if folder.exists():
-        folder.rmdir()
-    os.replace(partial, folder)
-    return folder
 
 
 def _write_mixture(root, name, pool, num_spks, sample_rate, rng):

@@ -2,12 +2,14 @@
 
 import csv
 import importlib.util
+import threading
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
+from speechbrain_flashformer import scores
 from speechbrain_flashformer.metrics import check_perceptual, perceptual, sdr
 from speechbrain_flashformer.scores import (
     ResultsWriter,
@@ -61,6 +63,28 @@ def test_what_is_no_number_is_the_worst(tmp_path):
     worst = [row["snt_id"] for row, _ in writer.worst]
     assert worst == [1, 2, 3, 0, 5]
     assert worst == [r["snt_id"] for r in sorted(rows, key=badness)[:5]]
+
+
+def test_scoring_takes_no_more_threads_than_torch_may(tmp_path, monkeypatch):
+    teams = {}
+
+    def count(targets, both):
+        teams[threading.get_ident()] = torch.get_num_threads()
+        return torch.ones(2, 2)
+
+    monkeypatch.setattr(scores, "sdr", count)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        writer = ResultsWriter(tmp_path / "growing", 8000)
+        for index in range(20):
+            row = {"snt_id": index, "si-snr": 0.0, "si-snr_i": 0.0}
+            writer.add(row, *signals(100))
+        writer.close()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert set(teams.values()) == {1} and len(teams) <= 3
 
 
 def test_a_mixture_that_cannot_be_scored_is_named(tmp_path):

@@ -3,6 +3,8 @@
 import itertools
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -150,7 +152,24 @@ def test_an_interrupted_set_is_never_taken_for_a_finished_one(
         1,
         1,
     ]
-    assert not (tmp_path / "voices.partial").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["voices"]
+
+
+def test_two_that_make_one_set_at_once_leave_it_whole(tmp_path, monkeypatch):
+    met = threading.Barrier(2, timeout=60)
+
+    def together(lines, *args):
+        met.wait()
+        return [np.ones(800) for _ in lines]
+
+    monkeypatch.setattr(voices, "_speak_all", together)
+    folder = tmp_path / "voices"
+    with ThreadPoolExecutor(2) as pool:
+        options = {"sizes": (1, 1, 1), "utterances": 1, "progressbar": False}
+        both = [pool.submit(make_voices, folder, **options) for _ in "ab"]
+        assert [making.result() for making in both] == [folder, folder]
+    assert len(list(folder.rglob("*.wav"))) == 9
+    assert [path.name for path in tmp_path.iterdir()] == ["voices"]
 
 
 def test_the_missing_extra_is_named(tmp_path, monkeypatch):
