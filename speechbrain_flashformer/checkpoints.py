@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there, and what they must also hold."""
 
 import logging
+import math
 import shutil
 from functools import partial
 
@@ -133,6 +134,28 @@ def gather(thing):
     things = [None] * get_world_size()
     all_gather_object(things, thing)
     return things
+
+
+def output_gain(checkpoints):
+    """What brings the outputs of averaged weights to their sources' level.
+
+    Of what validation has measured, the mean in dB and the sign of most.
+
+    Arguments
+    ---------
+    checkpoints : list of speechbrain.utils.checkpoints.Checkpoint
+        At least one. A loss that fixes level and polarity leaves ``level_db``
+        and ``polarity`` out of their meta.
+
+    Returns
+    -------
+    float
+        A factor.
+    """
+    metas = [checkpoint.meta for checkpoint in checkpoints]
+    level_db = sum(meta.get("level_db", 0.0) for meta in metas) / len(metas)
+    polarity = sum(meta.get("polarity", 1) for meta in metas)
+    return math.copysign(10 ** (-level_db / 20), polarity)
 
 
 def averaged_weights(checkpoints, name):

@@ -13,7 +13,11 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_flashformer import __version__
-from speechbrain_flashformer.checkpoints import averaged_weights, misfits
+from speechbrain_flashformer.checkpoints import (
+    averaged_weights,
+    misfits,
+    output_gain,
+)
 from speechbrain_flashformer.models import (
     build_model,
     compose_yaml,
@@ -254,9 +258,7 @@ def _weights(best, name):
     # Trained on several GPUs, every key has this in front.
     state = {k.removeprefix("module."): v for k, v in state.items()}
     if name == "decoder":
-        # A loss that fixes level and polarity leaves both out.
-        gain = 10 ** (-best[0].meta.get("level_db", 0.0) / 20)
-        gain *= best[0].meta.get("polarity", 1)
+        gain = output_gain(best)
         state = {k: v * gain for k, v in state.items()}
     return state
 

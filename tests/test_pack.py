@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from hyperpyyaml import load_hyperpyyaml
+from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_flashformer import cli
 from speechbrain_flashformer.inference import FlashFormerSeparation
@@ -54,6 +55,31 @@ def test_the_decoder_brings_level_and_polarity_of_the_sources(
         model = FlashFormerSeparation.from_hparams(folder)
         out.append(model.separate_batch(mixture))
     torch.testing.assert_close(out[1], out[0] / -10)
+
+
+def test_averaged_weights_have_the_level_of_all_that_are_averaged(
+    make_run, tmp_path
+):
+    mixture = torch.randn(1, 8000)
+    out = []
+    for name, levels in (("plain", [0.0]), ("averaged", [4.0, 16.0, 10.0])):
+        run = make_run(tmp_path / name, 0)
+        hparams = run / "hyperparams.yaml"
+        with hparams.open("a") as file:
+            file.write("avg_checkpoints: 3\n")
+        modules = load_hyperpyyaml(hparams.read_text())["modules"]
+        checkpointer = Checkpointer(run / "save", modules)
+        checkpointer.recover_if_possible()
+        checkpointer.delete_checkpoints(num_to_keep=0)
+        for level in levels:
+            meta = {"si-snr": -level, "level_db": level, "polarity": -1}
+            checkpointer.save_checkpoint(meta=meta)
+        model = FlashFormerSeparation.from_hparams(
+            pack(run, tmp_path / f"{name} model")
+        )
+        out.append(model.separate_batch(mixture))
+    # 10 dB louder than their sources, on average.
+    torch.testing.assert_close(out[1], out[0] / 10**0.5)
 
 
 def test_training_starts_from_a_packed_model(make_run, tmp_path):

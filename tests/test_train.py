@@ -5,6 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import speechbrain as sb
+import torch
+from speechbrain.nnet.schedulers import WarmCoolDecayLRSchedule
+
+from speechbrain_flashformer.data import EpochSampler
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes/WSJ0Mix/separation"
@@ -90,6 +95,57 @@ def test_paths_are_taken_as_they_were_typed(name, tmp_path, monkeypatch):
     assert {hparams[key] for key in train.PATHS} == {name}
     assert hparams["save_folder"] == f"{name}/save"
     assert hparams["batch_size"] == 3
+
+
+class Dataset(list):
+    """Whose items are numbers, as torch needs them."""
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize("gathered", [1, 2])
+@pytest.mark.parametrize("items, ranks", [(10, 1), (12, 1), (19, 2)])
+def test_a_schedule_ends_with_the_last_step(
+    monkeypatch, items, ranks, gathered, drop_last
+):
+    brain = sb.Brain(
+        {"layer": torch.nn.Linear(1, 1)},
+        torch.optim.SGD,
+        hparams={},
+        run_opts={"device": "cpu", "grad_accumulation_factor": gathered},
+    )
+    if ranks > 1:
+        brain.distributed_launch, brain.rank = True, 0
+        monkeypatch.setattr(torch.distributed, "is_available", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    loader = brain.make_dataloader(
+        Dataset(range(items)),
+        sb.Stage.TRAIN,
+        sampler=EpochSampler(items),
+        batch_size=4,
+        drop_last=drop_last,
+    )
+    steps = sum(1 for _ in loader) // gathered
+    assert steps
+    assert train.steps_per_epoch(loader, gathered) == steps
+    schedule = WarmCoolDecayLRSchedule(
+        lr=1.0, warmup=1, cooldown=75, total_steps=100
+    )
+    train.stretch_schedule(schedule, 3 * steps)
+    assert schedule.total_steps == 3 * steps
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_only_gloo_is_not_waited_for(monkeypatch, backend):
+    ended = []
+    monkeypatch.setattr(train, "get_backend", lambda: backend)
+    monkeypatch.setattr(
+        train, "destroy_process_group", lambda: ended.append("group")
+    )
+    monkeypatch.setattr(train.logging, "shutdown", lambda: None)
+    monkeypatch.setattr(train.os, "_exit", ended.append)
+    train.leave_group()
+    assert ended == ["group"] + [0] * (backend == "gloo")
 
 
 def test_a_recipe_that_was_moved_says_what_it_lacks(tmp_path):

@@ -34,7 +34,7 @@ from speechbrain.utils.logger import get_logger
 from speechbrain.utils.train_logger import TensorboardLogger
 from torch.distributed import (
     destroy_process_group,
-    get_world_size,
+    get_backend,
     is_initialized,
 )
 
@@ -129,13 +129,15 @@ def main():
         run_opts=run_opts,
         checkpointer=hparams["checkpointer"],
     )
-    steps = steps_per_epoch(separator, loader_opts)
+    train_loader = separator.make_dataloader(
+        train_data, sb.Stage.TRAIN, **loader_opts
+    )
+    steps = steps_per_epoch(train_loader, separator.grad_accumulation_factor)
     stretch_schedule(hparams["lr_scheduler"], hparams["N_epochs"] * steps)
     separator.fit(
         separator.hparams.epoch_counter,
-        train_data,
+        train_loader,
         valid_data,
-        train_loader_kwargs=loader_opts,
         valid_loader_kwargs=hparams["dataloader_opts_valid"],
     )
     separator.evaluate(
@@ -246,28 +248,25 @@ def leave_group():
     torch's DDP never lets go of the group, so that threads of gloo outlive it
     and now and then abort a process whose Python is ending: it ends without.
     """
+    backend = get_backend()
     destroy_process_group()
+    if backend != "gloo":
+        return
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
-def steps_per_epoch(separator, loader_opts):
+def steps_per_epoch(loader, gathered):
     """Optimizer steps that each process takes in an epoch."""
-    if "batch_sampler" in loader_opts:
-        batches = len(loader_opts["batch_sampler"])
-    else:
-        batches = len(loader_opts["sampler"]) // loader_opts["batch_size"]
-    ranks = get_world_size() if is_initialized() else 1
-    steps = batches // ranks // separator.grad_accumulation_factor
-    if not steps:
+    if len(loader) < gathered:
         raise ValueError(
-            f"an epoch has {batches} batches, too few for {ranks} processes "
-            f"that gather {separator.grad_accumulation_factor} for a step: "
-            "lower batch_size or grad_accumulation_factor"
+            f"an epoch has {len(loader)} batches in each process, too few to "
+            f"gather {gathered} for a step: lower batch_size or "
+            "grad_accumulation_factor"
         )
-    return steps
+    return len(loader) // gathered
 
 
 def stretch_schedule(schedule, steps):
