@@ -174,6 +174,18 @@ def test_the_path_of_a_folder_says_nothing(tmp_path):
     assert taken(folder, n_spks=1)["train"]["mix"] == "mixture"
 
 
+def test_what_macos_leaves_beside_files_is_passed_over(tmp_path):
+    names = ("mix", "s1", "s2")
+    lay(tmp_path, "wav8k/min", WSJ0_PARTS, names)
+    for folder in (tmp_path / "wav8k/min").glob("*/*"):
+        (folder / "._a.wav").write_bytes(b"\0\5\x16\7")
+    assert set(taken(tmp_path)) == set(WSJ0_PARTS)
+    for path in (tmp_path / "wav8k/min/tt/s2").glob("[ab].wav"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="no wav file in .*tt/s2"):
+        taken(tmp_path)
+
+
 def test_of_two_layouts_one_is_chosen(tmp_path):
     folder = lay(tmp_path, "wav8k/min", WSJ0_PARTS, WHAM)
     for part in WSJ0_PARTS:
@@ -348,6 +360,15 @@ def test_a_csv_with_more_sources_than_speakers_is_refused(tmp_path):
     for name in ("train", "valid", "test"):
         write_csv(tmp_path / f"{name}.csv", header, [[*"abcd", ""]])
     assert len(find_mixtures(tmp_path, 2, 8000)[1][0].rows) == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_csv_in_an_encoding_that_is_certain_is_read(tmp_path, encoding):
+    text = "ID,mix_wav,s1_wav,s2_wav\r\né,a,b,c\r\n"
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.csv").write_bytes(text.encode(encoding))
+    _, parts = find_mixtures(tmp_path, 2, 8000)
+    assert [row["ID"] for row in parts[0].rows] == ["é"]
 
 
 def test_a_csv_without_rows_is_an_error(tmp_path):

@@ -282,6 +282,15 @@ DAMAGES = {
     "a source that is all zero": lambda d, p, s: write(
         p / "tr/s1/tr0.wav", np.zeros(4000)
     ),
+    "a CSV in another encoding": lambda d, p, s: (
+        table(d, HEADER)
+        and (d / "train.csv").write_bytes(f"{HEADER}é,a,b,c\n".encode("cp1252"))
+        and {"layout": "csv"}
+    ),
+    "a name that is no UTF-8": lambda d, p, s: [
+        f.rename(f.with_name(os.fsdecode(b"caf\xe9.wav")))
+        for f in p.glob("tr/*/tr0.wav")
+    ],
     "a dollar in a name": lambda d, p, s: [
         f.rename(f.with_name("a$b.wav")) for f in p.glob("tr/*/tr0.wav")
     ],

@@ -46,6 +46,7 @@ def run(monkeypatch, tmp_path):
         (["--data_folder", "here"], "data_folder here holds nothing: give"),
         (["--data_folder", "2024"], "no data_folder 2024: give"),
         (["--data_foldr", "here"], "'data_foldr' not found in"),
+        (["--output_folder", "caf\udce9"], r"output_folder 'caf\udce9' is no"),
         (["--model", "{a: "], "cannot read the options: "),
     ],
 )

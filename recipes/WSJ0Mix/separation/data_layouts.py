@@ -3,7 +3,9 @@
 A layout is recognised by what is there, never by a path's name.
 """
 
+import codecs
 import csv
+import io
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -243,11 +245,7 @@ def _list_folders(root, layout, n_spks, parts, mixture, sources):
 def _list_part(folder, columns):
     """Every mixture of a part, and where its files must be."""
     names = {
-        column: {
-            name
-            for name in os.listdir(folder / place)
-            if name.lower().endswith(".wav")
-        }
+        column: set(_wav_files(folder / place))
         for column, place in columns.items()
     }
     rows = []
@@ -265,12 +263,21 @@ def _list_part(folder, columns):
     return Part(folder.name, rows, problems)
 
 
+def _wav_files(folder):
+    """Names of its wav files, without those that macOS puts beside each."""
+    return [
+        name
+        for name in os.listdir(folder)
+        if name.lower().endswith(".wav") and not name.startswith("._")
+    ]
+
+
 def _check_folders(folders, n_spks):
     """Raise one error for all that are missing, or that are empty."""
     missing = [folder for folder in folders if not folder.is_dir()]
     text = f"no folder {{}} ({n_spks} speakers)"
     if not missing:
-        missing = [f for f in folders if not any(f.glob("*.[wW][aA][vV]"))]
+        missing = [folder for folder in folders if not _wav_files(folder)]
         text = "no wav file in {}"
     if missing:
         others = "".join(f", {folder}" for folder in missing[1:])
@@ -290,7 +297,9 @@ def _refuse_more(what, n_spks):
 
 def _names(folder):
     there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else ()
-    return ", ".join(there) or "nothing"
+    # One may be no UTF-8, and could not be printed.
+    there = ", ".join(there).encode(errors="backslashreplace").decode()
+    return there or "nothing"
 
 
 def _what_is_there(datapath, root):
@@ -343,12 +352,25 @@ def _read_csvs(files, datapath, n_spks):
     return text, [_read_csv(path, datapath, n_spks) for path in files]
 
 
+def _read_text(path):
+    """The text of a file in UTF-8, or in UTF-16 that says it is."""
+    raw = path.read_bytes()
+    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    try:
+        return raw.decode("utf-16" if raw.startswith(marks) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is no text in UTF-8: save it as CSV in UTF-8"
+        ) from error
+
+
 def _read_csv(path, datapath, n_spks):
     """Rows of a CSV file with SpeechBrain's columns, or with LibriMix's."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
-        header = list(reader.fieldnames or ())
-        lines = list(reader)
+    reader = csv.DictReader(
+        io.StringIO(_read_text(path)), skipinitialspace=True
+    )
+    header = list(reader.fieldnames or ())
+    lines = list(reader)
     if "mixture_path" in header:
         name, source, noise = "mixture_ID", "source_{}_path", "noise_path"
         columns = {"ID": name, "mix": "mixture_path"}

@@ -183,6 +183,13 @@ def _examine_mixture(paths, known):
 def _examine(path, known):
     """``Facts`` of a file, from the cache if it is unchanged; or a problem."""
     try:
+        path.encode()
+    except UnicodeEncodeError:
+        return (
+            f"{path!r} is no UTF-8, and SpeechBrain's CSV files must be: "
+            "rename it"
+        )
+    try:
         stat = os.stat(path)
         if known and known[:2] == (stat.st_size, stat.st_mtime_ns):
             return known

@@ -158,6 +158,14 @@ def parse_arguments(arguments):
     for name in PATHS:
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS)
     paths, rest = parser.parse_known_args(arguments)
+    for name, path in vars(paths).items():
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            sys.exit(
+                f"{name} {path!r} is no UTF-8, and SpeechBrain's files must "
+                "be: rename it"
+            )
     hparams_file, run_opts, overrides = sb.parse_arguments(rest)
     try:
         overrides = YAML().load(overrides) or {}
