@@ -27,6 +27,7 @@ from speechbrain_flashformer.separate import (
     encoder_frame,
     encoder_statistics,
     separate,
+    takes,
     unwrapped,
 )
 from speechbrain_flashformer.streaming import (
@@ -575,6 +576,12 @@ class FlashFormerSeparation(SepformerSeparation):
         model_rate = self.hparams.sample_rate
         statistics = None
         if options.norm == "recording":
+            if not takes(self.mods.masknet, "statistics"):
+                network = type(unwrapped(self.mods.masknet)).__name__
+                raise ValueError(
+                    f"norm 'recording' is one of FlashFormer's, {network} has "
+                    "none: take 'chunk'"
+                )
             with torch.no_grad():
                 statistics = encoder_statistics(
                     resample_blocks(_mixture(), rate, model_rate),

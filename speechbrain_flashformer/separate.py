@@ -3,6 +3,8 @@
 Axes: B batch, T samples, N encoder channels, L frames, S speakers.
 """
 
+import inspect
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -27,15 +29,16 @@ def separate(mixture, encoder, masknet, decoder, lengths=None, statistics=None):
     encoder : torch.nn.Module
         [B, T] -> [B, N, L], a SpeechBrain ``Encoder``.
     masknet : torch.nn.Module
-        [B, N, L] -> [S, B, N, L], a ``FlashFormer`` or any other.
+        [B, N, L] -> [S, B, N, L], a ``FlashFormer`` or any other. One that
+        takes ``lengths`` or ``statistics`` is given them.
     decoder : torch.nn.Module
         [B, N, L] -> [B, T], a SpeechBrain ``Decoder``.
     lengths : torch.Tensor, optional
-        Valid part of each row relative to T, [B]. The masknet must take
-        lengths too. Outputs past the length are 0.
+        Valid part of each row relative to T, [B]. Outputs past the length are
+        0; the rest is as without padding if the masknet takes lengths.
     statistics : tuple of torch.Tensor, optional
         Those of the recordings that the rows are parts of, as from
-        ``encoder_statistics``; the masknet must take them. Not with lengths.
+        ``encoder_statistics``.
 
     Returns
     -------
@@ -62,15 +65,16 @@ def separate(mixture, encoder, masknet, decoder, lengths=None, statistics=None):
     frames = 1 + (max(T - kernel, 0) + stride - 1) // stride
     padded = kernel + (frames - 1) * stride
     mix_w = encoder(F.pad(mixture, (0, padded - T)))
-    if statistics is not None:
-        masks = masknet(mix_w, statistics=statistics)
-    elif lengths is None:
-        masks = masknet(mix_w)
-    else:
+    options = {}
+    if statistics is not None and takes(masknet, "statistics"):
+        options["statistics"] = statistics
+    if lengths is not None:
         valid = 1 + ((samples - kernel).clamp(min=0) / stride).ceil().long()
         # A frame past the last one of a row may still overlap its end.
         mix_w = mix_w * _keep(valid, frames).unsqueeze(1)
-        masks = masknet(mix_w, valid / frames)
+        if takes(masknet, "lengths"):
+            options["lengths"] = valid / frames
+    masks = masknet(mix_w, **options)
     # One call for all speakers; [S, B, N, L] -> [S B, N, L].
     sources = decoder((mix_w * masks).flatten(0, 1))
     sources = sources.view(-1, B, padded)[..., :T].permute(1, 2, 0)
@@ -140,6 +144,11 @@ def encoder_frame(encoder):
     """Kernel and stride in samples of an encoder, wrapped or scripted too."""
     conv = next(m for m in encoder.modules() if hasattr(m, "kernel_size"))
     return conv.kernel_size[0], conv.stride[0]
+
+
+def takes(masknet, name):
+    """Whether a masknet has an argument of this name, wrapped or not."""
+    return name in inspect.signature(unwrapped(masknet).forward).parameters
 
 
 def unwrapped(module):

@@ -32,6 +32,8 @@ CLASSES = {
     f"{RESEPFORMER}.ResourceEfficientSeparator",
     f"{RESEPFORMER}.SBTransformerBlock_wnormandskip",
     f"{RESEPFORMER}.SBRNNBlock",
+    f"{RESEPFORMER}.SegLSTM",
+    f"{RESEPFORMER}.MemLSTM",
 }
 REFERENCES = {f"<{name}>" for name in (*MODULES, "modules")}
 PLAIN = {

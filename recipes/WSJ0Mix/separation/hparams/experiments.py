@@ -132,6 +132,96 @@ model: !include:../../../../hparams/flashformer-base.yaml
 """
         },
     ),
+    "sepformer": (
+        """\
+Model: SepFormer (arXiv:2010.13154) for source separation, SpeechBrain's
+Dataset: WSJ0-2mix, or any set in its layout
+
+Unlike flashformer.yaml: the masknet, and the numbers of the training, which
+are those of SpeechBrain's recipe. Any other masknet of SpeechBrain's is
+dropped in likewise.
+""",
+        PLACE,
+        {
+            "avg_checkpoints": "avg_checkpoints: 1\n",
+            "batch_size": "batch_size: 1\n",
+            "lr": "lr: 0.00015\n",
+            "weight_decay": "weight_decay: 0\n",
+            "warmup_steps": "warmup_steps: 0\n",
+            "lr_patience": (
+                "lr_patience: 2 # epochs without a better validation before lr "
+                "is halved\n"
+            ),
+            "dont_halve_until_epoch": "dont_halve_until_epoch: 85\n",
+            "limit_training_signal_len": "limit_training_signal_len: False\n",
+            "model": """\
+# Model: change a number by its name, e.g. with --num_layers 1
+N_encoder_out: 256
+kernel_size: 16
+kernel_stride: !ref <kernel_size> // 2
+num_layers: 2 # times that both transformers follow each other
+chunk_size: 250 # frames
+transformer_layers: 8
+nhead: 8
+d_ffn: 1024
+dropout: 0
+
+# One within the chunks, one across them.
+intra_model: !new:speechbrain.lobes.models.dual_path.SBTransformerBlock
+    num_layers: !ref <transformer_layers>
+    d_model: !ref <N_encoder_out>
+    nhead: !ref <nhead>
+    d_ffn: !ref <d_ffn>
+    dropout: !ref <dropout>
+    use_positional_encoding: True
+    norm_before: True
+
+inter_model: !new:speechbrain.lobes.models.dual_path.SBTransformerBlock
+    num_layers: !ref <transformer_layers>
+    d_model: !ref <N_encoder_out>
+    nhead: !ref <nhead>
+    d_ffn: !ref <d_ffn>
+    dropout: !ref <dropout>
+    use_positional_encoding: True
+    norm_before: True
+""",
+            "Encoder": """\
+Encoder: !new:speechbrain.lobes.models.dual_path.Encoder
+    kernel_size: !ref <kernel_size>
+    out_channels: !ref <N_encoder_out>
+
+""",
+            "MaskNet": """\
+MaskNet: !new:speechbrain.lobes.models.dual_path.Dual_Path_Model
+    num_spks: !ref <num_spks>
+    in_channels: !ref <N_encoder_out>
+    out_channels: !ref <N_encoder_out>
+    num_layers: !ref <num_layers>
+    K: !ref <chunk_size>
+    intra_model: !ref <intra_model>
+    inter_model: !ref <inter_model>
+    norm: ln
+    linear_layer_after_inter_intra: False
+    skip_around_intra: True
+
+""",
+            "Decoder": """\
+Decoder: !new:speechbrain.lobes.models.dual_path.Decoder
+    in_channels: !ref <N_encoder_out>
+    out_channels: 1
+    kernel_size: !ref <kernel_size>
+    stride: !ref <kernel_stride>
+    bias: False
+""",
+            "optimizer": """\
+# Optimizer, loss, schedule
+optimizer: !name:torch.optim.Adam
+    lr: !ref <lr>
+    weight_decay: !ref <weight_decay>
+""",
+            "matrix_optimizer": "",
+        },
+    ),
 }
 
 
@@ -150,6 +240,7 @@ def write_experiments(folder=HERE):
         keys = {"experiment_name": f"experiment_name: {name}\n", **keys}
         for key, block in keys.items():
             text = _replace_key(text, key, block)
+        text = re.sub(r"\n{3,}", "\n\n", text)
         Path(folder, f"{name}.yaml").write_text(text, encoding="utf-8")
 
 
@@ -161,8 +252,12 @@ def _replace_banner(text, banner):
 
 
 def _replace_key(text, key, block):
-    """Put the text of a key of the first level in place of what is there."""
-    there = re.compile(rf"^{key}:.*\n(?:[ \t]+\S.*\n)*", re.MULTILINE)
+    """Put the text of a key of the first level in place of what is there.
+
+    A text that begins with a comment takes the place of the comment above too.
+    """
+    above = r"(?:#.*\n)*" if block.startswith("#") else ""
+    there = re.compile(rf"^{above}{key}:.*\n(?:[ \t]+\S.*\n)*", re.MULTILINE)
     text, count = there.subn(lambda _: block, text)
     if count != 1:
         raise ValueError(
