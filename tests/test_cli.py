@@ -280,11 +280,14 @@ def test_a_folder_without_audio_is_told(packed, tmp_path, capsys):
     assert names(out) == ["a_s1.wav", "a_s2.wav"]
 
 
+LONG = 400  # seconds, which take some
+
+
 def start_long(packed, tmp_path, *options):
     """A separation of three long recordings, when it has begun to write."""
     folder, out = tmp_path / "in", tmp_path / "out"
     for i in range(3):
-        speak(folder / f"{i}.wav", seconds=1200)
+        speak(folder / f"{i}.wav", seconds=LONG)
     process = subprocess.Popen(
         [sys.executable, "-m", "speechbrain_flashformer.cli", "separate"]
         + [str(folder), "-o", str(out), "--model", str(packed), *options],
@@ -301,13 +304,14 @@ def start_long(packed, tmp_path, *options):
     return process, out
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
 @pytest.mark.parametrize(
-    "sent, to_group, status",
+    "jobs, sent, to_group, status",
     [
-        (signal.SIGTERM, False, 143),
-        (signal.SIGTERM, True, 143),
-        (signal.SIGINT, True, 130),
+        (1, signal.SIGTERM, False, 143),
+        (1, signal.SIGINT, False, 130),
+        (2, signal.SIGTERM, False, 143),
+        (2, signal.SIGTERM, True, 143),
+        (2, signal.SIGINT, True, 130),
     ],
 )
 def test_a_stopped_run_leaves_no_partial_file(
@@ -321,7 +325,7 @@ def test_a_stopped_run_leaves_no_partial_file(
     assert len(names(out)) in (0, 2, 4)
     assert all(name.endswith(("_s1.wav", "_s2.wav")) for name in names(out))
     for name in names(out):
-        assert soundfile.info(out / name).frames == 1200 * 8000
+        assert soundfile.info(out / name).frames == LONG * 8000
 
 
 def test_a_worker_that_dies_takes_one_recording_with_it(packed, tmp_path):

@@ -156,19 +156,46 @@ def _yaml(code):
 
 
 @pytest.mark.parametrize(
-    "language, code",
+    "language, code, error, message",
     [
-        ("python", "import torch\nassert torch.rand(1) > 2\n"),
-        ("python", ">>> 1 + 1\n3\n"),
-        ("sh", "flashformer separate meeting.wav --out x --loudness 3\n"),
-        ("sh", "cd x && flashformer separate no.wav -o separated\n"),
-        ("sh", "python train.py hparams/flashformer.yaml --no_key 1\n"),
-        ("sh", "python train.py hparams/none.yaml\n"),
-        ("sh", "python benchmarks/none.py\n"),
-        ("yaml", "MaskNet: !new:speechbrain_flashformer.FlashFormer\n"),
-        ("pascal", ""),
+        ("python", "import torch\nassert 1 > 2, 'no'\n", AssertionError, "no"),
+        ("python", ">>> 1 + 1\n3\n", AssertionError, r"Expected:\s+3"),
+        (
+            "sh",
+            "flashformer separate meeting.wav -o x --loudness 3\n",
+            SystemExit,
+            "2",
+        ),
+        (
+            "sh",
+            "cd x && flashformer separate no.wav -o separated\n",
+            AssertionError,
+            "1 == 0",
+        ),
+        (
+            "sh",
+            "python train.py hparams/flashformer.yaml --no_key 1\n",
+            KeyError,
+            "no_key",
+        ),
+        (
+            "sh",
+            "python train.py hparams/none.yaml\n",
+            FileNotFoundError,
+            "none.yaml",
+        ),
+        ("sh", "python benchmarks/none.py\n", AssertionError, "none.py"),
+        (
+            "yaml",
+            "MaskNet: !new:speechbrain_flashformer.FlashFormer\n",
+            ValueError,
+            r"takes \[batch, 256, frames\]",
+        ),
+        ("pascal", "", AssertionError, "pascal"),
     ],
 )
-def test_what_would_not_run_is_found(language, code, here, capsys):
-    with pytest.raises((Exception, SystemExit)):
+def test_what_would_not_run_is_found(
+    language, code, error, message, here, capsys
+):
+    with pytest.raises(error, match=message):
         run_block(ROOT / "README.md", language, code, {})

@@ -168,6 +168,14 @@ def test_windowed_network_hears_a_finite_span():
     assert reach - 8 < heard.max() - 504 <= reach + 7
 
 
+def test_a_causal_network_hears_its_token_and_the_future_asked_for():
+    masknet = small(causal=True, future_tokens=2)
+    x = torch.rand(1, 12, 200, requires_grad=True)
+    masknet(x)[..., 80].sum().backward()  # the first frame of a token
+    last = x.grad[0].any(0).nonzero().max().item()
+    assert last - 80 == masknet.reach[1] == 3 * 8 - 1
+
+
 def test_autocast_keeps_the_shape_and_nearly_the_values():
     masknet = small()
     x = torch.rand(2, 12, 60)

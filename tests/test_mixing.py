@@ -8,6 +8,7 @@ from speechbrain.dataio.batch import PaddedBatch
 from torch.utils.data import DataLoader
 from torchaudio.functional import resample
 
+from speechbrain_flashformer import mixing
 from speechbrain_flashformer.data import EpochSampler
 from speechbrain_flashformer.mixing import (
     DynamicMixtures,
@@ -286,7 +287,9 @@ def test_number_and_seed_say_all(speech):
         a, b = one[n], two[n]
         assert all(torch.equal(a[k], b[k]) for k in a if k != "id")
         assert a["id"] == f"dm{n}"
-    assert not torch.equal(one[0]["mix_sig"], one[1]["mix_sig"])
+    numbers = (0, 1, 100, 1000, 10**6, 2**32, 10**12)
+    levels = {one[n]["mix_sig"].square().mean().item() for n in numbers}
+    assert len(levels) == len(numbers)
     other = mixtures(speech, seed=2)
     assert not torch.equal(one[0]["mix_sig"], other[0]["mix_sig"])
 
@@ -336,9 +339,39 @@ def test_mixture_is_the_sum_at_its_peak_and_length(speech):
         item = dataset[n]
         total = sum(item[f"s{i}_sig"] for i in (1, 2, 3))
         torch.testing.assert_close(item["mix_sig"], total)
-        assert item["mix_sig"].abs().max() <= 0.9 + 1e-6
         assert len(total) == 8000
         assert item["mix_sig"].dtype == torch.float32
+
+
+def test_what_is_too_loud_is_turned_down_together(tmp_path, monkeypatch):
+    # Of a mixture that is softer than its sources: these nearly cancel.
+    noise = 0.1 * np.random.default_rng(0).normal(size=4000)
+    for name, signal in (("a", noise), ("b", -noise)):
+        soundfile.write(tmp_path / f"{name}.wav", signal, 8000)
+    made = DynamicMixtures(
+        find_recordings(tmp_path, "file"), 2, 8000, 4000, seed=1
+    )
+    before = made[0]
+    monkeypatch.setattr(mixing, "PEAK", 0.01)
+    after = made[0]
+    names = ("mix_sig", "s1_sig", "s2_sig")
+    peaks = {name: after[name].abs().max().item() for name in names}
+    assert max(peaks.values()) == pytest.approx(0.01)
+    assert peaks["mix_sig"] < 0.009
+    for name in names:
+        ratio = after[name].norm() / before[name].norm()
+        torch.testing.assert_close(after[name], ratio * before[name])
+        expected = after["s1_sig"].norm() / before["s1_sig"].norm()
+        torch.testing.assert_close(ratio, expected)
+
+
+def test_levels_stay_within_limits(speech, monkeypatch):
+    monkeypatch.setattr(mixing, "LEVEL_LIMITS_DB", (-30.0, -29.0))
+    for n in range(20):
+        item = mixtures(speech)[n]
+        for name in ("s1_sig", "s2_sig"):
+            level = 10 * item[name].square().mean().log10().item()
+            assert -30.01 < level < -28.99
 
 
 def test_short_recordings_stand_anywhere(speech):

@@ -26,12 +26,9 @@ def read(path):
     return torch.from_numpy(soundfile.read(path, dtype="float32")[0])
 
 
-def test_it_is_small_and_says_what_it_is():
-    files = list(built_in_model().iterdir())
-    assert sum(file.stat().st_size for file in files) < 8e6
-    card = (built_in_model() / "README.md").read_text()
-    for what in ("## Data", "Apache-2.0", "## Training", "not good at"):
-        assert what in card
+def test_it_is_small():
+    sizes = {f.name: f.stat().st_size for f in built_in_model().iterdir()}
+    assert sizes["masknet.ckpt"] > 1e6 and sum(sizes.values()) < 8e6
 
 
 def test_it_separates_voices_it_has_not_heard(mixtures):
