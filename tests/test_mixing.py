@@ -417,6 +417,22 @@ def test_joined_recordings_are_of_one_speaker_and_go_on(speech):
     assert several > 20
 
 
+def test_joined_recordings_come_to_one_level(tmp_path):
+    rng = np.random.default_rng(0)
+    for s, take in np.ndindex(2, 2):
+        path = tmp_path / f"{s}" / f"{take}.wav"
+        path.parent.mkdir(exist_ok=True)
+        noise = 0.1 ** (1 + 2 * take) * rng.normal(size=4000)
+        soundfile.write(path, noise, 8000, "FLOAT")
+    joined = mixtures(tmp_path, samples=32000, join_share=1.0)
+    for n in range(5):
+        source = joined[n]["s1_sig"].numpy()
+        (ends,) = np.nonzero(np.diff(source == 0))
+        pieces = [x for x in np.split(source, ends + 1) if len(x) > 1000]
+        levels = [x.std() for x in pieces if x.any()]
+        assert len(levels) >= 3 and max(levels) < 1.1 * min(levels)
+
+
 def test_a_share_is_joined_the_rest_is_as_it_was(speech):
     alone = mixtures(speech, samples=64000)
     some = mixtures(speech, samples=64000, join_share=0.5)
@@ -575,6 +591,67 @@ def test_a_telephone_passes_speech_and_little_else(tmp_path, rate, above):
             assert power[outside].mean() < 0.1 * middle
         edges.append(power[(hertz > 250) & (hertz < 350)].mean() / middle)
     assert min(edges) < 0.5 and max(edges) > 0.8
+
+
+def has_a_tail(source):
+    return bool((source[2100:].abs() > 1e-7).any())
+
+
+def is_without_lows(source):
+    power = np.abs(np.fft.rfft(source.numpy())) ** 2
+    hertz = np.fft.rfftfreq(len(source), 1 / 8000)
+    middle = (hertz > 1000) & (hertz < 2000)
+    return bool(power[hertz < 40].mean() < 0.2 * power[middle].mean())
+
+
+@pytest.mark.parametrize(
+    "option, is_changed",
+    [("room_share", has_a_tail), ("telephone_share", is_without_lows)],
+)
+def test_a_share_is_in_one_room_or_through_one_telephone(
+    tmp_path, option, is_changed
+):
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        burst = 0.1 * rng.normal(size=4000) * (np.arange(4000) < 2000)
+        soundfile.write(tmp_path / f"{name}.wav", burst, 8000)
+    recordings = find_recordings(tmp_path, "file")
+    heard = {}
+    for share in (0.0, 0.5, 1.0):
+        made = DynamicMixtures(
+            recordings, 2, 8000, 4000, seed=1, **{option: share}
+        )
+        items = [made[n] for n in range(40)]
+        heard[share] = [
+            (is_changed(item["s1_sig"]), is_changed(item["s2_sig"]))
+            for item in items
+        ]
+    assert set(heard[0.0]) == {(False, False)}
+    assert set(heard[1.0]) == {(True, True)}
+    assert set(heard[0.5]) == {(False, False), (True, True)}
+    assert 10 < heard[0.5].count((True, True)) < 30
+
+
+def test_each_source_has_a_microphone_of_its_own(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        noise = 0.1 * rng.normal(size=16000)
+        soundfile.write(tmp_path / f"{name}.wav", noise, 8000)
+    recordings = find_recordings(tmp_path, "file")
+
+    def response(source):
+        """Of eight bands, dB."""
+        power = np.abs(np.fft.rfft(source.numpy())[:8000]) ** 2
+        return 10 * np.log10(power.reshape(8, 1000).mean(1))
+
+    for most_db in (0, 10):
+        made = DynamicMixtures(
+            recordings, 2, 8000, 16000, seed=1, colour_db=most_db
+        )
+        for n in range(5):
+            one, two = (response(made[n][f"s{i}_sig"]) for i in (1, 2))
+            assert (np.ptp(one) > 2) == (most_db > 0)
+            assert (np.std(one - two) > 1) == (most_db > 0)
 
 
 def test_a_mixture_may_be_upside_down(tmp_path):
