@@ -422,7 +422,7 @@ def test_joined_recordings_come_to_one_level(tmp_path):
     for s, take in np.ndindex(2, 2):
         path = tmp_path / f"{s}" / f"{take}.wav"
         path.parent.mkdir(exist_ok=True)
-        noise = 0.1 ** (1 + 2 * take) * rng.normal(size=4000)
+        noise = 0.1 ** (1 + take) * rng.normal(size=4000)
         soundfile.write(path, noise, 8000, "FLOAT")
     joined = mixtures(tmp_path, samples=32000, join_share=1.0)
     for n in range(5):
@@ -686,9 +686,61 @@ def test_noise_is_of_many_colours():
 # --- in a recipe -------------------------------------------------------------
 
 
+def test_hparams_say_what_is_mixed(speech, tmp_path):
+    soundfile.write(tmp_path / "hum.wav", np.ones(80), 8000)
+    shares = {
+        f"dm_{name}": n / 10
+        for n, name in enumerate(
+            "join_share turn_share silence_share noise_share room_share "
+            "colour_db telephone_share flip_share".split(),
+            1,
+        )
+    }
+    hparams = {
+        "base_folder_dm": str(speech),
+        "dm_speaker": r"_(id\d)",
+        "num_spks": 3,
+        "sample_rate": 16000,
+        "training_signal_len": 4321,
+        "seed": 17,
+        "use_speedperturb": True,
+        "speed_changes": [100, 105, 95],
+        "dm_noise_folder": str(tmp_path),
+        "dm_noise_snr": [1, 2],
+        **shares,
+    }
+    made = load_mixtures(hparams)
+    for name, share in shares.items():
+        assert getattr(made, name.removeprefix("dm_")) == share
+    assert (made.num_spks, made.sample_rate) == (3, 16000)
+    assert (made.samples, made.seed, made.speeds) == (4321, 17, (95, 105))
+    assert made.noise == [tmp_path / "hum.wav"] and made.noise_snr == [1, 2]
+    assert len(made.paths) == 12 and set(made.speakers) == {0, 1, 2, 3}
+    plain = load_mixtures(
+        hparams | {"use_speedperturb": False, "dm_noise_folder": ""}
+    )
+    assert plain.speeds == (100, 100) and plain.noise == []
+
+
 def test_hparams_without_a_folder_are_refused():
     with pytest.raises(ValueError, match="give their folder as base_folder_dm"):
         load_mixtures({"base_folder_dm": ""})
+
+
+def test_noise_is_any_part_of_a_recording_at_the_rate_of_the_mixture(
+    speech, tmp_path
+):
+    """4 s of 500 Hz and then of 1500 Hz, both at 16 kHz."""
+    time = np.arange(8 * 16000) / 16000
+    hertz = np.where(time < 4, 500, 1500)
+    soundfile.write(tmp_path / "a.wav", np.sin(2 * np.pi * hertz * time), 16000)
+    noisy = mixtures(speech, noise=[tmp_path / "a.wav"], noise_share=1.0)
+    heard = set()
+    for n in range(20):
+        item = noisy[n]
+        noise = item["mix_sig"] - item["s1_sig"] - item["s2_sig"]
+        heard.add(round(400 * pitch(noise.numpy()), -1))
+    assert heard == {500, 1500}
 
 
 def test_noise_is_as_loud_as_asked(speech):
