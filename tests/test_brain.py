@@ -134,6 +134,11 @@ def test_items_better_than_the_threshold_are_left_out(make):
     # And those that are hopeless.
     brain.hparams.loss_upper_lim = -15
     assert brain.threshold_by_loss(loss) == -20
+    # Neither, where nothing is left out.
+    del brain.hparams.loss_upper_lim
+    brain.hparams.threshold_byloss = False
+    assert brain.threshold_by_loss(loss).item() == pytest.approx(-70 / 3)
+    brain.hparams.threshold_byloss = True
     # None left: zero, but with a gradient, or other processes would wait.
     loss = torch.tensor([-40.0, -50.0], requires_grad=True)
     brain.threshold_by_loss(loss).backward()
@@ -160,7 +165,8 @@ def test_a_schedule_by_step_reaches_both_optimizers(make):
     )
     brain = make(lr_scheduler=schedule)
     brain.on_fit_start()
-    for step, lr in ((0, 0.25), (3, 1.0), (5, 1.0), (8, 0.25)):
+    # The last one is past the end of the schedule.
+    for step, lr in ((0, 0.25), (3, 1.0), (5, 1.0), (8, 0.25), (12, 0.0)):
         brain.optimizer_step = step
         brain.on_fit_batch_start(batch(100), should_step=True)
         for optimizer in brain.optimizers_dict.values():

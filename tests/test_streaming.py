@@ -13,6 +13,7 @@ from speechbrain_flashformer.separate import separate
 from speechbrain_flashformer.streaming import (
     StreamingSeparator,
     StreamingStep,
+    lookahead_tokens,
 )
 
 OPTIONS = {
@@ -439,6 +440,14 @@ def test_networks_that_cannot_stream_say_so(options):
 def test_a_future_needs_a_causal_network(options):
     with pytest.raises(ValueError, match="future_tokens"):
         make(**options)
+
+
+def test_thirds_of_a_millisecond_may_be_written_in_decimals():
+    # A token is 64 samples, 5.333 ms.
+    for lookahead_ms, tokens in ((0, 0), (5.33, 1), (10.67, 2), (16, 3)):
+        assert lookahead_tokens(lookahead_ms, 12000, 16, 4) == tokens
+    with pytest.raises(ValueError, match=r"5.33333 ms: take 5.33333 or 10.6"):
+        lookahead_tokens(8, 12000, 16, 4)
 
 
 def test_a_causal_network_takes_no_statistics():
