@@ -51,6 +51,7 @@ CASES = (
     ("unlike lengths", 300, 300, 4, 64, {"window": (40, 40), "lengths": 1}),
     ("next tokens of a stream", 3, 120, 4, 32, {"window": (100, 0)}),
     ("wide heads", 130, 130, 1, 256, {}),
+    ("odd heads", 130, 130, 2, 12, {"window": (20, 20)}),
 )
 MARGIN_DB = 3
 # What is measured on a GPU, and on a CPU to see that the script works.

@@ -258,7 +258,11 @@ def _why_not_torch_flash(q, k, window, dropout_p, lengths):
         return "this torch has no torch.nn.attention.varlen"
     if dropout_p > 0:
         return "has no attention dropout"
-    return _why_not_flash_kernel(q)
+    reason = _why_not_flash_kernel(q)
+    # flash-attn fills such heads up itself.
+    if reason is None and q.shape[3] % 8:
+        reason = f"needs heads of a multiple of 8, got {q.shape[3]}"
+    return reason
 
 
 def _run_flash_attn(q, k, v, window, dropout_p, lengths):
@@ -345,12 +349,7 @@ def _sdpa(q, k, v, window, dropout_p):
     if window != (-1, -1) and not causal:
         rows = zip(q.split(1), k.split(1), v.split(1))
         return torch.cat([_window_row(*row, *window) for row in rows])
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    with _no_dense_kernel(q):
-        out = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout_p, is_causal=causal
-        )
-    return out.transpose(1, 2)
+    return _run_kernel(q, k, v, dropout_p=dropout_p, is_causal=causal)
 
 
 def _window_row(q, k, v, left, right):
@@ -429,10 +428,25 @@ def _window_blocks(q, k, v, left, right):
 
 def attend_masked(q, k, v, mask):
     """``attend`` under an additive mask [Tq, Tk]: torch's kernel, no checks."""
+    return _run_kernel(q, k, v, attn_mask=mask)
+
+
+def _run_kernel(q, k, v, **options):
+    """torch's kernel on [B, T, H, D], with its options."""
+    width = q.shape[3]
+    if missing := _missing_width(q):
+        # Zeros add nothing to a product.
+        q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
+        options["scale"] = width**-0.5
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with _no_dense_kernel(q):
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, **options)
+    return out.transpose(1, 2)[..., :width]
+
+
+def _missing_width(q):
+    """What heads lack: CUDA's kernels take multiples of 8 under a mask."""
+    return -q.shape[3] % 8 if q.is_cuda else 0
 
 
 def _band(q, rows, columns, offset, left, right):

@@ -202,6 +202,7 @@ class GatedFSMN(nn.Module):
         dropout=0.0,
     ):
         super().__init__()
+        self.d_memory = d_memory
         self.norm = nn.LayerNorm(d_model)
         self.expand = nn.Linear(d_model, 2 * d_memory)
         self.memory = nn.ModuleList(
@@ -248,7 +249,7 @@ class GatedFSMN(nn.Module):
 
     def make_past(self, like):
         """What ``forward_streaming`` begins with; like is any [B, n, C]."""
-        shape = (like.shape[0], 0, self.out.in_features)
+        shape = (like.shape[0], 0, self.d_memory)
         return [
             F.pad(like.new_zeros(shape), (0, 0, f.lookback * f.dilation, 0))
             for f in self.memory

@@ -49,6 +49,20 @@ class LayerScale(nn.Module):
         return x * self.weight
 
 
+class TransposedLinear(nn.Linear):
+    """A Linear whose output [B, L, C] lies in memory as [B, C, L].
+
+    So the decoder takes it; that of a Linear would have to be copied for it,
+    which costs more than the product.
+    """
+
+    def forward(self, x):
+        """Map the last axis of x [B, L, D]."""
+        weight = self.weight.expand(x.shape[0], -1, -1)
+        out = torch.baddbmm(self.bias[:, None], weight, x.transpose(1, 2))
+        return out.transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with rotary positions, [B, T, C] both ways.
 
@@ -75,7 +89,7 @@ class Attention(nn.Module):
 
     def __init__(self, d_model, nhead, window=(-1, -1), backend="auto"):
         super().__init__()
-        self.nhead = nhead
+        self.d_model, self.nhead = d_model, nhead
         self.window = tuple(window)
         self.backend = backend
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
@@ -96,7 +110,7 @@ class Attention(nn.Module):
 
     def make_past(self, like):
         """What ``forward_streaming`` begins with; like is any [B, n, C]."""
-        width = self.out.in_features // self.nhead
+        width = self.d_model // self.nhead
         shape = (like.shape[0], self.window[0], self.nhead, width)
         return [like.new_zeros(shape), like.new_zeros(shape)]
 
@@ -310,6 +324,7 @@ class FlashFormer(nn.Module):
         between = (d_frame * growth**i for i in range(1, steps))
         widths = [16 * max(1, round(width / 16)) for width in between]
         widths = [*([d_frame] if steps else []), *widths, d_model]
+        self.frame_widths = widths[:-1]
 
         def _frame_block(width):
             return GatedFSMN(width, width, lookback, lookahead)
@@ -340,7 +355,7 @@ class FlashFormer(nn.Module):
         self.split = nn.ModuleList(nn.Linear(b, 2 * a) for a, b in pairs)
         self.up = nn.ModuleList(_frame_block(width) for width in widths[:-1])
         self.norm_out = nn.LayerNorm(widths[0])
-        self.masks = nn.Linear(widths[0], num_spks * in_channels)
+        self.masks = TransposedLinear(widths[0], num_spks * in_channels)
         # What a streaming context must agree with.
         shapes = [tuple(p.shape) for p in self.parameters()]
         others = (window, token_stride, future_tokens, nhead, list(dilations))
@@ -393,9 +408,7 @@ class FlashFormer(nn.Module):
         else:
             x = mix_w.transpose(1, 2)
             x = self.norm_in(x, _keep(frames, x), statistics)
-        # A Linear would first copy its transposed input.
-        weight = self.project.weight.t().expand(x.shape[0], -1, -1)
-        x = torch.baddbmm(self.project.bias, x, weight)  # [B, L, C]
+        x = self.project(x)  # [B, L, C]
         # An exported graph is for all lengths.
         if torch.compiler.is_exporting() or x.shape[1] % self.token_stride:
             x = F.pad(x, (0, 0, 0, -x.shape[1] % self.token_stride))
@@ -431,14 +444,9 @@ class FlashFormer(nn.Module):
 
     def _masks(self, x):
         """The masks [S, B, N, L] that the last features x [B, L, C] say."""
-        # Weight times transposed input gives [B, S N, L] as it is needed; a
-        # Linear would leave the channels last, and a copy to the decoder.
-        weight = self.masks.weight.expand(x.shape[0], -1, -1)
-        x = self.norm_out(x).transpose(1, 2)
-        masks = torch.baddbmm(self.masks.bias[:, None], weight, x)
+        masks = self.masks(self.norm_out(x)).transpose(1, 2).relu()
         size = (self.num_spks, self.in_channels)
-        masks = F.relu(masks, inplace=True).unflatten(1, size)
-        return masks.transpose(0, 1)
+        return masks.unflatten(1, size).transpose(0, 1)
 
     # --- streaming ----------------------------------------------------------
 
@@ -480,9 +488,9 @@ class FlashFormer(nn.Module):
             frames.new_zeros(
                 batch_size,
                 self.future_tokens * self.token_stride // 2**i,
-                block.norm.normalized_shape[0],
+                width,
             )
-            for i, block in enumerate(self.down)
+            for i, width in enumerate(self.frame_widths)
         ]
         return {
             "network": self.signature,
@@ -634,15 +642,13 @@ class FlashFormer(nn.Module):
                 2 * block.reach[side] * 2**i
                 for i, block in enumerate(self.down)
             )
+            tokens = self.future_tokens if side else 0
             for layer in self.layers:
-                window = layer.attention.window[side]
-                if window < 0:
-                    return (-1, -1)
-                tokens = window + layer.fsmn.reach[side]
-                frames += tokens * self.token_stride
+                tokens += layer.attention.window[side] + layer.fsmn.reach[side]
             # A frame sees all frames of its own token.
-            sides.append(frames + self.token_stride - 1)
-        sides[1] += self.future_tokens * self.token_stride
+            frames += (tokens + 1) * self.token_stride - 1
+            windows = [layer.attention.window[side] for layer in self.layers]
+            sides.append(-1 if min(windows) < 0 else frames)
         return tuple(sides)
 
     def _valid_frames(self, mix_w, lengths):
@@ -667,7 +673,8 @@ def _keep(frames, x):
     frames is one number for all rows of x [B, L, C], or a tensor [B].
     """
     place = torch.arange(x.shape[1], device=x.device)
-    if isinstance(frames, torch.Tensor):
+    # Under torch.jit.trace a number is a tensor too, without axes.
+    if isinstance(frames, torch.Tensor) and frames.ndim:
         keep = place < frames[:, None]
     elif not torch.compiler.is_exporting() and frames == x.shape[1]:
         return None

@@ -341,3 +341,49 @@ def test_the_reference_computes_half_precision_in_float32():
     found = attend(q, k, v, backend="reference")
     expected = attend(*(x.float() for x in (q, k, v)), backend="reference")
     assert torch.equal(found, expected.bfloat16())
+
+
+class OnCuda:
+    """What a backend is asked about, as if it were on a GPU."""
+
+    is_cuda, device = True, torch.device("cuda")
+    dtype = torch.bfloat16
+
+    def __init__(self, width):
+        self.shape = (1, 9, 2, width)
+
+
+@pytest.mark.parametrize(
+    "width, backend, reason",
+    [
+        (64, "flash_attn", None),
+        (256, "torch_flash", None),
+        # flash-attn fills such heads up.
+        (12, "flash_attn", None),
+        (12, "torch_flash", "multiple of 8, got 12"),
+        (264, "flash_attn", "at most 256, got 264"),
+        (264, "torch_flash", "at most 256, got 264"),
+        (12, "sdpa", None),
+        (264, "sdpa", None),
+    ],
+)
+def test_head_widths_that_a_kernel_refuses_fall_to_the_next(
+    monkeypatch, width, backend, reason
+):
+    monkeypatch.setattr(attention, "flash_attn_func", FakeFlash().dense)
+    monkeypatch.setattr(attention, "varlen_attn", FakeFlash().packed)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: (8, 0)
+    )
+    q = OnCuda(width)
+    why_not, _ = attention.BACKENDS[backend]
+    found = why_not(q, q, (5, 5), 0.0, None)
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (5, 2), (70, 70)])
+def test_filled_up_heads_change_nothing(monkeypatch, window):
+    qkv = heads(2, 300, D=12)
+    monkeypatch.setattr(attention, "_missing_width", lambda q: -q.shape[3] % 8)
+    for ours, oracle in run_both("sdpa", qkv, window=window):
+        torch.testing.assert_close(ours, oracle)

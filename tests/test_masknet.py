@@ -245,3 +245,21 @@ def test_wrong_lengths_are_refused():
 def test_unknown_backend_is_refused_before_training():
     with pytest.raises(ValueError, match="unknown attention backend 'flsh'"):
         small(attention_backend="flsh")
+
+
+@pytest.mark.parametrize(
+    "window, future_tokens, expected",
+    [
+        ((5, 0), 0, (True, 7)),
+        ((-1, 0), 0, (False, 7)),
+        ((-1, 0), 2, (False, 23)),
+    ],
+)
+def test_each_side_has_its_own_reach(window, future_tokens, expected):
+    """An unbounded past leaves the future as it is."""
+    masknet = small(causal=True, window=window, future_tokens=future_tokens)
+    past, future = masknet.reach
+    assert (past > 0, future) == expected
+    offline = small(window=(-1, 3))
+    assert offline.reach[0] == -1
+    assert offline.reach[1] == small(window=(3, 3)).reach[1]
