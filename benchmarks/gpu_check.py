@@ -5,9 +5,9 @@
 
 Every attention backend that the GPU and the installed packages allow is
 compared with dense attention in float64: outputs and gradients, in bfloat16
-and float16, alone and in the whole network. Then speed and memory of attention
-over the length, training throughput beside SepFormer, torch.compile, and a
-stream in a CUDA graph.
+and float16, alone and in the whole network. The recipe trains, goes on and
+tests. Then speed and memory of attention over the length, training throughput
+beside SepFormer, torch.compile, and a stream in a CUDA graph.
 
 The bar for attention is what dense attention in the same precision loses to
 rounding, twice; for the network, 3 dB more noise than with dense attention.
@@ -17,14 +17,19 @@ runs what a CPU can, on small sizes: a test of this script, no figures.
 
 import argparse
 import contextlib
+import csv
 import datetime
 import importlib.metadata
 import math
 import os
 import platform
+import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 from models import build
@@ -39,6 +44,7 @@ from speechbrain_flashformer.losses import pit_si_snr_loss
 from speechbrain_flashformer.separate import separate
 from speechbrain_flashformer.streaming import StreamingSeparator, StreamingStep
 
+RECIPE = Path(__file__).resolve().parent.parent / "recipes/WSJ0Mix/separation"
 RATE = 8000
 WINDOW = (250, 250)
 # Of attention: name, queries, keys, heads, width, options of attend.
@@ -61,12 +67,14 @@ SIZES = {
         "models": ("base", "large", "sepformer"),
         "batches": (1, 4),
         "seconds": 4,
+        "recipe": {"starter_train": 200, "starter_valid": 20},
     },
     "cpu": {
         "tokens": [256, 1024],
         "models": ("tiny",),
         "batches": (1,),
         "seconds": 1,
+        "recipe": {"starter_train": 4, "starter_valid": 1, "num_workers": 0},
     },
 }
 
@@ -90,6 +98,7 @@ def main(words=None):
         ("Machine", machine),
         ("Attention beside dense attention", compare_attention),
         ("The network beside one with dense attention", compare_network),
+        ("The recipe", recipe),
         ("Attention over the length", attention_speed),
         ("Training", training_speed),
         ("torch.compile", compiled),
@@ -280,6 +289,66 @@ def snr(truth, found):
     truth, found = truth.detach(), found.detach()
     noise = (found - truth).square().sum().clamp(min=1e-300)
     return 10 * math.log10(truth.square().sum() / noise)
+
+
+def recipe(device, sizes):
+    """A row for each start: one epoch, another one, the test alone."""
+    yield "`flashformer-demo.yaml` in bfloat16, from the command line.\n"
+    yield "| start | seconds | epochs | SI-SNRi of the test (dB) | |"
+    yield "|---|---|---|---|---|"
+    options = {
+        "device": device,
+        "precision": "bf16",
+        "eval_precision": "bf16",
+        "starter_test": 2,
+        "plot_results": False,
+        "noprogressbar": None,
+        **sizes["recipe"],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder, "test_results.csv")
+        for name, more, expected in (
+            ("one epoch", {"N_epochs": 1}, [1]),
+            ("resumed", {"N_epochs": 2}, [1, 2]),
+            ("test alone", {"N_epochs": 2, "test_only": None}, [1, 2]),
+        ):
+            # Each test has to write its own.
+            results.unlink(missing_ok=True)
+            words = ["hparams/flashformer-demo.yaml", "--output_folder", folder]
+            for key, value in {**options, **more}.items():
+                words += [f"--{key}", *([] if value is None else [str(value)])]
+            began = time.perf_counter()
+            wrong = run_recipe(words)
+            seconds = time.perf_counter() - began
+            log = Path(folder, "train_log.txt")
+            text = log.read_text() if log.is_file() else ""
+            epochs = [int(n) for n in re.findall(r"^epoch: (\d+)", text, re.M)]
+            gain = _test_gain(results)
+            right = not wrong and epochs == expected and math.isfinite(gain)
+            row = f"| {name} | {seconds:.0f} | {epochs} | {gain:.1f} | "
+            yield row + ("ok |" if right else f"FAILED {wrong} |")
+
+
+def run_recipe(words):
+    """Run ``train.py``; what it last said if it failed, else nothing."""
+    done = subprocess.run(
+        [sys.executable, "train.py", *words],
+        cwd=RECIPE,
+        capture_output=True,
+        text=True,
+    )
+    if not done.returncode:
+        return ""
+    return (done.stderr.strip() or done.stdout.strip()).splitlines()[-1]
+
+
+def _test_gain(results):
+    """SI-SNRi in dB, over all mixtures; NaN without results."""
+    if not results.is_file():
+        return math.nan
+    with results.open(newline="", encoding="utf-8") as file:
+        rows = {row["snt_id"]: row for row in csv.DictReader(file)}
+    return float(rows["avg"]["si-snr_i"])
 
 
 # --- how fast? ---------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import soundfile
 import torch
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 from speechbrain.utils.checkpoints import Checkpointer
@@ -116,6 +117,21 @@ def packed_causal(tmp_path_factory):
 def packed(packed_once, tmp_path):
     """A packed model's folder, to do with as one likes."""
     return shutil.copytree(packed_once, tmp_path / "model")
+
+
+@pytest.fixture(scope="session")
+def noise_mixtures(tmp_path_factory):
+    """Mixtures of noise, two to learn from and one to test each."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("tr", 2), ("cv", 1), ("tt", 1)):
+        for index in range(count):
+            s1, s2 = 0.1 * torch.randn(2, 12_000, generator=generator)
+            for name, signal in (("mix", s1 + s2), ("s1", s1), ("s2", s2)):
+                path = folder / "wav8k/min" / part / name / f"{index}.wav"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                soundfile.write(path, signal.numpy(), 8000)
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,7 @@
 """The check for GPUs: here on a CPU, where wrong kernels are made to order."""
 
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,14 +51,81 @@ def test_without_a_gpu_one_line_says_so(check, monkeypatch, capsys):
     assert not said.out and said.err.count("\n") == 1 and "no GPU" in said.err
 
 
+class Recipe:
+    """In the place of train.py: writes what it would, or not all of it."""
+
+    def __init__(self, forget=False, gain="1.0", fail=""):
+        self.forget, self.gain, self.fail = forget, gain, fail
+        self.calls = []
+
+    def __call__(self, words):
+        self.calls.append(words)
+        if len(self.calls) == 2 and self.fail:
+            return self.fail
+        folder = Path(words[words.index("--output_folder") + 1])
+        last = int(words[words.index("--N_epochs") + 1])
+        epochs = [last] if self.forget else range(1, last + 1)
+        lines = [f"epoch: {epoch}, lr: 1\n" for epoch in epochs]
+        (folder / "train_log.txt").write_text("".join(lines))
+        (folder / "test_results.csv").write_text(
+            f"snt_id,si-snr_i\nx,1\navg,{self.gain}\n"
+        )
+        return ""
+
+
+@pytest.mark.parametrize(
+    "options, failed",
+    [
+        ({}, [False, False, False]),
+        ({"forget": True}, [False, True, True]),
+        ({"gain": "nan"}, [True, True, True]),
+        ({"fail": "no memory"}, [False, True, False]),
+    ],
+    ids=str,
+)
+def test_the_recipe_is_judged(check, monkeypatch, options, failed):
+    recipe = Recipe(**options)
+    monkeypatch.setattr(check, "run_recipe", recipe)
+    rows = list(check.recipe(CPU, {"recipe": {"num_workers": 0}}))[3:]
+    assert ["FAILED" in row for row in rows] == failed
+    if "fail" in options:
+        assert "FAILED no memory" in rows[1]
+    for words in recipe.calls:
+        assert words[words.index("--precision") + 1] == "bf16"
+        assert words[words.index("--device") + 1] == "cpu"
+
+
+def test_the_recipe_itself_passes(check, monkeypatch, noise_mixtures):
+    """In this process, where it starts faster."""
+    train = importlib.import_module("train")
+
+    def run(words):
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        train.main()
+        return ""
+
+    monkeypatch.chdir(check.RECIPE)
+    monkeypatch.setattr(check, "run_recipe", run)
+    sizes = {
+        "data_folder": noise_mixtures,
+        "num_workers": 0,
+        "batch_size": 2,
+        "training_signal_len": 4000,
+        "model": "{d_model: 32, num_layers: 1, nhead: 2, d_ffn: 32}",
+    }
+    rows = list(check.recipe(CPU, {"recipe": sizes}))[3:]
+    assert len(rows) == 3 and all(row.endswith("ok |") for row in rows)
+
+
 def test_the_report_on_a_cpu(check, monkeypatch, capsys):
     monkeypatch.setitem(check.SIZES["cpu"], "tokens", [64])
+    monkeypatch.setattr(check, "run_recipe", Recipe())
     assert check.main(["--device", "cpu"]) == 0
     report = capsys.readouterr().out
     assert report.endswith("no failures\n")
-    assert report.count("## ") == 8
-    # Two precisions, in attention; once each, in the network.
-    assert report.count("| ok |") == 2 * len(check.CASES) + 2 + 1
+    assert report.count("## ") == 9
+    # Two precisions, in attention; once each, in the network; the recipe.
+    assert report.count("| ok |") == 2 * len(check.CASES) + 2 + 3 + 1
 
 
 @pytest.mark.parametrize(
@@ -91,6 +160,7 @@ def test_what_cannot_run_says_why(check):
 
 def test_an_error_ends_one_section_alone(check, monkeypatch, capsys):
     monkeypatch.setitem(check.SIZES["cpu"], "tokens", [64])
+    monkeypatch.setattr(check, "run_recipe", Recipe())
 
     def none(*_):
         raise RuntimeError("no such kernel")

@@ -96,23 +96,8 @@ MASKNETS = {
 }
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Mixtures of noise, two to learn from and one to test each."""
-    folder = tmp_path_factory.mktemp("data")
-    generator = torch.Generator().manual_seed(0)
-    for part, count in (("tr", 2), ("cv", 1), ("tt", 1)):
-        for index in range(count):
-            s1, s2 = 0.1 * torch.randn(2, 12_000, generator=generator)
-            for name, signal in (("mix", s1 + s2), ("s1", s1), ("s2", s2)):
-                path = folder / "wav8k/min" / part / name / f"{index}.wav"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                soundfile.write(path, signal.numpy(), 8000)
-    return folder
-
-
 @pytest.fixture
-def run(data, tmp_path, monkeypatch):
+def run(noise_mixtures, tmp_path, monkeypatch):
     """The recipe, in this process, with another masknet in its yaml."""
     spec = importlib.util.spec_from_file_location(
         "experiments", HPARAMS / "experiments.py"
@@ -126,7 +111,7 @@ def run(data, tmp_path, monkeypatch):
         yaml, output = tmp_path / "other.yaml", tmp_path / "run"
         yaml.write_text(text, encoding="utf-8")
         words = ["train.py", yaml, "--output_folder", output]
-        words += ["--data_folder", data, "--N_encoder_out", 16]
+        words += ["--data_folder", noise_mixtures, "--N_encoder_out", 16]
         words += ["--limit_training_signal_len", True]
         words += ["--training_signal_len", 4000, "--batch_size", 2]
         words += ["--num_workers", 0, "--device", "cpu", "--noprogressbar"]
@@ -138,7 +123,7 @@ def run(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", MASKNETS)
-def test_it_trains_resumes_tests_and_packs(name, run, data, tmp_path):
+def test_it_trains_resumes_tests_and_packs(name, run, noise_mixtures, tmp_path):
     masknet = MASKNETS[name]
     run(masknet, "--N_epochs", 1)
     output = run(masknet, "--N_epochs", 2)
@@ -153,7 +138,7 @@ def test_it_trains_resumes_tests_and_packs(name, run, data, tmp_path):
         assert len(list(csv.DictReader(file))) == 1 + 3
 
     model = FlashFormerSeparation.from_hparams(pack(output, tmp_path / "model"))
-    (mixture, *_) = sorted((data / "wav8k/min/tt/mix").glob("*.wav"))
+    (mixture, *_) = sorted((noise_mixtures / "wav8k/min/tt/mix").glob("*.wav"))
     # In chunks too, of which the last is short.
     sources = model.separate_file(mixture, chunk=1.0, overlap=0.2)
     frames = soundfile.info(mixture).frames
