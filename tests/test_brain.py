@@ -217,6 +217,17 @@ def test_a_plateau_may_be_reached_by_a_warm_up(make):
     assert seen == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
+def test_batches_that_gather_gradients_do_not_count(make):
+    brain = make(lr_scheduler=LinearWarmupScheduler(1.0, 4, 8))
+    brain.on_fit_start()
+    seen = []
+    for should_step in (False, False, True) * 2:
+        brain.on_fit_batch_start(batch(100), should_step)
+        if should_step:
+            seen.append(brain.optimizer.param_groups[0]["lr"])
+    assert seen == [0.25, 0.5]
+
+
 def test_a_schedule_that_nobody_would_step_is_refused(make):
     with pytest.raises(TypeError, match="CyclicLRScheduler is called with"):
         make(lr_scheduler=CyclicLRScheduler())
@@ -299,6 +310,22 @@ def test_a_test_without_audio_leaves_that_of_the_test_before(make, tmp_path):
     brain.save_results()
     assert len(list((tmp_path / "audio_results").iterdir())) == 5
     assert not list(tmp_path.glob("*.growing"))
+
+
+@pytest.mark.parametrize(
+    "save_audio, asked, first, worst",
+    [(True, 1, 1, 3), (True, 0, 0, 3), (False, 2, 0, 0)],
+)
+def test_as_much_audio_is_saved_as_asked_for(
+    make, tmp_path, save_audio, asked, first, worst
+):
+    brain = make(save_audio=save_audio, n_audio_to_save=asked)
+    brain.modules.eval()
+    brain.on_stage_start(sb.Stage.TEST)
+    brain.evaluate_batch(batch(1000, 1000, 1000), sb.Stage.TEST)
+    brain.save_results()
+    for folder, count in (("audio_results", first), ("audio_worst", worst)):
+        assert len(list((tmp_path / folder).glob("*_mix.wav"))) == count
 
 
 def test_half_precision_trains_with_a_loss_in_float32(make):

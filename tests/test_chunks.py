@@ -5,7 +5,7 @@ import torch
 from speechbrain.lobes.models.dual_path import Decoder, Encoder
 
 from speechbrain_flashformer import FlashFormer
-from speechbrain_flashformer.chunks import ChunkPlan, separate_long
+from speechbrain_flashformer.chunks import FADE, ChunkPlan, separate_long
 from speechbrain_flashformer.separate import encoder_statistics, separate
 from speechbrain_flashformer.speakers import SpeakerOrder
 
@@ -34,6 +34,26 @@ def test_identity_network_gives_the_input(samples, block, batch):
     plan = ChunkPlan(PLAN.chunk, PLAN.overlap, 64, batch)
     out = run(mixture, identity, plan, block)
     torch.testing.assert_close(out, identity(mixture), rtol=0, atol=1e-6)
+
+
+def test_one_chunk_gives_way_to_the_next_in_mid_overlap():
+    """The n-th chunk is heard as n, of which the seam is a ramp."""
+    count = 0
+
+    def network(chunks):
+        nonlocal count
+        count += 1
+        return torch.full((1, chunks.shape[1], 1), float(count))
+
+    out = run(torch.randn(1, 7 * RATE), network, num_spks=1)[0, :, 0]
+    fade = round(FADE * RATE)
+    middle = PLAN.hop + PLAN.overlap // 2
+    assert (out[: middle - fade // 2] == 1).all()
+    assert (out[middle + fade // 2 :] == 2).all()
+    ramp = out[middle - fade // 2 : middle + fade // 2]
+    step = torch.full((fade - 1,), 1 / fade)
+    torch.testing.assert_close(ramp.diff(), step, atol=1e-6, rtol=0)
+    assert ramp.mean().item() == pytest.approx(1.5)
 
 
 def test_chunks_in_one_call_are_as_long_as_the_plan_says():

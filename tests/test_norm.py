@@ -30,6 +30,16 @@ def test_a_stream_counts_the_frames_of_its_span():
         torch.testing.assert_close(normed[0, place], reference(span))
 
 
+@pytest.mark.parametrize("kind", [GlobalNorm, CumulativeNorm])
+def test_gain_and_bias_are_of_each_channel(kind):
+    norm = kind(*([12] if kind is GlobalNorm else [12, 20]))
+    x = torch.randn(2, 50, 12)
+    plain = norm(x).detach()
+    gain, bias = torch.randn(2, 12)
+    norm.load_state_dict({"weight": gain, "bias": bias})
+    torch.testing.assert_close(norm(x), plain * gain + bias)
+
+
 def test_silence_changes_nothing():
     x = torch.randn(2, 50, 12)
     silence = torch.zeros(2, 400, 12)
