@@ -160,11 +160,21 @@ def test_what_is_too_large_is_refused(page):
     assert "maximum allowed size" in answer.text
 
 
-def test_files_that_were_not_uploaded_are_not_read(page):
-    secret = {"path": __file__, "meta": {"_type": "gradio.FileData"}}
-    address = f"{page}gradio_api/call/separate"
-    event = httpx.post(address, json={"data": [secret]}).json()["event_id"]
-    assert "event: error" in httpx.get(f"{address}/{event}").text
+def test_files_that_were_not_uploaded_are_not_read(page, tmp_path):
+    address, answers = f"{page}gradio_api/call/separate", []
+    recording = speak(tmp_path / "secret.wav")
+    with recording.open("rb") as file:
+        (uploaded,) = httpx.post(
+            f"{page}gradio_api/upload", files={"files": file}
+        ).json()
+    for path in (str(recording), uploaded):
+        data = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        event = httpx.post(address, json={"data": [data]}).json()["event_id"]
+        answer = httpx.get(f"{address}/{event}", timeout=60).text
+        answers.append("event: complete" in answer)
+        assert ("event: error" in answer) != answers[-1]
+    # What was uploaded of the same is read.
+    assert answers == [False, True]
 
 
 # --- where it listens, whom it calls, what it keeps --------------------------

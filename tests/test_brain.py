@@ -343,6 +343,16 @@ def test_half_precision_trains_with_a_loss_in_float32(make):
     assert seen == [(torch.float32, torch.float32)]
 
 
+def test_training_batches_are_augmented(make):
+    brain = make(use_rand_shift=True, min_shift=5, max_shift=5)
+    brain.on_fit_start()
+    x, plain = batch(1000), batch(1000)
+    brain.on_fit_batch_start(x, should_step=True)
+    for name in ("mix_sig", "s1_sig", "s2_sig"):
+        shifted = getattr(plain, name).data.roll(5, 1)
+        torch.testing.assert_close(getattr(x, name).data, shifted)
+
+
 def test_testing_without_a_checkpoint_is_an_error(make):
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         make().on_evaluate_start(min_key="si-snr")

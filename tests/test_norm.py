@@ -57,6 +57,14 @@ def test_padded_frames_do_not_count():
     torch.testing.assert_close(padded[:, :30], alone)
 
 
+def test_sums_in_half_precision_do_not_overflow():
+    x = (100 * torch.randn(1, 5000, 12)).half()
+    normed = GlobalNorm(12)(x)
+    assert normed.dtype == torch.float16
+    expected = GlobalNorm(12)(x.float())
+    torch.testing.assert_close(normed.float(), expected, atol=2e-3, rtol=2e-3)
+
+
 @pytest.mark.parametrize("level", [1e-5, 1e10])
 def test_the_level_makes_no_difference(level):
     x = torch.rand(1, 4000, 12)
