@@ -300,6 +300,17 @@ def test_three_speakers_come_out_in_order(sources):
     assert swapped_share(out, sources) == 0
 
 
+@pytest.mark.parametrize("who, order", [(0, [1, 0]), (1, [0, 1])])
+def test_a_voice_is_known_from_the_first_chunk(sources, who, order):
+    """After a silence one speaks: who was heard before, or somebody new."""
+    silence = torch.zeros(15 * RATE)
+    heard = SpeakerOrder(2, RATE)
+    heard.learn(torch.stack([sources[0, : 15 * RATE], silence]))
+    # It comes as the second output, and is the first speaker or the other.
+    fresh = torch.stack([silence, sources[who, : 15 * RATE]])
+    assert heard.arrange(torch.zeros(2, 900), fresh) == order
+
+
 def at_random(channels, seed):
     """A network that knows each channel's sources, [C, S, T]."""
     generator = torch.Generator().manual_seed(seed)

@@ -50,6 +50,15 @@ def test_causal_when_nothing_is_looked_ahead():
     assert not x.grad[0, 13:].any() and x.grad[0, 12].any()
 
 
+def test_one_branch_gates_what_the_other_remembers():
+    block = GatedFSMN(4, 8, lookback=5, lookahead=2, dilations=(1, 3))
+    x = torch.randn(2, 30, 4)
+    u, v = block.expand(block.norm(x)).split(8, 2)
+    remembered = block.memory[1](block.memory[0](v))
+    expected = x + block.out(u * u.sigmoid() * remembered)
+    torch.testing.assert_close(block(x), expected)
+
+
 def test_padding_is_never_remembered():
     block = GatedFSMN(4, 8, lookback=5, lookahead=5, dilations=(1, 2)).eval()
     x = torch.randn(1, 30, 4)

@@ -146,6 +146,21 @@ def test_a_table_ends_with_mean_median_and_percentile(tmp_path):
     assert summary["avg"]["sdr"] == float(mean["sdr"])
 
 
+def test_a_table_is_whole_or_not_there(tmp_path):
+    row = {"snt_id": "x", "sdr": 1, "sdr_i": 1, "si-snr": 1, "si-snr_i": 1}
+    path = tmp_path / "test_results.csv"
+    write_results(path, [row])
+    before = path.read_bytes()
+
+    class Torn(dict):
+        def get(self, *_):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_results(path, [row, Torn(row)])
+    assert path.read_bytes() == before
+
+
 def test_items_of_a_batch_are_scored_on_their_own_length():
     mixture, targets, estimates = (x[None] for x in signals(4000))
     targets, estimates = targets.mT.clone(), estimates.mT.clone()
@@ -177,6 +192,14 @@ def test_estimates_are_saved_as_their_source_is(tmp_path, gain):
     clean, rate = soundfile.read(tmp_path / "a_s2.wav")
     estimate, _ = soundfile.read(tmp_path / "a_s2hat.wav")
     assert rate == 8000
+    # All are turned down alike, so that none clips.
+    peaks = []
+    for path in tmp_path.iterdir():
+        peaks.append(np.abs(soundfile.read(path)[0]).max())
+    assert max(peaks) == pytest.approx(0.99, abs=1e-3)
+    ratio = targets[1].std() / targets.sum(0).std()
+    mixed, _ = soundfile.read(tmp_path / "a_mix.wav")
+    assert clean.std() / mixed.std() == pytest.approx(ratio.item(), rel=1e-2)
     assert estimate.std() == pytest.approx(clean.std(), rel=1e-2)
     assert np.dot(clean, estimate) > 0
     assert len(list(tmp_path.iterdir())) == 5
