@@ -570,6 +570,34 @@ def test_a_folder_without_permission_is_told(paths, monkeypatch):
     assert list(paths[0].parent.iterdir()) == []
 
 
+def test_a_second_file_that_cannot_be_opened_takes_the_first(
+    paths, monkeypatch
+):
+    real, opened = soundfile.SoundFile, []
+
+    def refuse_second(*arguments, **options):
+        opened.append(arguments)
+        if len(opened) == 2:
+            raise soundfile.LibsndfileError(2, "Error opening: ")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(audio.soundfile, "SoundFile", refuse_second)
+    with pytest.raises(OSError, match="cannot write in .*out"):
+        write(paths, torch.zeros(10, 2))
+    assert list(paths[0].parent.iterdir()) == []
+
+
+def test_what_appears_meanwhile_is_not_replaced(paths):
+    with (
+        pytest.raises(FileExistsError, match=r"a_s2\.wav exists"),
+        SourceWriter(paths, 8000, 10) as writer,
+    ):
+        writer.write(torch.zeros(10, 2))
+        paths[1].write_text("mine")
+    assert [path.name for path in paths[0].parent.iterdir()] == ["a_s2.wav"]
+    assert paths[1].read_text() == "mine"
+
+
 def test_long_recordings_get_a_header_that_holds_them(paths, monkeypatch):
     monkeypatch.setattr(files, "WAV_LIMIT", 1000)
     write(paths, torch.ones(500, 2))

@@ -66,7 +66,8 @@ def test_speed_is_left_to_dynamic_mixing():
 def test_shift_moves_each_source_and_leaves_padding_and_noise():
     x = batch(4000, 1000)
     before = [getattr(x, n).data.clone() for n in ("mix_sig", "s1_sig")]
-    noise = before[0] - before[1] - x.s2_sig.data
+    second = x.s2_sig.data.clone()
+    noise = before[0] - before[1] - second
     mixture, s1, s2 = run(x, use_rand_shift=True)
     torch.testing.assert_close(mixture - s1 - s2, noise, atol=1e-5, rtol=0)
     shifts = set()
@@ -76,6 +77,12 @@ def test_shift_moves_each_source_and_leaves_padding_and_noise():
             if torch.equal(before[1][b, :n].roll(shift), s1[b, :n]):
                 shifts.add(shift)
     assert len(shifts) == 2
+    # The sources of a mixture do not move together.
+    moved = (torch.fft.rfft(x[0]) for x in (before[1], s1, second, s2))
+    old, new, other_old, other_new = moved
+    one = torch.fft.irfft(old.conj() * new).argmax()
+    other = torch.fft.irfft(other_old.conj() * other_new).argmax()
+    assert one != other
 
 
 def test_wavedrop_changes_the_mixture_alone():
@@ -84,6 +91,18 @@ def test_wavedrop_changes_the_mixture_alone():
     mixture, s1, _ = run(x, use_wavedrop=True)
     assert torch.equal(s1, before[1])
     assert not torch.equal(mixture, before[0])
+
+
+def test_wavedrop_takes_frequencies_and_pieces():
+    x = batch(4000)
+    before = x.mix_sig.data.clone()
+    mixture, *_ = run(
+        x,
+        use_wavedrop=True,
+        drop_freq=lambda signal: 2 * signal,
+        drop_chunk=lambda signal, lengths: signal + lengths[:, None],
+    )
+    torch.testing.assert_close(mixture, 2 * before + 1)
 
 
 @pytest.mark.parametrize("seed", range(3))

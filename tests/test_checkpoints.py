@@ -32,14 +32,15 @@ def stopped(obj, path):
     raise Stop
 
 
-def test_a_checkpoint_torn_by_a_stop_is_never_taken(tmp_path, layers):
+@pytest.mark.parametrize("name", [None, "last"])
+def test_a_checkpoint_torn_by_a_stop_is_never_taken(tmp_path, layers, name):
     checkpointer = WholeCheckpointer(tmp_path, layers)
     checkpointer.save_checkpoint(meta={"si-snr": -1.0})
     before = values(layers)
     torch.nn.init.zeros_(layers["a"].weight)
     checkpointer.custom_save_hooks["b"] = stopped
     with pytest.raises(Stop):
-        checkpointer.save_checkpoint(meta={"si-snr": -2.0})
+        checkpointer.save_checkpoint(meta={"si-snr": -2.0}, name=name)
 
     # With SpeechBrain's own the torn one would be the newest and the best.
     for kind in (WholeCheckpointer, Checkpointer):

@@ -364,6 +364,16 @@ def test_channels_of_other_conversations_stay_in_order(sources, seed):
         assert swapped_share(channel.T, true) == 0
 
 
+def test_the_middle_of_an_overlap_counts_most():
+    """At its ends one of the chunks has heard little of what is around."""
+    speech = torch.randn(2, 4000)
+    fresh = speech.clone()
+    for end in (slice(0, 500), slice(-500, None)):
+        fresh[:, end] = 3 * speech[:, end].flip(0)
+    assert SpeakerOrder(2, RATE).arrange(speech, fresh) == [0, 1]
+    assert SpeakerOrder(2, RATE).arrange(speech, speech.flip(0)) == [1, 0]
+
+
 def test_silence_and_noise_do_not_upset_the_order():
     order = SpeakerOrder(2, RATE)
     silence = torch.zeros(2, 4000)

@@ -13,6 +13,7 @@ from speechbrain_flashformer.data import (
     EpochSampler,
     choose_cut,
     load_dataset,
+    load_datasets,
     training_loader_options,
 )
 
@@ -78,6 +79,26 @@ def test_without_a_crop_files_come_whole(csv_file, hparams):
     assert dataset[0]["id"] == "item0"
 
 
+@pytest.mark.parametrize("limit, longest", [(True, 1000), (False, 4000)])
+def test_only_training_items_are_cut(csv_file, hparams, limit, longest):
+    for part in ("train", "valid", "test"):
+        hparams[f"{part}_data"] = csv_file
+    hparams |= {
+        "limit_training_signal_len": limit,
+        "training_signal_len": 1000,
+    }
+    sizes = [len(part[0]["mix_sig"]) for part in load_datasets(hparams)]
+    assert sizes == [longest, 4000, 4000]
+
+
+def test_mixtures_made_on_the_fly_are_not_shuffled(hparams):
+    """They are drawn at random already."""
+    for dynamic in (True, False):
+        hparams["dynamic_mixing"] = dynamic
+        sampler = training_loader_options(hparams, None, 50)["sampler"]
+        assert (list(sampler) == list(range(50))) == dynamic
+
+
 def test_every_cut_is_inside_and_both_ends_are_reached():
     cuts = [choose_cut("0.0005", n, 3, 8000, seed=1) for n in range(200)]
     assert set(cuts) == {(0, 3), (1, 4)}
@@ -114,6 +135,10 @@ def test_every_epoch_is_new_and_repeatable(shuffle):
     assert epochs[0] == epochs[3]
     for a, b in itertools.combinations(epochs[:3], 2):
         assert not set(a) & set(b)
+        assert ([n % 50 for n in a] != [n % 50 for n in b]) == shuffle
+    other = EpochSampler(50, shuffle, seed=1)
+    other.set_epoch(1)
+    assert (list(other) != epochs[0]) == shuffle
 
 
 def test_batches_by_length_hold_all_items_and_little_padding(hparams, tmp_path):
@@ -138,6 +163,15 @@ def test_batches_by_length_hold_all_items_and_little_padding(hparams, tmp_path):
         assert numbers == list(range(epoch * 60, epoch * 60 + 60))
         epochs.append([[n % 60 for n in batch] for batch in batches])
     assert epochs[0] == epochs[2] != epochs[1]
+    # Of items that are cut more fit into a batch.
+    cut = {"limit_training_signal_len": True, "training_signal_len": 8000}
+    options = training_loader_options(hparams | cut, dataset, 60)
+    assert len(options["batch_sampler"]) < len(sampler)
+    # Without a shuffle the shortest come first.
+    hparams["dataloader_opts"] = {"shuffle": False}
+    options = training_loader_options(hparams, dataset, 60)
+    longest = [max(seconds[batch]) for batch in options["batch_sampler"]]
+    assert longest == sorted(longest)
     spoken = padded = 0
     for batch in epochs[0]:
         longest = max(seconds[batch])

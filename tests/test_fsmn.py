@@ -87,6 +87,11 @@ def test_segments_give_what_the_whole_gives(monkeypatch, T, lookahead):
         assert max(sizes) <= 10 + sum(block.reach) and len(sizes) == -(-T // 10)
 
 
+def test_a_memory_begins_small():
+    memory = FSMN(64, lookback=10, lookahead=5)
+    assert 0.2 < memory.weight.abs().max() <= 1 / 16**0.5
+
+
 @pytest.mark.parametrize("wrong", [(-1, 0, 1), (0, -1, 1), (1, 1, 0)])
 def test_impossible_orders_are_refused(wrong):
     with pytest.raises(ValueError, match="FSMN needs"):

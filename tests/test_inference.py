@@ -141,10 +141,13 @@ def test_str_path_array_and_tensor_give_the_same(model, noise, tmp_path):
         torch.testing.assert_close(out, expected)
 
 
-def test_integers_are_pcm(model, noise):
-    pcm = (noise * 3000).to(torch.int16)
+@pytest.mark.parametrize(
+    "kind, full", [(torch.int16, 2**15), (torch.int32, 2**31)]
+)
+def test_integers_are_pcm(model, noise, kind, full):
+    pcm = (noise * (full / 10)).to(kind)
     torch.testing.assert_close(
-        model.separate_audio(pcm), model.separate_audio(pcm / 32768)
+        model.separate_audio(pcm), model.separate_audio(pcm / full)
     )
     with pytest.raises(ValueError, match="float, int16 or int32"):
         model.separate_audio(pcm.to(torch.uint8))
@@ -333,7 +336,7 @@ def test_callback_counts_the_seconds(model):
         callback=lambda done, total: heard.append((done, total)),
     )
     done = [seconds for seconds, _ in heard]
-    assert len(done) > 3 and done == sorted(done) and done[-1] == 10.0
+    assert len(done) > 3 and done == sorted(set(done)) and done[-1] == 10.0
     assert {total for _, total in heard} == {10.0}
 
 

@@ -82,6 +82,22 @@ def test_averaged_weights_have_the_level_of_all_that_are_averaged(
     torch.testing.assert_close(out[1], out[0] / 10**0.5)
 
 
+@pytest.mark.parametrize("count, expected", [(None, 1.0), (2, 1.5)])
+def test_the_best_checkpoints_are_packed(make_run, tmp_path, count, expected):
+    run = make_run(tmp_path / "run", seed=0)
+    yaml = run / "hyperparams.yaml"
+    modules = load_hyperpyyaml(yaml.read_text())["modules"]
+    checkpointer = Checkpointer(run / "save", modules)
+    for value, loss in ((2.0, -19.0), (1.0, -20.0), (6.0, -18.0)):
+        torch.nn.init.constant_(modules["masknet"].masks.weight, value)
+        checkpointer.save_checkpoint(meta={"si-snr": loss})
+    if count:
+        yaml.write_text(yaml.read_text() + f"avg_checkpoints: {count}\n")
+    packed = pack(run, tmp_path / "model")
+    state = torch.load(packed / "masknet.ckpt", weights_only=True)
+    assert state["masks.weight"].unique().tolist() == [expected]
+
+
 def test_training_starts_from_a_packed_model(make_run, tmp_path):
     half = pack(make_run(tmp_path / "a", 0), tmp_path / "half", half=True)
     other = FlashFormerSeparation.from_hparams(

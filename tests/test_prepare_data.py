@@ -113,6 +113,8 @@ def test_the_same_folder_gives_the_same_bytes(tmp_path, monkeypatch):
     for name in (*CSV_FILES, "data_report.md", "data_cache.json"):
         texts = [(tmp_path / save / name).read_bytes() for save in "ab"]
         assert texts[0] == texts[1]
+    names = [row["ID"] for row in read(tmp_path / "a" / "wsj_tr.csv")]
+    assert names == [f"tr{i}" for i in range(5)]
 
 
 def test_the_report_counts(tmp_path, caplog):
@@ -332,6 +334,19 @@ def test_what_is_wrong_is_told_as_documented(tmp_path, problem):
     assert str(tmp_path) in str(raised.value)
     assert not (save / "wsj_cv.csv").is_file()
     assert not list(tmp_path.glob("**/*.partial"))
+
+
+def test_every_block_of_a_file_is_heard(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "BLOCK", 1000)
+    data, save = make(tmp_path / "data"), tmp_path / "save"
+    place = data / "wav8k/min/tr/s1/tr0.wav"
+    # Silent at its end, and elsewhere not.
+    write(place, np.r_[np.ones(2000), np.zeros(2000)] / 2)
+    prepare_wsjmix(data, save)
+    assert read(save / "wsj_tr.csv")[0]["duration"] == "0.5"
+    write(place, np.r_[np.nan, np.ones(3999)], subtype="FLOAT")
+    with pytest.raises(ValueError, match="tr0.wav has samples that are NaN"):
+        prepare_wsjmix(data, save)
 
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path):

@@ -180,9 +180,10 @@ def test_items_of_a_batch_are_scored_on_their_own_length():
         assert padded[name] == pytest.approx(one[0][name], abs=1e-3)
     assert padded["polarity"] == 1
     inverted, _ = quick_scores(
-        ["a"], mixture, targets, -estimates, torch.ones(1)
+        ["a"], mixture, targets, -10 * targets, torch.ones(1)
     )
     assert inverted[0]["polarity"] == -1
+    assert inverted[0]["level_db"] == pytest.approx(20, abs=1e-3)
 
 
 @pytest.mark.parametrize("gain", [50, -50])
