@@ -581,7 +581,7 @@ def test_a_second_file_that_cannot_be_opened_takes_the_first(
             raise soundfile.LibsndfileError(2, "Error opening: ")
         return real(*arguments, **options)
 
-    monkeypatch.setattr(audio.soundfile, "SoundFile", refuse_second)
+    monkeypatch.setattr(files.soundfile, "SoundFile", refuse_second)
     with pytest.raises(OSError, match="cannot write in .*out"):
         write(paths, torch.zeros(10, 2))
     assert list(paths[0].parent.iterdir()) == []
