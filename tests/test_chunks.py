@@ -305,7 +305,7 @@ def test_a_voice_is_known_from_the_first_chunk(sources, who, order):
     """After a silence one speaks: who was heard before, or somebody new."""
     silence = torch.zeros(15 * RATE)
     heard = SpeakerOrder(2, RATE)
-    heard.learn(torch.stack([sources[0, : 15 * RATE], silence]))
+    heard.arrange(None, torch.stack([sources[0, : 15 * RATE], silence]))
     # It comes as the second output, and is the first speaker or the other.
     fresh = torch.stack([silence, sources[who, : 15 * RATE]])
     assert heard.arrange(torch.zeros(2, 900), fresh) == order
