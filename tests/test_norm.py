@@ -30,13 +30,6 @@ def test_a_stream_counts_the_frames_of_its_span():
         torch.testing.assert_close(normed[0, place], reference(span))
 
 
-def test_a_stream_does_not_lose_a_small_difference_in_a_large_sum():
-    x = 500 + torch.randn(1, 60, 12)
-    normed = CumulativeNorm(12, span=20)(x)
-    expected = reference(x[0, -20:].double()).float()
-    torch.testing.assert_close(normed[0, -1], expected, atol=1e-3, rtol=1e-3)
-
-
 @pytest.mark.parametrize("kind", [GlobalNorm, CumulativeNorm])
 def test_gain_and_bias_are_of_each_channel(kind):
     norm = kind(*([12] if kind is GlobalNorm else [12, 20]))
