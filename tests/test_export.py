@@ -93,10 +93,11 @@ def test_an_existing_file_stays(model, graph):
     assert graph.read_bytes() == before
 
 
-def test_a_graph_that_differs_is_refused():
+@pytest.mark.parametrize("gain", [1.001, np.float32("nan")])
+def test_a_graph_that_differs_is_refused(gain):
     class Session:
         def run(self, _, inputs):
-            return [1.001 * inputs["mixture"]]
+            return [gain * inputs["mixture"]]
 
     with pytest.raises(RuntimeError, match="differs from torch"):
         export._check(torch.nn.Identity(), Session(), rate=8000)
@@ -145,6 +146,8 @@ def test_a_stream_in_onnxruntime_equals_torch(
     expected = stream.feed(mixture).numpy()
 
     block, *others = session.get_inputs()
+    names = [f"new_{each.name}" for each in others]
+    assert [out.name for out in session.get_outputs()] == ["sources", *names]
     assert block.shape[1] == 32
     kinds = {"tensor(float)": "f4", "tensor(double)": "f8"}
     state = {
