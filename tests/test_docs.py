@@ -85,7 +85,9 @@ def test_what_a_page_shows_runs(page, here, capsys):
     text = page.read_text(encoding="utf-8")
     # Of the samples that a page does not make itself.
     names = {"mixture": np.zeros((1, 800), np.float32)}
-    for language, code in BLOCK.findall(text):
+    blocks = BLOCK.findall(text)
+    assert 2 * len(blocks) == len(re.findall("^```", text, re.M))
+    for language, code in blocks:
         run_block(page, language, code, names)
 
 

@@ -183,6 +183,7 @@ def test_the_page_says_what_the_figures_say(name):
         lines = [" | ".join(row["si-snr_i"] for row in rows)]
     else:
         lines = [" | ".join(row.values()) for row in rows]
+    assert rows
     for line in lines:
         assert f"| {line} |" in page
 

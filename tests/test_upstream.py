@@ -66,9 +66,13 @@ def test_every_setting_is_read_where_the_recipe_says():
     script = (RECIPE / "train.py").read_text()
     package = {p.stem: p.read_text() for p in PACKAGE.glob("*.py")}
     (said,) = re.findall(r"# Where the package.*?\n\n", script, re.S)
-    for room, listed in re.findall(
-        r"# (\w+)\.\w+: ((?:hparams\.\w+,?\n?#?\s*)+)", said
-    ):
+    # "# data.load_datasets: hparams.train_data, ...", over several lines.
+    said = said.replace("\n#", " ")
+    rooms = re.findall(r"(\w+)\.\w+: ((?:hparams\.\w+(?:,\s+)?)+)", said)
+    assert sum(listed.count("hparams.") for _, listed in rooms) == said.count(
+        "hparams."
+    )
+    for room, listed in rooms:
         for name in re.findall(r"hparams\.(\w+)", listed):
             assert re.search(rf'"{name}"|hparams\.{name}\b', package[room]), (
                 f"{room}.py does not read {name}"
@@ -127,13 +131,17 @@ def test_public_functions_say_what_they_do():
 
 
 # Yaml of other SpeechBrain recipes, with the lines that docs/swap.md changes.
-@pytest.mark.parametrize(
-    "recipe, batch",
-    re.findall(
-        r"<!-- swap: (.*?), input (.*?) -->",
-        (ROOT / "docs/swap.md").read_text(),
-    ),
+SWAPS = re.findall(
+    r"<!-- swap: (.*?), input (.*?) -->", (ROOT / "docs/swap.md").read_text()
 )
+
+
+def test_every_change_of_the_page_is_found():
+    page = (ROOT / "docs/swap.md").read_text()
+    assert len(SWAPS) == page.count("```diff") > 0
+
+
+@pytest.mark.parametrize("recipe, batch", SWAPS)
 def test_the_masknet_swaps_into_other_recipes(recipe, batch):
     page = (ROOT / "docs/swap.md").read_text()
     start = page.index(f"<!-- swap: {recipe}, input")
