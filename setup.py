@@ -21,7 +21,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
-    packages=[PACKAGE, f"{PACKAGE}.hparams"],
+    packages=[PACKAGE, f"{PACKAGE}.nnet", f"{PACKAGE}.hparams"],
     package_dir={f"{PACKAGE}.hparams": "hparams"},
     package_data={
         PACKAGE: ["pretrained/*"],

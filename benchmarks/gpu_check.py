@@ -35,14 +35,17 @@ import torch
 from models import build
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from speechbrain_flashformer.attention import (
+from speechbrain_flashformer.losses import pit_si_snr_loss
+from speechbrain_flashformer.nnet.attention import (
     BACKENDS,
     attend,
     attention_report,
 )
-from speechbrain_flashformer.losses import pit_si_snr_loss
-from speechbrain_flashformer.separate import separate
-from speechbrain_flashformer.streaming import StreamingSeparator, StreamingStep
+from speechbrain_flashformer.nnet.separator import separate
+from speechbrain_flashformer.nnet.streaming import (
+    StreamingSeparator,
+    StreamingStep,
+)
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes/WSJ0Mix/separation"
 RATE = 8000

@@ -18,7 +18,7 @@ from models import WITHOUT
 from records import write_csv
 
 from speechbrain_flashformer.inference import FlashFormerSeparation
-from speechbrain_flashformer.separate import encoder_frame
+from speechbrain_flashformer.nnet.separator import encoder_frame
 
 OUT = Path(__file__).parent / "results" / "lesions.csv"
 WINDOWS = (0.1, 0.25, 0.5, 1)  # seconds to each side

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from speechbrain_flashformer.data import EpochSampler, load_dataset
 from speechbrain_flashformer.losses import pit_si_snr_loss
 from speechbrain_flashformer.mixing import DynamicMixtures, find_recordings
-from speechbrain_flashformer.separate import separate
+from speechbrain_flashformer.nnet.separator import separate
 from speechbrain_flashformer.voices import make_voices
 
 ROOT = Path(__file__).parent.parent

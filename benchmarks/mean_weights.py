@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from records import copied_whole
 
-from speechbrain_flashformer.separate import MODULES
+from speechbrain_flashformer.nnet.separator import MODULES
 
 
 def main(a, b, out, share):

@@ -13,7 +13,7 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_flashformer.metrics import count_macs
-from speechbrain_flashformer.separate import separate
+from speechbrain_flashformer.nnet.separator import separate
 
 HPARAMS = Path(__file__).resolve().parent.parent / "hparams"
 SECONDS = 16

@@ -5,6 +5,7 @@ Conv-TasNet hears the future too (its yaml says ``causal: True``, which would
 be no fair match for networks that do).
 """
 
+import inspect
 from pathlib import Path
 
 import torch
@@ -13,8 +14,9 @@ from hyperpyyaml import load_hyperpyyaml
 from speechbrain.lobes.models import conv_tasnet, dual_path, resepformer
 from variants import VARIANTS
 
-from speechbrain_flashformer.filterbank import fourier_filters
-from speechbrain_flashformer.norm import CumulativeNorm, GlobalNorm
+from speechbrain_flashformer import FlashFormer
+from speechbrain_flashformer.nnet.filterbank import fourier_filters
+from speechbrain_flashformer.nnet.norm import CumulativeNorm, GlobalNorm
 
 HPARAMS = Path(__file__).resolve().parent.parent / "hparams"
 OURS = tuple(
@@ -64,11 +66,14 @@ def build(name, without=None, norm=None, start=None, variant=None, **numbers):
         except KeyError as error:
             raise ValueError(f"{name}: {error.args[0]}") from error
         model = [hparams[part] for part in ("Encoder", "MaskNet", "Decoder")]
-        _change(model[1], without, norm)
         if variant is not None:
             if variant not in VARIANTS:
                 raise ValueError(f"variant is one of {', '.join(VARIANTS)}")
-            model[1] = VARIANTS[variant](model[1])
+            takes = inspect.signature(FlashFormer).parameters
+            numbers = {key: hparams[key] for key in takes if key in hparams}
+            numbers["in_channels"] = hparams["N_encoder_out"]
+            model[1] = VARIANTS[variant](**numbers)
+        _change(model[1], without, norm)
     elif name in PEERS:
         if numbers or without or norm or variant:
             raise ValueError(

@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from models import build
 
-from speechbrain_flashformer.separate import encoder_frame, separate
+from speechbrain_flashformer.nnet.separator import encoder_frame, separate
 
 SPEAKERS = 2
 WHOLE = ("mossformer2", "fla-sepreformer")

@@ -18,6 +18,7 @@ from speechbrain_flashformer.checkpoints import (
     averaged_weights,
     gather,
 )
+from speechbrain_flashformer.nnet.separator import MODULES, separate
 from speechbrain_flashformer.optim import matrix_groups
 from speechbrain_flashformer.scores import (
     WORST,
@@ -27,7 +28,6 @@ from speechbrain_flashformer.scores import (
     write_example,
     write_results,
 )
-from speechbrain_flashformer.separate import MODULES, separate
 
 logger = get_logger(__name__)
 

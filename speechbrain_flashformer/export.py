@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from speechbrain_flashformer.separate import MODULES, separate, unwrapped
-from speechbrain_flashformer.streaming import (
+from speechbrain_flashformer.nnet.separator import MODULES, separate, unwrapped
+from speechbrain_flashformer.nnet.streaming import (
     StreamingSeparator,
     StreamingStep,
 )

@@ -10,7 +10,6 @@ from speechbrain.inference.separation import SepformerSeparation
 from speechbrain.utils.fetching import FetchConfig, LocalStrategy, fetch
 from tqdm import tqdm
 
-from speechbrain_flashformer.attention import attention_report
 from speechbrain_flashformer.audio import (
     AudioReader,
     Resampler,
@@ -22,7 +21,8 @@ from speechbrain_flashformer.chunks import ChunkPlan, separate_long
 from speechbrain_flashformer.files import SourceWriter
 from speechbrain_flashformer.metrics import count_macs
 from speechbrain_flashformer.models import load_model
-from speechbrain_flashformer.separate import (
+from speechbrain_flashformer.nnet.attention import attention_report
+from speechbrain_flashformer.nnet.separator import (
     MODULES,
     encoder_frame,
     encoder_statistics,
@@ -30,7 +30,7 @@ from speechbrain_flashformer.separate import (
     takes,
     unwrapped,
 )
-from speechbrain_flashformer.streaming import (
+from speechbrain_flashformer.nnet.streaming import (
     StreamingSeparator,
     silence_broken,
 )
@@ -240,18 +240,18 @@ class FlashFormerSeparation(SepformerSeparation):
             "parameters": f"{parameters / 1e6:.2f} million",
             "compute": f"{macs / seconds / 1e9:.2f} GMAC per second of audio",
         }
-        if hasattr(masknet, "reach"):
+        if hasattr(masknet, "receptive_field"):
             stride = encoder_frame(encoder)[1]
             reach = [
                 "all" if side < 0 else f"{side * stride / rate:.1f} s"
-                for side in masknet.reach
+                for side in masknet.receptive_field
             ]
             described["context"] = f"{reach[0]} before, {reach[1]} after"
             why = "its window is unbounded"
             if not masknet.causal:
                 why = "the network is not causal"
             described["streaming"] = f"no, {why}"
-            if masknet.streams:
+            if masknet.can_stream:
                 latency = 1000 * self.make_stream().latency / rate
                 described["streaming"] = f"with {latency:g} ms of latency"
         if ran:

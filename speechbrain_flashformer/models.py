@@ -24,7 +24,7 @@ from speechbrain.utils.fetching import (
 )
 from speechbrain.utils.parameter_transfer import Pretrainer
 
-from speechbrain_flashformer.separate import MODULES, encoder_frame
+from speechbrain_flashformer.nnet.separator import MODULES, encoder_frame
 from speechbrain_flashformer.trust import PackedLoader, refusal, untrusted
 from speechbrain_flashformer.weights import (
     MEND,

@@ -23,9 +23,9 @@ from speechbrain_flashformer.models import (
     compose_yaml,
     read_yaml,
 )
+from speechbrain_flashformer.nnet.separator import MODULES
+from speechbrain_flashformer.nnet.streaming import lookahead_tokens
 from speechbrain_flashformer.scores import SUMMARY
-from speechbrain_flashformer.separate import MODULES
-from speechbrain_flashformer.streaming import lookahead_tokens
 from speechbrain_flashformer.trust import untrusted
 from speechbrain_flashformer.weights import (
     fit_weights,
@@ -33,7 +33,7 @@ from speechbrain_flashformer.weights import (
     read_weights,
 )
 
-LOOKAHEAD = "!apply:speechbrain_flashformer.streaming.lookahead_tokens"
+LOOKAHEAD = "!apply:speechbrain_flashformer.nnet.streaming.lookahead_tokens"
 PACKED = {"hyperparams.yaml", "README.md", *(f"{m}.ckpt" for m in MODULES)}
 
 TAIL = """

@@ -10,7 +10,7 @@ import re
 from ruamel.yaml import Loader
 from ruamel.yaml.nodes import MappingNode
 
-from speechbrain_flashformer.separate import MODULES
+from speechbrain_flashformer.nnet.separator import MODULES
 
 PRETRAINER = "speechbrain.utils.parameter_transfer.Pretrainer"
 DUAL_PATH = "speechbrain.lobes.models.dual_path"
@@ -19,9 +19,9 @@ RESEPFORMER = "speechbrain.lobes.models.resepformer"
 CLASSES = {
     PRETRAINER,
     "speechbrain_flashformer.FlashFormer",
-    "speechbrain_flashformer.masknet.FlashFormer",
-    "speechbrain_flashformer.filterbank.Encoder",
-    "speechbrain_flashformer.filterbank.Decoder",
+    "speechbrain_flashformer.nnet.flashformer.FlashFormer",
+    "speechbrain_flashformer.nnet.filterbank.Encoder",
+    "speechbrain_flashformer.nnet.filterbank.Decoder",
     f"{DUAL_PATH}.Encoder",
     f"{DUAL_PATH}.Decoder",
     f"{DUAL_PATH}.Dual_Path_Model",

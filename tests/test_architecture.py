@@ -1,4 +1,4 @@
-"""The house: imports go one way, and every room can be entered alone."""
+"""The house: imports go one way, and the network needs torch alone."""
 
 import ast
 import subprocess
@@ -10,17 +10,25 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "speechbrain_flashformer"
 
-# Room -> the rooms it may import. No room imports a sibling not named here.
+# Module -> the modules it may import; a wing stands for all that is in it.
 MAY_IMPORT = {
-    "__init__": {"masknet", "streaming"},
-    "attention": set(),
-    "fsmn": set(),
-    "norm": set(),
-    "filterbank": set(),
-    "rotary": set(),
-    "masknet": {"attention", "fsmn", "norm", "rotary"},
-    "separate": {"norm"},
-    "streaming": {"masknet", "separate"},
+    "__init__": {"nnet"},
+    "nnet.__init__": set(),
+    "nnet.attention": set(),
+    "nnet.rotary": set(),
+    "nnet.fsmn": set(),
+    "nnet.norm": set(),
+    "nnet.filterbank": set(),
+    "nnet.layers": {"nnet.attention", "nnet.fsmn", "nnet.rotary"},
+    "nnet.flashformer": {
+        "nnet.attention",
+        "nnet.fsmn",
+        "nnet.layers",
+        "nnet.norm",
+        "nnet.rotary",
+    },
+    "nnet.separator": {"nnet.norm"},
+    "nnet.streaming": {"nnet.flashformer", "nnet.separator"},
     "metrics": set(),
     "losses": {"metrics"},
     "optim": set(),
@@ -29,40 +37,23 @@ MAY_IMPORT = {
     "augment": set(),
     "checkpoints": set(),
     "scores": {"metrics"},
-    "brain": {"augment", "checkpoints", "optim", "scores", "separate"},
+    "brain": {"augment", "checkpoints", "nnet", "optim", "scores"},
     "voices": set(),
     "speakers": set(),
     "chunks": {"speakers"},
-    "trust": {"separate"},
+    "trust": {"nnet"},
     "weights": {"checkpoints"},
-    "models": {"separate", "trust", "weights"},
+    "models": {"nnet", "trust", "weights"},
     "mpeg": set(),
     "containers": {"mpeg"},
     "audio": {"containers"},
     "files": {"containers"},
     "inputs": {"files"},
-    "inference": {
-        "attention",
-        "audio",
-        "chunks",
-        "files",
-        "metrics",
-        "models",
-        "separate",
-        "streaming",
-    },
-    "live": {"containers", "streaming"},
-    "pack": {
-        "checkpoints",
-        "models",
-        "scores",
-        "separate",
-        "streaming",
-        "trust",
-        "weights",
-    },
+    "inference": {"audio", "chunks", "files", "metrics", "models", "nnet"},
+    "live": {"containers", "nnet"},
+    "pack": {"checkpoints", "models", "nnet", "scores", "trust", "weights"},
     "jobs": set(),
-    "export": {"separate", "streaming"},
+    "export": {"nnet"},
     "app": {"audio"},
     "cli": {
         "app",
@@ -79,14 +70,31 @@ MAY_IMPORT = {
 # Imported where they are needed, if they are there.
 LAZY = {"flash_attn", "pesq", "pystoi"}
 TORCH_ONLY = (
-    "attention",
-    "fsmn",
-    "norm",
-    "masknet",
-    "separate",
-    "streaming",
+    "nnet.attention",
+    "nnet.rotary",
+    "nnet.fsmn",
+    "nnet.norm",
+    "nnet.layers",
+    "nnet.flashformer",
+    "nnet.separator",
+    "nnet.streaming",
     "metrics",
+    "optim",
 )
+
+
+def path_of(module):
+    return ROOT / PACKAGE / f"{module.replace('.', '/')}.py"
+
+
+def modules():
+    """Names of all modules below the package, with their wing."""
+    folder = ROOT / PACKAGE
+    paths = [*folder.glob("*.py"), *folder.glob("nnet/*.py")]
+    return {
+        path.relative_to(folder).with_suffix("").as_posix().replace("/", ".")
+        for path in paths
+    }
 
 
 def imports(path):
@@ -100,28 +108,25 @@ def imports(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_every_room_is_listed():
-    rooms = {path.stem for path in (ROOT / PACKAGE).glob("*.py")}
-    assert rooms == set(MAY_IMPORT)
+def test_every_module_is_listed():
+    assert modules() == set(MAY_IMPORT)
 
 
-@pytest.mark.parametrize("room", MAY_IMPORT)
-def test_imports_go_one_way(room):
-    found = {
-        name.split(".")[1]
-        for name in imports(ROOT / PACKAGE / f"{room}.py")
+@pytest.mark.parametrize("module", MAY_IMPORT)
+def test_imports_go_one_way(module):
+    own = {
+        name.removeprefix(PACKAGE + ".")
+        for name in imports(path_of(module))
         if name.startswith(PACKAGE + ".")
     }
-    rooms = {path.stem for path in (ROOT / PACKAGE).glob("*.py")}
-    found &= rooms
-    assert found <= MAY_IMPORT[room]
+    found = own & modules()
+    allowed = MAY_IMPORT[module]
+    assert {x for x in found if x.split(".")[0] not in allowed} <= allowed
 
 
-@pytest.mark.parametrize("room", TORCH_ONLY)
-def test_the_network_needs_torch_alone(room):
-    tops = {
-        name.split(".")[0] for name in imports(ROOT / PACKAGE / f"{room}.py")
-    }
+@pytest.mark.parametrize("module", TORCH_ONLY)
+def test_the_network_needs_torch_alone(module):
+    tops = {name.split(".")[0] for name in imports(path_of(module))}
     outside = tops - set(sys.stdlib_module_names) - {PACKAGE}
     assert outside <= {"torch", "scipy", *LAZY}
 
@@ -142,5 +147,5 @@ def test_no_module_named_for_nothing():
         for path in (ROOT / folder).rglob("*.py")
         if "scratch" not in path.parts  # of the benches, not of the project
     }
-    assert PACKAGE not in names and "masknet" in names
+    assert PACKAGE not in names and "flashformer" in names
     assert not names & {"utils", "util", "helpers", "common", "misc"}

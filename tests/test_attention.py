@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speechbrain_flashformer import attention
-from speechbrain_flashformer.attention import (
+from speechbrain_flashformer.nnet import attention
+from speechbrain_flashformer.nnet.attention import (
     attend,
     attention_report,
     choose_backend,
 )
-from speechbrain_flashformer.rotary import RotaryAngles, rotate
+from speechbrain_flashformer.nnet.rotary import RotaryAngles, rotate
 
 WINDOWS = [
     (-1, -1),

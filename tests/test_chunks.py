@@ -6,7 +6,7 @@ from speechbrain.lobes.models.dual_path import Decoder, Encoder
 
 from speechbrain_flashformer import FlashFormer
 from speechbrain_flashformer.chunks import FADE, ChunkPlan, separate_long
-from speechbrain_flashformer.separate import encoder_statistics, separate
+from speechbrain_flashformer.nnet.separator import encoder_statistics, separate
 from speechbrain_flashformer.speakers import SpeakerOrder
 
 RATE = 8000
@@ -109,7 +109,7 @@ def small():
 
 def test_reach_is_what_the_outputs_depend_on(small):
     _, masknet, _ = small
-    left, right = masknet.reach
+    left, right = masknet.receptive_field
     middle = 1000
     mix_w = torch.rand(1, 16, 2000, requires_grad=True)
     # Handed in, or every output would depend on every input.
@@ -124,7 +124,7 @@ def test_reach_is_what_the_outputs_depend_on(small):
 
 
 def test_reach_of_an_unbounded_window():
-    assert FlashFormer(16, d_model=32, window=None).reach == (-1, -1)
+    assert FlashFormer(16, d_model=32, window=None).receptive_field == (-1, -1)
 
 
 @torch.no_grad()
@@ -134,7 +134,7 @@ def test_chunks_with_enough_overlap_equal_the_whole(small, samples):
     mixture = torch.randn(1, samples) * torch.linspace(0.1, 1, samples)
     whole = separate(mixture, encoder, masknet, decoder)
     statistics = encoder_statistics(mixture.split(777, 1), encoder)
-    reach = 8 * max(masknet.reach) + 16
+    reach = 8 * max(masknet.receptive_field) + 16
     plan = ChunkPlan(6 * reach, 2 * reach + 1000, align=64)
     assert plan.chunk < samples / 3
 

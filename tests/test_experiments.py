@@ -11,10 +11,10 @@ import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
 
-from speechbrain_flashformer import masknet
 from speechbrain_flashformer.inference import FlashFormerSeparation
+from speechbrain_flashformer.nnet import flashformer as masknet
+from speechbrain_flashformer.nnet.separator import separate
 from speechbrain_flashformer.pack import pack
-from speechbrain_flashformer.separate import separate
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes/WSJ0Mix/separation"

@@ -5,7 +5,7 @@ import pytest
 import torch
 from speechbrain.lobes.models import dual_path
 
-from speechbrain_flashformer import filterbank
+from speechbrain_flashformer.nnet import filterbank
 
 SIZES = [(32, 16), (64, 16), (128, 32), (132, 32), (256, 16), (20, 10)]
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from speechbrain_flashformer import fsmn
-from speechbrain_flashformer.fsmn import FSMN, GatedFSMN
+from speechbrain_flashformer.nnet import fsmn
+from speechbrain_flashformer.nnet.fsmn import FSMN, GatedFSMN
 
 
 @pytest.mark.parametrize(
@@ -78,13 +78,15 @@ def test_segments_give_what_the_whole_gives(monkeypatch, T, lookahead):
     )
     for mask in (None, keep):
         whole = block(x, mask).detach()
-        monkeypatch.setattr(fsmn, "SEGMENT", 10)
+        monkeypatch.setattr(fsmn, "CHUNK", 10)
         sizes.clear()
         with torch.no_grad():
             torch.testing.assert_close(block(x, mask), whole)
         monkeypatch.undo()
         # What is around a segment is as long as the memories reach.
-        assert max(sizes) <= 10 + sum(block.reach) and len(sizes) == -(-T // 10)
+        assert max(sizes) <= 10 + sum(block.receptive_field) and len(
+            sizes
+        ) == -(-T // 10)
 
 
 def test_a_memory_begins_small():

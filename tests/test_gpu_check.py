@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from speechbrain_flashformer import attention
+from speechbrain_flashformer.nnet import attention
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

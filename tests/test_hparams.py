@@ -10,8 +10,8 @@ from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_flashformer import FlashFormer
 from speechbrain_flashformer.metrics import count_macs
-from speechbrain_flashformer.separate import separate
-from speechbrain_flashformer.streaming import StreamingSeparator
+from speechbrain_flashformer.nnet.separator import separate
+from speechbrain_flashformer.nnet.streaming import StreamingSeparator
 
 ROOT = Path(__file__).parent.parent
 # GMAC per second of 8 kHz audio.
@@ -72,6 +72,7 @@ def test_every_number_can_be_overridden(name):
         "checkpointing": True,
         "causal": True,
         "lookahead_ms": 8,
+        "norm_span": 1000,
     }
     hparams = load(size(name), numbers)
     for key, value in numbers.items():

@@ -294,7 +294,7 @@ def test_chunks_keep_loudness(model, norm):
 
 def test_chunks_with_the_norm_of_the_recording_equal_the_whole(model):
     mixture = torch.randn(1, 120000) * torch.linspace(0.05, 1, 120000)
-    reach = 8 * max(model.mods.masknet.reach) / 8000
+    reach = 8 * max(model.mods.masknet.receptive_field) / 8000
     whole = model.separate_batch(mixture)
     out = model.separate_audio(
         mixture, chunk=6 * reach, overlap=2 * reach + 0.1, norm="recording"
@@ -410,5 +410,5 @@ def test_description_names_what_counts(model):
     assert described["speakers"] == 2
     assert described["sampling rate"] == "8000 Hz"
     assert described["attention"] == "sdpa"
-    reach = 8 * model.mods.masknet.reach[0] / 8000
+    reach = 8 * model.mods.masknet.receptive_field[0] / 8000
     assert described["context"].startswith(f"{reach:.1f} s before")

@@ -19,7 +19,7 @@ import torch
 from speechbrain_flashformer import cli
 from speechbrain_flashformer.inference import FlashFormerSeparation
 from speechbrain_flashformer.live import Load, PcmReader, separate_live
-from speechbrain_flashformer.streaming import StreamingSeparator
+from speechbrain_flashformer.nnet.streaming import StreamingSeparator
 
 RATE = 8000
 

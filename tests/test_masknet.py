@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from speechbrain_flashformer import FlashFormer
-from speechbrain_flashformer.attention import attention_report, rotary_angles
+from speechbrain_flashformer.nnet.attention import attention_report
+from speechbrain_flashformer.nnet.layers import Positions
+from speechbrain_flashformer.nnet.rotary import RotaryAngles
 
 
 def small(**options):
@@ -73,9 +75,9 @@ def test_a_row_alone_equals_the_same_row_in_a_padded_batch(
 
 def test_dropout_is_on_every_residual_branch():
     layer, x = small(dropout=1.0).layers[0], torch.randn(2, 10, 32)
-    angles = rotary_angles(10, 16)
-    assert torch.equal(layer.train()(x, angles), x)
-    assert not torch.equal(layer.eval()(x, angles), x)
+    positions = Positions(RotaryAngles(16)(10))
+    assert torch.equal(layer.train()(x, positions), x)
+    assert not torch.equal(layer.eval()(x, positions), x)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
@@ -173,7 +175,7 @@ def test_a_causal_network_hears_its_token_and_the_future_asked_for():
     x = torch.rand(1, 12, 200, requires_grad=True)
     masknet(x)[..., 80].sum().backward()  # the first frame of a token
     last = x.grad[0].any(0).nonzero().max().item()
-    assert last - 80 == masknet.reach[1] == 3 * 8 - 1
+    assert last - 80 == masknet.receptive_field[1] == 3 * 8 - 1
 
 
 def test_autocast_keeps_the_shape_and_nearly_the_values():
@@ -258,8 +260,8 @@ def test_unknown_backend_is_refused_before_training():
 def test_each_side_has_its_own_reach(window, future_tokens, expected):
     """An unbounded past leaves the future as it is."""
     masknet = small(causal=True, window=window, future_tokens=future_tokens)
-    past, future = masknet.reach
+    past, future = masknet.receptive_field
     assert (past > 0, future) == expected
     offline = small(window=(-1, 3))
-    assert offline.reach[0] == -1
-    assert offline.reach[1] == small(window=(3, 3)).reach[1]
+    assert offline.receptive_field[0] == -1
+    assert offline.receptive_field[1] == small(window=(3, 3)).receptive_field[1]

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from speechbrain_flashformer.attention import attend
 from speechbrain_flashformer.metrics import (
     best_order,
     count_macs,
@@ -16,6 +15,7 @@ from speechbrain_flashformer.metrics import (
     si_snr,
     valid_samples,
 )
+from speechbrain_flashformer.nnet.attention import attend
 
 
 def test_si_snr_by_its_definition():

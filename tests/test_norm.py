@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from speechbrain_flashformer.norm import CumulativeNorm, GlobalNorm
+from speechbrain_flashformer.nnet.norm import CumulativeNorm, GlobalNorm
 
 
 def reference(x):
@@ -83,11 +83,10 @@ def test_sums_are_exact_without_float64(cut):
     norm = CumulativeNorm(8, span=2000)
     x = torch.rand(1, 9000, 8) * torch.rand(1, 9000, 1)
     x[:, 100] *= 1e6
-    past, parts = norm.make_past(x), []
-    assert past.dtype == torch.float32
+    context, parts = norm.make_streaming_context(x), []
+    assert context["sums"].dtype == torch.float32
     for part in x[:, : 9000 if cut > 1 else 3000].split(cut, 1):
-        out, past = norm.forward_streaming(part, past)
-        parts.append(out)
+        parts.append(norm(part, context))
     found = torch.cat(parts, 1)
     wide = CumulativeNorm(8, span=2000).double()
     exact = wide(x.double())[:, : found.shape[1]].float()
@@ -102,8 +101,7 @@ def test_the_norm_forgets():
     loud = x.clone()
     loud[:, :100] *= 1000
     torch.testing.assert_close(norm(x)[:, 150:], norm(loud)[:, 150:])
-    past, parts = norm.make_past(x), []
+    context, parts = norm.make_streaming_context(x), []
     for part in loud.split(7, 1):
-        out, past = norm.forward_streaming(part, past)
-        parts.append(out)
+        parts.append(norm(part, context))
     torch.testing.assert_close(torch.cat(parts, 1), norm(loud))

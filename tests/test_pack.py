@@ -321,7 +321,7 @@ def test_what_the_recipes_compute_is_packed_as_a_number(make_run, tmp_path):
     run = make_run(tmp_path / "run", seed=0, causal=True)
     computed = (
         "  causal: true\n  future_tokens: !apply:speechbrain_flashformer."
-        "streaming.lookahead_tokens\n    {lookahead_ms: 16, sample_rate: "
+        "nnet.streaming.lookahead_tokens\n    {lookahead_ms: 16, sample_rate: "
         "8000, kernel_stride: 8, token_stride: 8}\n"
     )
     edit("  causal: true\n", computed)(run)

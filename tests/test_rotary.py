@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from speechbrain_flashformer.rotary import RotaryAngles, rotate
+from speechbrain_flashformer.nnet.rotary import RotaryAngles, rotate
 
 
 def exact(length, head_width, offset):

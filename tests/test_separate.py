@@ -6,7 +6,7 @@ import torch.nn as nn
 from speechbrain.lobes.models.dual_path import Decoder, Encoder
 
 from speechbrain_flashformer import FlashFormer
-from speechbrain_flashformer.separate import separate
+from speechbrain_flashformer.nnet.separator import separate
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import torch
 from speechbrain.lobes.models.dual_path import Decoder, Encoder
 
 from speechbrain_flashformer import FlashFormer
-from speechbrain_flashformer.masknet import PIECE
-from speechbrain_flashformer.separate import separate
-from speechbrain_flashformer.streaming import (
+from speechbrain_flashformer.nnet.flashformer import MOST_TOKENS
+from speechbrain_flashformer.nnet.separator import separate
+from speechbrain_flashformer.nnet.streaming import (
     StreamingSeparator,
     StreamingStep,
     lookahead_tokens,
@@ -98,7 +98,9 @@ def test_any_cutting_gives_the_whole(options, how):
 @torch.no_grad()
 def test_the_whole_is_given_beyond_what_is_remembered(monkeypatch):
     """Longer than the span of the norm, than a piece, than one run."""
-    monkeypatch.setattr("speechbrain_flashformer.streaming.LONGEST", 10_001)
+    monkeypatch.setattr(
+        "speechbrain_flashformer.nnet.streaming.LONGEST", 10_001
+    )
     encoder, masknet, _ = modules = make(future_tokens=1)
     mixture = torch.randn(1, 50_000)
     whole = separate(mixture, *modules)
@@ -111,7 +113,7 @@ def test_the_whole_is_given_beyond_what_is_remembered(monkeypatch):
         out = stream(modules, mixture, sizes)
         torch.testing.assert_close(out, whole, rtol=0, atol=1e-5)
     # However long a block is, no more of it is held at once.
-    assert max(blocks) <= 10_001 + 16 and max(pieces) <= PIECE * 4
+    assert max(blocks) <= 10_001 + 16 and max(pieces) <= MOST_TOKENS * 4
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ def linears(masknet):
 def run(masknet, mix_w):
     """Masks of the whole, and where it can, the same from a stream."""
     masks = masknet(mix_w)
-    if masknet.streams:
+    if masknet.can_stream:
         context = masknet.make_streaming_context(len(mix_w))
         streamed = masknet.forward_streaming(mix_w, context)
         torch.testing.assert_close(streamed, masks, rtol=0, atol=1e-3)

@@ -119,8 +119,53 @@ class FSMN(nn.Module):
         bound = 1 / math.sqrt(self.weight.shape[-1])
         nn.init.uniform_(self.weight, -bound, bound)
 
-    def forward(self, x):
-        """Filter x [B, T, C] along T; same shape."""
+    def make_streaming_context(self, like):
+        """The past of new streams: silence.
+
+        Arguments
+        ---------
+        like : torch.Tensor
+            [B, ...], of the streams' dtype and device.
+
+        Returns
+        -------
+        dict
+            What ``forward`` takes and changes.
+        """
+        shape = len(like), self.lookback * self.dilation, len(self.weight)
+        return {"past": like.new_zeros(shape)}
+
+    def forward(self, x, mask=None, context=None):
+        """Filter along time.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [B, T, C].
+        mask : torch.Tensor, optional
+            [B, T, 1], 0 at padded frames, which are then never remembered.
+        context : dict, optional
+            Of a stream whose next frames x are; changed. Only with
+            lookahead = 0.
+
+        Returns
+        -------
+        torch.Tensor
+            [B, T, C].
+        """
+        if mask is not None:
+            x = x * mask
+        if context is None:
+            return x + self._filter_whole(x)
+        known = torch.cat([context["past"], x], 1)
+        context["past"] = known[:, x.shape[1] :]
+        # For the few frames of a block a product and a sum take a third of
+        # the time of a convolution.
+        taps = known.unfold(1, 1 + self.lookback * self.dilation, 1)
+        taps = taps[..., :: self.dilation] * self.weight.flatten(1)
+        return x + taps.sum(3)
+
+    def _filter_whole(self, x):
         B, T, _ = x.shape
         # Every dilation-th frame is a signal of its own. Filtering these
         # without dilation is 5 to 10 times faster than a dilated kernel.
@@ -141,25 +186,12 @@ class FSMN(nn.Module):
         start = pad - self.lookback
         memory = memory[:, start : start + phases.shape[1]]
         memory = memory.unflatten(0, (B, -1)).transpose(1, 2).flatten(1, 2)
-        return x + memory[:, :T]
-
-    def forward_streaming(self, x, past):
-        """Filter the next frames x [B, n, C] of a stream, exactly.
-
-        past [B, lookback * dilation, C] are the frames before, zeros at first.
-        Returns y [B, n, C] and the new past. Only with lookahead = 0.
-        """
-        known = torch.cat([past, x], 1)
-        # For the few frames of a block a product and a sum take a third of
-        # the time of a convolution.
-        taps = known.unfold(1, 1 + self.lookback * self.dilation, 1)
-        memory = taps[..., :: self.dilation] * self.weight.flatten(1)
-        return x + memory.sum(3), known[:, x.shape[1] :]
+        return memory[:, :T]
 
 
-# Frames that a block runs at once when no gradient is asked for. Longer ones
-# spend their time in fresh memory: 300 s took 1.4 times as long per second.
-SEGMENT = 8192
+# Frames that a block runs at once when no gradient is asked for: larger chunks
+# fall out of the cache, 300 s took 1.4 times as long per second.
+CHUNK = 8192
 
 
 class GatedFSMN(nn.Module):
@@ -202,26 +234,25 @@ class GatedFSMN(nn.Module):
         dropout=0.0,
     ):
         super().__init__()
-        self.d_memory = d_memory
         self.norm = nn.LayerNorm(d_model)
         self.expand = nn.Linear(d_model, 2 * d_memory)
         self.memory = nn.ModuleList(
             FSMN(d_memory, lookback, lookahead, dilation)
             for dilation in dilations
         )
-        self.reach = (lookback * sum(dilations), lookahead * sum(dilations))
+        self.receptive_field = (
+            lookback * sum(dilations),
+            lookahead * sum(dilations),
+        )
         self.out = nn.Linear(d_memory, d_model)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, keep=None):
-        """Run the block.
+    def make_streaming_context(self, like):
+        """The past of new streams, as ``FSMN``'s, of each memory."""
+        return [fsmn.make_streaming_context(like) for fsmn in self.memory]
 
-        Arguments
-        ---------
-        x : torch.Tensor
-            [B, T, C].
-        keep : torch.Tensor, optional
-            [B, T, 1], 0 at padded frames, which the memory then never sees.
+    def forward(self, x, mask=None, context=None):
+        """Run the block; arguments as in ``FSMN.forward``.
 
         Returns
         -------
@@ -229,45 +260,28 @@ class GatedFSMN(nn.Module):
             [B, T, C].
         """
         if (
-            torch.is_grad_enabled()
+            context is not None
+            or torch.is_grad_enabled()
             or torch.compiler.is_exporting()
-            or x.shape[1] <= SEGMENT
+            or x.shape[1] <= CHUNK
         ):
-            return self._run(x, keep)
-        # The reach is finite, so segments with that much around them give
-        # exactly what the whole gives.
-        past, future = self.reach
+            return self._run(x, mask, context)
+        # The receptive field is finite, so chunks with that much around them
+        # give exactly what the whole gives.
+        past, future = self.receptive_field
         parts = []
-        for start in range(0, x.shape[1], SEGMENT):
+        for start in range(0, x.shape[1], CHUNK):
             first = max(0, start - past)
-            span = slice(first, start + SEGMENT + future)
+            span = slice(first, start + CHUNK + future)
             part = self._run(
-                x[:, span], None if keep is None else keep[:, span]
+                x[:, span], None if mask is None else mask[:, span]
             )
-            parts.append(part[:, start - first :][:, :SEGMENT])
+            parts.append(part[:, start - first :][:, :CHUNK])
         return torch.cat(parts, 1)
 
-    def make_past(self, like):
-        """What ``forward_streaming`` begins with; like is any [B, n, C]."""
-        shape = (like.shape[0], 0, self.d_memory)
-        return [
-            F.pad(like.new_zeros(shape), (0, 0, f.lookback * f.dilation, 0))
-            for f in self.memory
-        ]
-
-    def forward_streaming(self, x, past, keep=None):
-        """Run on the next frames x [B, n, C] of a stream; changes past.
-
-        keep is as in ``forward``.
-        """
+    def _run(self, x, mask, context=None):
         gate, memory = self.expand(self.norm(x)).chunk(2, dim=-1)
         for i, fsmn in enumerate(self.memory):
-            memory = memory if keep is None else memory * keep
-            memory, past[i] = fsmn.forward_streaming(memory, past[i])
-        return x + self.out(F.silu(gate) * memory)
-
-    def _run(self, x, keep):
-        gate, memory = self.expand(self.norm(x)).chunk(2, dim=-1)
-        for fsmn in self.memory:
-            memory = fsmn(memory if keep is None else memory * keep)
+            past = None if context is None else context[i]
+            memory = fsmn(memory, mask, past)
         return x + self.dropout(self.out(F.silu(gate) * memory))

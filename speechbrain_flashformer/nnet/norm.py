@@ -14,19 +14,19 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# Least sum of amplitudes that is divided by: silence, and its gradient, stay
+# Floor of the denominator, so that digital silence and its gradient stay
 # finite. Far below one frame of the least standard deviation.
-TINY = 1e-20
+FLOOR = 1e-20
 
 
-def weighted_sums(x, keep=None):
+def weighted_sums(x, mask=None):
     """What mean and mean square of frames weighted by amplitude are made of.
 
     Arguments
     ---------
     x : torch.Tensor
         [B, L, N], in single precision at least: half would overflow.
-    keep : torch.Tensor, optional
+    mask : torch.Tensor, optional
         [B, L, 1], 0 at padded frames.
 
     Returns
@@ -46,7 +46,7 @@ def weighted_sums(x, keep=None):
     """
     # One pass over the channels; the squares would be kept for the gradient.
     amplitude = torch.linalg.vector_norm(x, dim=2) / x.shape[2] ** 0.5
-    weight = amplitude if keep is None else amplitude * keep.squeeze(2)
+    weight = amplitude if mask is None else amplitude * mask.squeeze(2)
     sums = [weight * x.mean(2), weight * amplitude.square(), weight]
     return torch.stack(sums, 1)
 
@@ -71,7 +71,7 @@ def moments(sums):
     >>> mean.item(), power.item()
     (4.0, 25.0)
     """
-    return (sums[:, :2] / sums[:, 2:].clamp(min=TINY)).unbind(1)
+    return (sums[:, :2] / sums[:, 2:].clamp(min=FLOOR)).unbind(1)
 
 
 class GlobalNorm(nn.Module):
@@ -100,16 +100,28 @@ class GlobalNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x, keep=None, statistics=None):
-        """Normalise x [B, L, N].
+    def forward(self, x, mask=None, statistics=None):
+        """Normalise the frames of recordings.
 
-        keep [B, L, 1] is 0 at padded frames; statistics are mean and mean
-        square [B] of the recording that x is a part of, from ``weighted_sums``.
+        Arguments
+        ---------
+        x : torch.Tensor
+            [B, L, N].
+        mask : torch.Tensor, optional
+            [B, L, 1], 0 at padded frames.
+        statistics : tuple of torch.Tensor, optional
+            Mean and mean square [B] of the recordings that x are parts of,
+            from ``weighted_sums``.
+
+        Returns
+        -------
+        torch.Tensor
+            [B, L, N].
         """
         # Autocast would sum the squares in half precision.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if statistics is None:
-            statistics = moments(weighted_sums(wide, keep).sum(2))
+            statistics = moments(weighted_sums(wide, mask).sum(2))
         mean, power = (s.to(wide) for s in statistics)
         variance = (power - mean.square()).clamp(min=0)
         scale = (variance + self.eps**2).rsqrt()
@@ -144,23 +156,35 @@ class CumulativeNorm(GlobalNorm):
         super().__init__(channels, eps)
         self.span = span
 
-    def make_past(self, like):
-        """What ``forward_streaming`` begins with; like is any [B, n, N]."""
-        wide = torch.promote_types(like.dtype, torch.float32)
-        return like.new_zeros(like.shape[0], 3, self.span, dtype=wide)
+    def make_streaming_context(self, like):
+        """The past of new streams, ``weighted_sums`` of silence.
 
-    def forward(self, x):
-        """Normalise x [B, L, N]."""
-        return self.forward_streaming(x, self.make_past(x))[0]
-
-    def forward_streaming(self, x, past):
-        """Normalise the next frames x [B, n, N]; also the new past.
-
-        past [B, 3, span] holds ``weighted_sums`` of the last frames, 0 before
-        the beginning.
+        like is any tensor [B, ...] of the streams' dtype and device.
         """
+        wide = torch.promote_types(like.dtype, torch.float32)
+        return {"sums": like.new_zeros(len(like), 3, self.span, dtype=wide)}
+
+    def forward(self, x, context=None):
+        """Normalise frames by those before them.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [B, L, N].
+        context : dict, optional
+            Of a stream whose next frames x are; changed.
+
+        Returns
+        -------
+        torch.Tensor
+            [B, L, N].
+        """
+        if context is None:
+            context = self.make_streaming_context(x)
+        past = context["sums"]
         wide = x.to(past.dtype)
         known = torch.cat([past, weighted_sums(wide)], 2)
+        context["sums"] = known[:, :, x.shape[1] :]
         # Span by span: what is left of the span before, and what is new. No
         # difference of running totals, in which a click would never be over.
         spans = F.pad(known, (0, -x.shape[1] % self.span))
@@ -173,5 +197,4 @@ class CumulativeNorm(GlobalNorm):
         variance = (power - mean.square()).clamp(min=0)
         scale = (variance + self.eps**2).rsqrt()
         out = (wide - mean[:, :, None]) * scale[:, :, None]
-        out = out.to(x.dtype) * self.weight + self.bias
-        return out, known[:, :, x.shape[1] :]
+        return out.to(x.dtype) * self.weight + self.bias

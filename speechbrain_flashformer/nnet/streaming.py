@@ -7,8 +7,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from speechbrain_flashformer.masknet import move_state
-from speechbrain_flashformer.separate import encoder_frame
+from speechbrain_flashformer.nnet.flashformer import move_context
+from speechbrain_flashformer.nnet.separator import encoder_frame
 
 # Squares of samples beyond this would not be finite for long.
 TOO_LOUD = 1e10
@@ -225,7 +225,7 @@ class StreamingSeparator:
                     f"place of {new}"
                 )
         if samples.device != weight.device:
-            state.update(move_state(state, weight.device))
+            state.update(move_context(state, weight.device))
 
     def _run(self, block):
         """Samples [B, n] to sources [B, m, S]."""
@@ -312,7 +312,7 @@ class StreamingStep(nn.Module):
         _fill(context, given)
         samples = torch.cat([given["samples"], mixture], 1)
         mix_w = self.encoder(silence_broken(samples))
-        masks = self.masknet.step(mix_w, context)
+        masks = self.masknet.step(mix_w, context=context)
         n = mix_w.shape[2]
         if self.delay:
             mix_w = torch.cat([given["frames"], mix_w], 2)

@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from speechbrain_flashformer.norm import moments, weighted_sums
+from speechbrain_flashformer.nnet.norm import moments, weighted_sums
 
 # The parts of a model, as SpeechBrain's recipes and interfaces call them.
 MODULES = ("encoder", "masknet", "decoder")

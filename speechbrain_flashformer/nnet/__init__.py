@@ -1,0 +1,1 @@
+"""The network: torch alone, and nothing of the other wings."""

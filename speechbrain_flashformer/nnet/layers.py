@@ -1,0 +1,243 @@
+"""One layer at the token rate: attention, memory, feed-forward.
+
+Axes: B batch, T tokens, C channels, H heads, D head width.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from speechbrain_flashformer.nnet.attention import attend, attend_masked
+from speechbrain_flashformer.nnet.fsmn import GatedFSMN
+from speechbrain_flashformer.nnet.rotary import rotate
+
+
+class Positions(NamedTuple):
+    """What attention knows of the places of tokens, once for all layers.
+
+    Attributes
+    ----------
+    angles : tuple of torch.Tensor
+        From ``rotary.RotaryAngles``.
+    lengths : torch.Tensor, optional
+        Tokens that count in each row, integers [B]; all by default.
+    visible : torch.Tensor, optional
+        Of the next n tokens of a stream, from ``attention.stream_mask``.
+    """
+
+    angles: tuple
+    lengths: torch.Tensor | None = None
+    visible: torch.Tensor | None = None
+
+
+class LayerScale(nn.Module):
+    """A learned weight per channel on a residual branch.
+
+    A bare parameter: recipes that reset every layer after construction call
+    ``reset_parameters`` on each module, and would undo a small start written
+    into a Linear. Source: CaiT (arXiv:2103.17239, eq. 1).
+
+    Arguments
+    ---------
+    channels : int
+        C.
+    start : float
+        The weight to begin with.
+
+    Example
+    -------
+    >>> LayerScale(4, 0.5)(torch.ones(4)).tolist()
+    [0.5, 0.5, 0.5, 0.5]
+    """
+
+    def __init__(self, channels, start):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((channels,), float(start)))
+
+    def forward(self, x):
+        """Scale the last axis of x, the channels."""
+        return x * self.weight
+
+
+class TransposedLinear(nn.Linear):
+    """A Linear whose output [B, L, C] lies in memory as [B, C, L].
+
+    So the decoder takes it; that of a Linear would have to be copied for it,
+    which costs more than the product.
+
+    Example
+    -------
+    >>> TransposedLinear(4, 6)(torch.randn(2, 50, 4)).stride()
+    (300, 1, 50)
+    """
+
+    def forward(self, x):
+        """Map the last axis of x [B, L, D]."""
+        weight = self.weight.expand(x.shape[0], -1, -1)
+        out = torch.baddbmm(self.bias[:, None], weight, x.transpose(1, 2))
+        return out.transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with rotary positions.
+
+    Arguments
+    ---------
+    d_model : int
+        C, divisible by nhead, with an even C / nhead.
+    nhead : int
+        H, attention heads.
+    window : tuple of int
+        Tokens seen to the (left, right); -1 is unbounded.
+    backend : str
+        As in ``attention.attend``.
+
+    Example
+    -------
+    >>> from speechbrain_flashformer.nnet.rotary import RotaryAngles
+    >>> layer = Attention(16, 2)
+    >>> positions = Positions(RotaryAngles(8)(50))
+    >>> layer(torch.randn(2, 50, 16), positions).shape
+    torch.Size([2, 50, 16])
+    """
+
+    # Weights that are several matrices: an optimizer may take them apart.
+    stacked = {"qkv": 3}
+
+    def __init__(self, d_model, nhead, window=(-1, -1), backend="auto"):
+        super().__init__()
+        self.d_model, self.nhead = d_model, nhead
+        self.window = tuple(window)
+        self.backend = backend
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model)
+
+    def make_streaming_context(self, like):
+        """The past of new streams, as ``FSMN``'s: keys and values."""
+        width = self.d_model // self.nhead
+        shape = len(like), self.window[0], self.nhead, width
+        return {"keys": like.new_zeros(shape), "values": like.new_zeros(shape)}
+
+    def forward(self, x, positions, context=None):
+        """Attend.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [B, T, C].
+        positions : Positions
+            Of the tokens.
+        context : dict, optional
+            Of a stream whose next tokens x are; changed. torch's own kernel
+            does it, whatever the backend: the others are no faster for so few
+            queries.
+
+        Returns
+        -------
+        torch.Tensor
+            [B, T, C].
+        """
+        qkv = self.qkv(x).unflatten(2, (3, self.nhead, -1))
+        both = rotate(qkv[:, :, :2].flatten(2, 3), positions.angles)
+        (q, k), v = both.chunk(2, dim=2), qkv[:, :, 2]
+        if context is None:
+            out = attend(
+                *(q, k, v),
+                window=self.window,
+                backend=self.backend,
+                lengths=positions.lengths,
+            )
+        else:
+            k = torch.cat([context["keys"], k], 1)
+            v = torch.cat([context["values"], v], 1)
+            context["keys"] = k[:, x.shape[1] :]
+            context["values"] = v[:, x.shape[1] :]
+            out = attend_masked(q, k, v, positions.visible)
+        return self.out(out.flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU feed-forward (arXiv:2002.05202, eq. 6).
+
+    Arguments
+    ---------
+    d_model : int
+        C.
+    d_ffn : int
+        Inner width.
+
+    Example
+    -------
+    >>> FeedForward(16, 32)(torch.randn(2, 50, 16)).shape
+    torch.Size([2, 50, 16])
+    """
+
+    stacked = {"expand": 2}
+
+    def __init__(self, d_model, d_ffn):
+        super().__init__()
+        self.expand = nn.Linear(d_model, 2 * d_ffn)
+        self.out = nn.Linear(d_ffn, d_model)
+
+    def forward(self, x):
+        """Run on x [B, T, C]."""
+        gate, value = self.expand(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * value)
+
+
+class FlashFormerLayer(nn.Module):
+    """One layer at the token rate: attention, gated FSMN, feed-forward.
+
+    Arguments are those of ``FlashFormer``.
+
+    Example
+    -------
+    >>> from speechbrain_flashformer.nnet.rotary import RotaryAngles
+    >>> layer = FlashFormerLayer(16, nhead=2, d_ffn=32)
+    >>> positions = Positions(RotaryAngles(8)(50))
+    >>> layer(torch.randn(2, 50, 16), positions).shape
+    torch.Size([2, 50, 16])
+    """
+
+    def __init__(
+        self,
+        d_model,
+        nhead,
+        d_ffn,
+        window=(-1, -1),
+        lookback=20,
+        lookahead=20,
+        dilations=(1,),
+        dropout=0.0,
+        backend="auto",
+    ):
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(d_model)
+        self.attention = Attention(d_model, nhead, window, backend)
+        self.scale_attention = LayerScale(d_model, 0.5)
+        self.fsmn = GatedFSMN(
+            d_model, d_model, lookback, lookahead, dilations, dropout
+        )
+        self.norm_ffn = nn.LayerNorm(d_model)
+        self.ffn = FeedForward(d_model, d_ffn)
+        self.scale_ffn = LayerScale(d_model, 0.5)
+        self.dropout = nn.Dropout(dropout)
+
+    def make_streaming_context(self, like):
+        """The past of new streams, as ``FSMN``'s, of attention and memory."""
+        return {
+            "attention": self.attention.make_streaming_context(like),
+            "fsmn": self.fsmn.make_streaming_context(like),
+        }
+
+    def forward(self, x, positions, mask=None, context=None):
+        """Run on x [B, T, C]; see ``Attention`` and ``FSMN``."""
+        past = context or {"attention": None, "fsmn": None}
+        update = self.norm_attention(x)
+        update = self.attention(update, positions, past["attention"])
+        x = x + self.dropout(self.scale_attention(update))
+        x = self.fsmn(x, mask, past["fsmn"])
+        update = self.ffn(self.norm_ffn(x))
+        return x + self.dropout(self.scale_ffn(update))
