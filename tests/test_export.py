@@ -3,6 +3,7 @@
 import builtins
 import logging
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,25 @@ def model(packed_once):
 
 
 @pytest.fixture(scope="module")
-def graph(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
-    return export.export_onnx(model, path)
+def exported(model, tmp_path_factory):
+    """A graph, and what was logged and warned of while it was made."""
+    path, told = tmp_path_factory.mktemp("onnx") / "model.onnx", []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())
+    with pytest.MonkeyPatch.context() as patch, pytest.warns() as warned:
+        # torch keeps its records from the root.
+        for name in ("torch", "torch.onnx"):
+            patch.setattr(logging.getLogger(name), "propagate", True)
+        logging.getLogger().addHandler(handler)
+        export.export_onnx(model, path)
+        logging.getLogger().removeHandler(handler)
+        warnings.warn("the last one", stacklevel=1)
+    return path, told, [str(warning.message) for warning in warned]
+
+
+@pytest.fixture(scope="module")
+def graph(exported):
+    return exported[0]
 
 
 @pytest.mark.parametrize(
@@ -186,14 +203,9 @@ def test_the_example_of_the_documents_runs(streaming_graph, monkeypatch):
     assert not {"torch", "speechbrain_flashformer"} & set(names)
 
 
-def test_an_export_is_silent(model, tmp_path, caplog, recwarn, monkeypatch):
-    # torch keeps its records from the root, where caplog listens.
-    monkeypatch.setattr(logging.getLogger("torch"), "propagate", True)
-    monkeypatch.setattr(logging.getLogger("torch.onnx"), "propagate", True)
-    export.export_onnx(model, tmp_path / "a.onnx")
-    told = [each for each in caplog.records if each.levelno >= 30]
-    assert [each.getMessage() for each in told] == []
-    assert [str(warning.message) for warning in recwarn] == []
+def test_an_export_is_silent(exported):
+    _, told, warned = exported
+    assert told == [] and warned == ["the last one"]
 
 
 @pytest.mark.parametrize("block, mend", [(5, "take 4 or 6"), (0, "take 2")])

@@ -86,15 +86,18 @@ def test_no_vocal_tract_is_in_two_parts():
     assert min(sizes) >= 5 and sizes[0] > 0.6 * sum(sizes)
 
 
-def test_a_seed_says_who_says_what(tmp_path, monkeypatch):
-    """With noise in the place of speech, which is quick."""
+def noise(lines, *_):
+    """In the place of speech, quickly."""
+    return list(np.random.default_rng(0).normal(size=(len(lines), 80)))
 
-    def noise(lines, sample_rate, folder, bar):
+
+def test_a_seed_says_who_says_what(tmp_path, monkeypatch):
+    def listen(lines, *_):
         said.append([(line["tract"], line["text"]) for line in lines])
-        return list(np.random.default_rng(0).normal(size=(len(lines), 80)))
+        return noise(lines)
 
     said, made = [], []
-    monkeypatch.setattr(voices, "_speak_all", noise)
+    monkeypatch.setattr(voices, "_speak_all", listen)
     for n, (seed, train) in enumerate(((0, 3), (0, 5), (1, 3))):
         folder = make_voices(
             tmp_path / str(n), 2, (train, 2, 2), seed, progressbar=False
@@ -114,6 +117,7 @@ def test_a_seed_says_who_says_what(tmp_path, monkeypatch):
     assert made[0]["tr"] != made[2]["tr"]
 
 
+@pytest.mark.parametrize("made", [2], indirect=True)
 def test_the_same_seed_gives_the_same_files(made, tmp_path):
     folder, num_spks = made
     again = make_voices(
@@ -144,6 +148,7 @@ def test_an_interrupted_set_is_never_taken_for_a_finished_one(
         raise KeyboardInterrupt
 
     folder = tmp_path / "voices"
+    monkeypatch.setattr(voices, "_speak_all", noise)
     with monkeypatch.context() as patch:
         patch.setattr(voices, "_write_mixture", fail)
         with pytest.raises(KeyboardInterrupt):
