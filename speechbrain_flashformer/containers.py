@@ -114,6 +114,7 @@ class _Forward(soundfile.SoundFile):
     """A file that is not seeked: where no length is known that cannot work."""
 
     def seekable(self):
+        """Whether it can be seeked: never."""
         return False
 
 

@@ -71,6 +71,7 @@ PATHS = (
 # data.training_loader_options: hparams.dataloader_opts,
 #   hparams.dynamic_batching, hparams.max_batch_length, hparams.num_buckets
 # mixing.load_mixtures: hparams.base_folder_dm, hparams.dm_speaker,
+#   hparams.dm_same_corpus_share, hparams.dm_absent_share,
 #   hparams.dm_join_share, hparams.dm_turn_share, hparams.dm_silence_share,
 #   hparams.dm_noise_folder, hparams.dm_noise_share, hparams.dm_noise_snr,
 #   hparams.dm_room_share, hparams.dm_colour_db, hparams.dm_telephone_share,
