@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from speechbrain_flashformer import FlashFormer
 from speechbrain_flashformer.nnet.attention import attention_report
@@ -33,6 +34,93 @@ def test_masks_for_any_length_and_number_of_speakers(num_spks, L, token_stride):
     masks = masknet(torch.rand(2, 12, L))
     assert masks.shape == (num_spks, 2, 12, L)
     assert masks.isfinite().all() and (masks >= 0).all()
+
+
+def plain(weights, x, window, dilations, num_spks=2, nhead=2, order=20):
+    """The masks [S, N, L] of frames x [L, N], by weights and formulas alone."""
+
+    def linear(x, name):
+        bias = weights.get(f"{name}.bias", 0)
+        return x @ weights[f"{name}.weight"].T + bias
+
+    def norm(x, name):
+        scale = (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        x = (x - x.mean(-1, keepdim=True)) / scale
+        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def remember(x, name, dilation):
+        reach = order * dilation
+        known, out = F.pad(x, (0, 0, reach, reach)), x
+        taps = weights[f"{name}.weight"].flatten(1).T
+        for i, tap in enumerate(taps):
+            out = out + tap * known[i * dilation :][: len(x)]
+        return out
+
+    def gated_memory(x, name, dilations=(1,)):
+        gate, v = linear(norm(x, f"{name}.norm"), f"{name}.expand").chunk(2, 1)
+        for i, dilation in enumerate(dilations):
+            v = remember(v, f"{name}.memory.{i}", dilation)
+        return x + linear(gate * gate.sigmoid() * v, f"{name}.out")
+
+    def attention(x, name):
+        q, k, v = (
+            linear(x, f"{name}.qkv").unflatten(1, (3, nhead, -1)).unbind(1)
+        )
+        half = q.shape[2] // 2
+        place = torch.arange(len(x))[:, None, None]
+        angle = place * 10000.0 ** (-torch.arange(half) / half)
+        turn = torch.polar(torch.ones(angle.shape).double(), angle.double())
+        # The real part of q times the conjugate of k is their dot product.
+        q, k = (torch.complex(*y.chunk(2, 2)) * turn for y in (q, k))
+        scores = torch.einsum("ihd,jhd->hij", q, k.conj()).real
+        ahead = place.view(1, -1) - place.view(-1, 1)
+        hidden = (ahead < -window[0]) | (ahead > window[1])
+        scores = (scores / (2 * half) ** 0.5).masked_fill(hidden, -torch.inf)
+        out = torch.einsum("hij,jhd->ihd", scores.softmax(2), v)
+        return linear(out.flatten(1), f"{name}.out")
+
+    def layer(x, name):
+        update = attention(
+            norm(x, f"{name}.norm_attention"), f"{name}.attention"
+        )
+        x = x + weights[f"{name}.scale_attention.weight"] * update
+        x = gated_memory(x, f"{name}.fsmn", dilations)
+        update = linear(norm(x, f"{name}.norm_ffn"), f"{name}.ffn.expand")
+        gate, value = update.chunk(2, 1)
+        update = linear(gate * gate.sigmoid() * value, f"{name}.ffn.out")
+        return x + weights[f"{name}.scale_ffn.weight"] * update
+
+    amplitude = x.square().mean(1, keepdim=True).sqrt()
+    share = amplitude / amplitude.sum() / x.shape[1]
+    x = x - (share * x).sum()
+    x = x / (share * x.square()).sum().sqrt()
+    x = x * weights["norm_in.weight"] + weights["norm_in.bias"]
+    x = linear(x, "project")
+    rates = len([name for name in weights if name.startswith("merge.")]) // 2
+    skips = []
+    for i in range(rates):
+        x = gated_memory(x, f"down.{i}")
+        skips.append(x)
+        x = linear(torch.cat([x[::2], x[1::2]], 1), f"merge.{i}")
+    for i in range(len([n for n in weights if n.endswith("norm_ffn.bias")])):
+        x = layer(x, f"layers.{i}")
+    for i in reversed(range(rates)):
+        x = linear(x, f"split.{i}").reshape(2 * len(x), -1)
+        x = gated_memory(x + skips[i], f"up.{i}")
+    masks = linear(norm(x, "norm_out"), "masks").clamp(min=0)
+    return masks.T.unflatten(0, (num_spks, -1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("token_stride", [1, 8])
+def test_it_computes_what_the_formulas_say(token_stride):
+    masknet = small(token_stride=token_stride).double()
+    for parameter in masknet.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    x = torch.rand(1, 12, 160, dtype=torch.float64)
+    expected = plain(masknet.state_dict(), x[0].T, (4, 4), (1, 2))
+    assert expected.std() > 0.1
+    torch.testing.assert_close(masknet(x)[:, 0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_original_arrangement_attends_over_every_frame():
