@@ -12,7 +12,7 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_flashformer.inference import FlashFormerSeparation
-from speechbrain_flashformer.nnet import flashformer as masknet
+from speechbrain_flashformer.nnet import layers
 from speechbrain_flashformer.nnet.separator import separate
 from speechbrain_flashformer.pack import pack
 
@@ -132,7 +132,7 @@ def test_three_speakers():
 
 
 def test_at_16_khz_libri2mix_has_the_same_frames_and_tokens(monkeypatch):
-    sizes, real = {}, masknet.attend
+    sizes, real = {}, layers.attend
     for rate in (8000, 16000):
         tokens = []
 
@@ -140,7 +140,7 @@ def test_at_16_khz_libri2mix_has_the_same_frames_and_tokens(monkeypatch):
             tokens.append(q.shape[1])
             return real(q, *rest, **options)
 
-        monkeypatch.setattr(masknet, "attend", attend)
+        monkeypatch.setattr(layers, "attend", attend)
         options = ["--sample_rate", rate, "--model", SMALL]
         hparams, *_ = parse("flashformer-libri2mix", *options)
         assert hparams["training_signal_len"] == 4 * rate
@@ -153,13 +153,13 @@ def test_at_16_khz_libri2mix_has_the_same_frames_and_tokens(monkeypatch):
 
 
 def test_the_original_attends_to_every_frame(monkeypatch):
-    seen, real = [], masknet.attend
+    seen, real = [], layers.attend
 
     def attend(q, k, v, *rest, window=(-1, -1), **options):
         seen.append((q.shape[1], k.shape[1], window))
         return real(q, k, v, *rest, window=window, **options)
 
-    monkeypatch.setattr(masknet, "attend", attend)
+    monkeypatch.setattr(layers, "attend", attend)
     hparams, *_ = parse("flashformer-original", "--model", SMALL)
     # Longer than flashformer.yaml's window of 2 s.
     mix_w = hparams["Encoder"](torch.randn(1, 20000))
