@@ -125,6 +125,10 @@ def parse(entry):
         raise ValueError(f"{entry}: loss is {' or '.join(LOSSES)}")
     if not 0 <= training["absent"] <= 1:
         raise ValueError(f"{entry}: absent is a share, from 0 to 1")
+    if training["absent"] and training["loss"] == "si-snr":
+        raise ValueError(f"{entry}: absent needs loss=snr")
+    if training["absent"] and training["levels"] != 1:
+        raise ValueError(f"{entry}: absent leaves no levels to change")
     if training["precision"] not in PRECISIONS:
         raise ValueError(f"{entry}: precision is fp32 or bf16")
     for key, (kind, least, counts, says) in LIMITS.items():

@@ -112,7 +112,7 @@ def leave_alone(recordings, out):
 
 
 def converse(recordings, out):
-    """Conversations of two people of one corpus."""
+    """Conversations of two people."""
     rng = np.random.default_rng(3)
     enough = [
         who

@@ -18,6 +18,7 @@ from speechbrain_flashformer.checkpoints import (
     averaged_weights,
     gather,
 )
+from speechbrain_flashformer.losses import fixes_level
 from speechbrain_flashformer.nnet.separator import MODULES, separate
 from speechbrain_flashformer.optim import matrix_groups
 from speechbrain_flashformer.scores import (
@@ -146,6 +147,9 @@ class Separation(sb.Brain):
             super().init_optimizers()
             return
         matrices = matrix_groups(self.modules["masknet"])
+        if not matrices:  # such as Conv-TasNet's
+            super().init_optimizers()
+            return
         taken = {id(p) for group in matrices for p in group["params"]}
         rest = [p for p in self.modules.parameters() if id(p) not in taken]
         self.optimizer = self.opt_class(rest)
@@ -265,7 +269,7 @@ class Separation(sb.Brain):
         # How much louder the estimates are than the sources; finite rows.
         levels = [row["level_db"] for row in rows]
         levels = [level for level in levels if math.isfinite(level)]
-        if levels:
+        if levels and not fixes_level(self.hparams.loss):
             meta["level_db"] = sum(levels) / len(levels)
             # SI-SNR does not see the sign; a network has one for all outputs.
             inverted = sum(row["polarity"] < 0 for row in rows)

@@ -21,6 +21,32 @@ from speechbrain_flashformer.metrics import (
 SILENT = 1e-6
 
 
+def fixes_level(loss):
+    """Whether a loss tells estimates of the right level from louder ones.
+
+    One that does not, such as SI-SNR, is not defined for a silent source.
+
+    Arguments
+    ---------
+    loss : callable
+        As those here.
+
+    Returns
+    -------
+    bool
+        Whether it does.
+
+    Example
+    -------
+    >>> fixes_level(pit_snr_loss), fixes_level(pit_si_snr_loss)
+    (True, False)
+    """
+    time = torch.linspace(-9, 9, 200)[None, :, None]
+    sound, near = time.cos(), time.cos() + 0.3 * (3 * time).cos()
+    right, louder = (loss(sound, x, torch.ones(1)) for x in (near, 2 * near))
+    return bool((louder - right).abs() > 0.1)
+
+
 def pit_snr_loss(targets, predictions, lengths=None, limit_db=30.0):
     """Negative signal-to-noise ratio, with a limit; defined for silence too.
 

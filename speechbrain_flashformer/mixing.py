@@ -109,7 +109,7 @@ class Recording(NamedTuple):
 
 
 def find_recordings(place, speaker="folder"):
-    """List recordings and who speaks in each, sorted by path.
+    """List recordings and who speaks in each.
 
     Arguments
     ---------
@@ -126,7 +126,8 @@ def find_recordings(place, speaker="folder"):
     Returns
     -------
     list of Recording
-        Of a folder, all are of one corpus.
+        Those of a folder, all of one corpus, by path; those of a CSV file in
+        its order.
 
     Raises
     ------
@@ -295,7 +296,8 @@ class DynamicMixtures(Dataset):
         self.flip_share = flip_share
         self.paths = [str(recording.path) for recording in recordings]
         names, firsts, speakers = np.unique(
-            [recording.speaker for recording in recordings],
+            # Two corpora may have a name for two people.
+            [f"{x.corpus}\0{x.speaker}" for x in recordings],
             return_index=True,
             return_inverse=True,
         )

@@ -13,7 +13,7 @@ class Muon(torch.optim.Muon):
 
     torch orthogonalises in bfloat16, one weight after another. A CPU without
     bfloat16 instructions then spends more time here than in the network. This
-    one works in float32 on a CPU, and on all matrices of one shape at once.
+    one works in float32 but on CUDA, and on all matrices of one shape at once.
 
     Arguments
     ---------
@@ -32,16 +32,16 @@ class Muon(torch.optim.Muon):
     >>> optimizer.step()
     """
 
-    def __init__(self, params, **options):
-        super().__init__(params, **options)
-        for group in self.param_groups:
-            group.setdefault("parts", 1)
-            for weight in group["params"]:
-                if weight.shape[0] % group["parts"]:
-                    raise ValueError(
-                        f"a weight of {weight.shape[0]} rows is not "
-                        f"{group['parts']} matrices"
-                    )
+    def add_param_group(self, param_group):
+        """Add matrices; of ``torch.optim.Optimizer``, which begins with it."""
+        parts = param_group.setdefault("parts", 1)
+        super().add_param_group(param_group)
+        for weight in self.param_groups[-1]["params"]:
+            if weight.shape[0] % parts:
+                raise ValueError(
+                    f"a weight of {weight.shape[0]} rows is not {parts} "
+                    "matrices"
+                )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -111,8 +111,7 @@ def orthogonalised(matrices, coefficients, steps, eps):
     True
     """
     a, b, c = coefficients
-    wide = torch.float32 if matrices.device.type == "cpu" else torch.bfloat16
-    x = matrices.to(wide)
+    x = matrices.to(_precision(matrices.device))
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT
@@ -122,6 +121,13 @@ def orthogonalised(matrices, coefficients, steps, eps):
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, gram, x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
+
+
+def _precision(device):
+    """bfloat16 where the device has instructions for it, and many of them."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(False):
+        return torch.bfloat16
+    return torch.float32
 
 
 def matrix_groups(module):
@@ -148,7 +154,10 @@ def matrix_groups(module):
     parts = {}
     for layer in module.modules():
         for name, count in getattr(layer, "stacked", {}).items():
-            parts[getattr(layer, name).weight] = count
+            # An adapter in the place of the layer may have no weight.
+            weight = getattr(getattr(layer, name), "weight", None)
+            if weight is not None:
+                parts[weight] = count
     groups = {}
     for weight in module.parameters():
         if weight.ndim == 2:

@@ -22,7 +22,7 @@ from speechbrain.utils.epoch_loop import EpochCounter
 
 from speechbrain_flashformer import FlashFormer
 from speechbrain_flashformer.brain import Separation
-from speechbrain_flashformer.losses import pit_si_snr_loss
+from speechbrain_flashformer.losses import pit_si_snr_loss, pit_snr_loss
 
 
 class Log:
@@ -250,6 +250,25 @@ def test_most_outputs_say_the_polarity(make, signs, polarity):
     brain.on_stage_end(sb.Stage.VALID, torch.tensor(0.0), 1)
     best = brain.checkpointer.find_checkpoint(min_key="si-snr")
     assert best.meta["polarity"] == polarity
+
+
+def test_a_loss_that_fixes_the_level_leaves_nothing_to_mend(make):
+    brain = make(loss=pit_snr_loss)
+    brain.on_fit_start()
+    brain.train_stats = {"loss": 0.0}
+    brain.rows = [row(1.0, level_db=-2.0, polarity=-1.0)]
+    brain.on_stage_end(sb.Stage.VALID, torch.tensor(0.0), 1)
+    meta = brain.checkpointer.find_checkpoint(min_key="si-snr").meta
+    assert meta["si-snr"] == -1.0 and not {"level_db", "polarity"} & set(meta)
+
+
+def test_conv_tasnets_weights_need_no_matrix_optimizer(make):
+    brain = make(matrix_optimizer=lambda groups: pytest.fail("no matrices"))
+    brain.modules["masknet"] = torch.nn.Conv1d(16, 16, 1)
+    brain.init_optimizers()
+    (optimizer,) = brain.optimizers_dict.values()
+    taken = sum(len(group["params"]) for group in optimizer.param_groups)
+    assert taken == len(list(brain.modules.parameters()))
 
 
 def test_broken_validation_is_never_the_best(make):

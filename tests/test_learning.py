@@ -137,6 +137,11 @@ def test_all_models_learn_from_the_same_mixtures(
         ("tiny:batch=(1,0) --examples 8", "batch is a whole number above 0"),
         ("tiny:loss=mse --examples 8", "loss is si-snr or snr"),
         ("tiny:absent=2 --examples 8", "absent is a share, from 0 to 1"),
+        ("tiny:absent=0.1 --examples 8", "absent needs loss=snr"),
+        (
+            "tiny:absent=0.1:loss=snr:levels=0.5 --examples 8",
+            "absent leaves no levels to change",
+        ),
         ("tiny:batch=4.0 --examples 8", "batch is a whole number above 0"),
         ("tiny:causal --examples 8", "is not KEY=VALUE"),
         ("skim:num_layers=2 --examples 8", "skim is built as in its recipe"),

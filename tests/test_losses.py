@@ -6,7 +6,11 @@ import pytest
 import torch
 from speechbrain.nnet.losses import get_si_snr_with_pitwrapper
 
-from speechbrain_flashformer.losses import pit_si_snr_loss, pit_snr_loss
+from speechbrain_flashformer.losses import (
+    fixes_level,
+    pit_si_snr_loss,
+    pit_snr_loss,
+)
 
 LOSSES = (pit_si_snr_loss, pit_snr_loss)
 
@@ -123,3 +127,8 @@ def test_a_source_far_below_the_others_counts_as_silent():
     assert pit_snr_loss(targets, predictions).item() == pytest.approx(
         -30, abs=1e-3
     )
+
+
+def test_only_snr_tells_the_level():
+    assert fixes_level(pit_snr_loss) and not fixes_level(pit_si_snr_loss)
+    assert not fixes_level(lambda *x: get_si_snr_with_pitwrapper(*x[:2]))

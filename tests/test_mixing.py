@@ -261,6 +261,23 @@ def test_a_corpus_with_too_few_speakers_takes_others(speech):
     assert a != b
 
 
+def test_one_name_in_two_corpora_is_two_people(speech):
+    names = {"spk0": "ann", "spk1": "bo", "spk2": "ann", "spk3": "bo"}
+    recordings = [
+        x._replace(speaker=names[x.speaker], corpus="ab"[x.speaker > "spk1"])
+        for x in find_recordings(speech)
+    ]
+    dataset = DynamicMixtures(
+        recordings, 2, 8000, 8000, 1, same_corpus_share=1.0
+    )
+    pairs = set()
+    for n in range(40):
+        item = dataset[n]
+        tones = [round(pitch(item[x].numpy())) for x in ("s1_sig", "s2_sig")]
+        pairs.add(tuple(sorted(tones)))
+    assert pairs == {(1, 2), (3, 4)}
+
+
 def test_in_a_share_one_speaker_is_alone(speech):
     dataset = mixtures(
         speech, num_spks=3, absent_share=0.5, colour_db=6, telephone_share=0.5

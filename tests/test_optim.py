@@ -98,3 +98,12 @@ def test_all_matrices_of_the_masknet_are_taken_apart():
     assert count == sum(p.ndim == 2 for p in masknet.parameters())
     # Each layer has two gates; three blocks on each way through the frames.
     assert len(stacked[2]) == 2 * 2 + 6
+
+
+def test_a_group_that_is_added_has_its_parts():
+    one, other = parameters((12, 4), (12, 4))
+    optimizer = Muon([one], **OPTIONS)
+    optimizer.add_param_group({"params": [other], "parts": 3})
+    train(optimizer, [one, other])
+    with pytest.raises(ValueError, match="12 rows is not 5 matrices"):
+        optimizer.add_param_group({"params": parameters((12, 4)), "parts": 5})

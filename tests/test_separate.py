@@ -76,3 +76,22 @@ def test_masknets_without_lengths_serve_too():
     mix_w = encoder(mixture)
     for s, masked in enumerate((mix_w / 4, mix_w / 4, mix_w.square())):
         torch.testing.assert_close(sources[..., s], decoder(masked))
+
+
+@torch.no_grad()
+def test_wrappers_hand_on_lengths(model):
+    """Such as those of adapters, which take whatever they are given."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, masknet):
+            super().__init__()
+            self.masknet = masknet
+
+        def forward(self, *args, **kwargs):
+            return self.masknet(*args, **kwargs)
+
+    encoder, masknet, decoder = model
+    mixture, lengths = torch.randn(2, 1000), torch.tensor([1.0, 0.5])
+    expected = separate(mixture, encoder, masknet, decoder, lengths)
+    wrapped = separate(mixture, encoder, Wrapper(masknet), decoder, lengths)
+    torch.testing.assert_close(wrapped, expected)

@@ -8,6 +8,7 @@ import torch.nn as nn
 from torch.ao.quantization import quantize_dynamic
 
 from speechbrain_flashformer import FlashFormer
+from speechbrain_flashformer.optim import matrix_groups
 
 
 class LowRank(nn.Module):
@@ -71,6 +72,10 @@ def test_every_layer_can_be_wrapped(masknet):
 
 def test_what_is_wrapped_around_learns(masknet):
     adapted = wrap(masknet, LowRank)
+    # The optimizer of matrices takes them too.
+    assert sum(len(x["params"]) for x in matrix_groups(adapted)) == 3 * len(
+        linears(masknet)
+    )
     adapted(torch.rand(2, 16, 80)).sum().backward()
     for module in adapted.modules():
         if isinstance(module, LowRank):

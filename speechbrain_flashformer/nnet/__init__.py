@@ -1,1 +1,1 @@
-"""The network: torch alone, and nothing of the other wings."""
+"""The network: torch alone, but for the filterbank; imports no other wing."""

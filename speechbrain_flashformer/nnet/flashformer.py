@@ -357,9 +357,7 @@ class FlashFormer(nn.Module):
 
     def _masks(self, x):
         """The masks [S, B, N, L] that the last features x [B, L, C] say."""
-        masks = self.masks(self.norm_out(x)).transpose(1, 2)
-        # The largest tensor of a separation: no second one beside it.
-        masks = F.relu(masks, inplace=not torch.is_grad_enabled())
+        masks = self.masks(self.norm_out(x)).transpose(1, 2).relu()
         size = (self.num_spks, self.in_channels)
         return masks.unflatten(1, size).transpose(0, 1)
 

@@ -147,8 +147,13 @@ def encoder_frame(encoder):
 
 
 def takes(masknet, name):
-    """Whether a masknet has an argument of this name, wrapped or not."""
-    return name in inspect.signature(unwrapped(masknet).forward).parameters
+    """Whether a masknet has an argument of this name, wrapped or not.
+
+    Around adapters are wrappers that hand on whatever they are given.
+    """
+    parameters = inspect.signature(unwrapped(masknet).forward).parameters
+    any_name = (x.kind is x.VAR_KEYWORD for x in parameters.values())
+    return name in parameters or any(any_name)
 
 
 def unwrapped(module):

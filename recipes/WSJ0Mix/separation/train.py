@@ -44,6 +44,7 @@ from speechbrain_flashformer.data import (
     load_datasets,
     training_loader_options,
 )
+from speechbrain_flashformer.losses import fixes_level
 from speechbrain_flashformer.metrics import check_perceptual
 from speechbrain_flashformer.mixing import load_mixtures
 from speechbrain_flashformer.pack import start_from
@@ -112,6 +113,11 @@ def main():
     # Dynamic mixing: as many mixtures in an epoch as the data folder has.
     loader_opts = training_loader_options(hparams, train_data, len(train_data))
     if hparams["dynamic_mixing"]:
+        if hparams["dm_absent_share"] and not fixes_level(hparams["loss"]):
+            raise ValueError(
+                "dm_absent_share needs a loss that is defined for silence: "
+                "speechbrain_flashformer.losses.pit_snr_loss"
+            )
         train_data = load_mixtures(hparams)
     if hparams["use_tensorboard"]:
         hparams["tensorboard_train_logger"] = TensorboardLogger(
