@@ -8,7 +8,11 @@ Every function here stands at module level, so that data workers start with
 any method (Windows and macOS spawn them).
 """
 
+import codecs
+import csv
+import io
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from speechbrain.dataio.batch import PaddedBatch
@@ -16,6 +20,52 @@ from speechbrain.dataio.dataio import load_data_csv, read_audio
 from speechbrain.dataio.dataset import DynamicItemDataset, set_output_keys
 from speechbrain.dataio.sampler import DynamicBatchSampler
 from torch.utils.data import Sampler
+
+
+def read_table(path):
+    """A CSV file as a spreadsheet may have saved it.
+
+    Arguments
+    ---------
+    path : str or Path
+        In UTF-8, or in UTF-16 that says it is; lines may end in any way.
+
+    Returns
+    -------
+    tuple
+        The columns' names, a list; the rows, a dict each, by their lines.
+
+    Raises
+    ------
+    ValueError
+        When it is in another encoding, or no CSV; names the file.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "list.csv"
+    >>> _ = path.write_bytes(b"ID,wav\\ra,a.wav\\r")
+    >>> read_table(path)
+    (['ID', 'wav'], {2: {'ID': 'a', 'wav': 'a.wav'}})
+    """
+    raw = Path(path).read_bytes()
+    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    try:
+        text = raw.decode("utf-16" if raw.startswith(marks) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is no text in UTF-8: save it as CSV in UTF-8"
+        ) from error
+    rows = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+    try:
+        lines = {}
+        for row in rows:
+            lines[rows.line_num] = row
+        return list(rows.fieldnames or ()), lines
+    except csv.Error as error:
+        raise ValueError(
+            f"{path} is no CSV file at line {rows.reader.line_num} ({error}): save "
+            "it as CSV again"
+        ) from error
 
 
 def load_datasets(hparams):

@@ -7,7 +7,6 @@ WSJ0-mix.
 Axes: T samples.
 """
 
-import csv
 import re
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -22,6 +21,8 @@ from scipy.signal import butter, fftconvolve, firwin2, sosfilt
 from torch.utils.data import Dataset
 from torchaudio.functional import resample
 from tqdm import tqdm
+
+from speechbrain_flashformer.data import read_table
 
 # WSJ0-mix: the first speaker's level and that of the others beside it
 # (normal, mean and deviation in dB), the loudest and softest, and the peak.
@@ -155,19 +156,14 @@ def find_recordings(place, speaker="folder"):
 
 
 def _listed(place):
-    # Excel writes a mark before the first column's name.
-    with place.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        missing = {"wav", "speaker"} - set(rows.fieldnames or ())
-        if missing:
-            raise ValueError(f"{place} has no column {sorted(missing)[0]}")
-        for row in rows:
-            if not row["wav"] or not row["speaker"]:
-                raise ValueError(
-                    f"{place}, line {rows.line_num}: wav or speaker is empty"
-                )
-            path = place.parent / row["wav"]
-            yield Recording(path, row["speaker"], row.get("corpus") or "")
+    columns, rows = read_table(place)
+    if missing := {"wav", "speaker"} - set(columns):
+        raise ValueError(f"{place} has no column {sorted(missing)[0]}")
+    for number, row in rows.items():
+        if not row["wav"] or not row["speaker"]:
+            raise ValueError(f"{place}, line {number}: wav or speaker is empty")
+        path = place.parent / row["wav"]
+        yield Recording(path, row["speaker"], row.get("corpus") or "")
 
 
 def _speaker(path, place, speaker):

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "losses": {"metrics"},
     "optim": set(),
     "data": set(),
-    "mixing": set(),
+    "mixing": {"data"},
     "augment": set(),
     "checkpoints": set(),
     "scores": {"metrics"},

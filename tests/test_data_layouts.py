@@ -362,13 +362,21 @@ def test_a_csv_with_more_sources_than_speakers_is_refused(tmp_path):
     assert len(find_mixtures(tmp_path, 2, 8000)[1][0].rows) == 1
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_a_csv_in_an_encoding_that_is_certain_is_read(tmp_path, encoding):
-    text = "ID,mix_wav,s1_wav,s2_wav\r\né,a,b,c\r\n"
+def test_a_csv_in_an_encoding_that_is_certain_is_read(tmp_path, encoding, end):
+    text = f"ID,mix_wav,s1_wav,s2_wav{end}é,a,b,c{end}"
     for name in ("train", "valid", "test"):
         (tmp_path / f"{name}.csv").write_bytes(text.encode(encoding))
     _, parts = find_mixtures(tmp_path, 2, 8000)
     assert [row["ID"] for row in parts[0].rows] == ["é"]
+
+
+def test_what_is_no_csv_is_named(tmp_path):
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.csv").write_text("ID\n" + "x" * 200_000)
+    with pytest.raises(ValueError, match="train.csv is no CSV file at line 2"):
+        find_mixtures(tmp_path, 2, 8000)
 
 
 def test_a_csv_without_rows_is_an_error(tmp_path):

@@ -156,11 +156,19 @@ def test_an_empty_cell_is_named_by_its_line(tmp_path, row):
         find_recordings(tmp_path / "list.csv")
 
 
-def test_a_list_from_excel_is_read(tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_list_from_excel_is_read(tmp_path, encoding):
     text = "wav,speaker\na.wav,me\n"
-    (tmp_path / "list.csv").write_text(text, encoding="utf-8-sig")
+    (tmp_path / "list.csv").write_text(text, encoding=encoding)
     found = find_recordings(tmp_path / "list.csv")
     assert found == [(tmp_path / "a.wav", "me", "")]
+
+
+def test_a_list_in_another_encoding_is_named(tmp_path):
+    text = "wav,speaker\na.wav,José\n"
+    (tmp_path / "list.csv").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match="list.csv is no text in UTF-8"):
+        find_recordings(tmp_path / "list.csv")
 
 
 def test_silent_recordings_are_named(tmp_path):

@@ -75,6 +75,24 @@ def test_a_folder_that_is_called_voices_has_a_path(run, tmp_path):
         run("--data_folder", "voices")
 
 
+def test_speech_that_cannot_be_listed_ends_it_in_one_line(
+    run, tmp_path, monkeypatch, noise_mixtures
+):
+    (tmp_path / "speech.csv").write_bytes(b"wav,speaker\na.wav,Jos\xe9\n")
+    (tmp_path / "run/save").mkdir(parents=True)
+    monkeypatch.setattr(
+        train.sb, "create_experiment_directory", lambda **_: None
+    )
+    told = []
+    monkeypatch.setattr(train.logger, "error", told.append)
+    with pytest.raises(SystemExit):
+        run(
+            *("--data_folder", str(noise_mixtures), "--output_folder", "run"),
+            *("--dynamic_mixing", "True", "--base_folder_dm", "speech.csv"),
+        )
+    assert "speech.csv is no text in UTF-8" in str(told[0])
+
+
 @pytest.mark.parametrize("yaml", YAMLS, ids=lambda path: path.stem)
 def test_only_the_demo_makes_voices_unasked(run, yaml):
     demo = yaml.stem == "flashformer-demo"

@@ -3,12 +3,11 @@
 A layout is recognised by what is there, never by a path's name.
 """
 
-import codecs
-import csv
-import io
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from speechbrain_flashformer.data import read_table
 
 
 @dataclass(frozen=True)
@@ -352,25 +351,9 @@ def _read_csvs(files, datapath, n_spks):
     return text, [_read_csv(path, datapath, n_spks) for path in files]
 
 
-def _read_text(path):
-    """The text of a file in UTF-8, or in UTF-16 that says it is."""
-    raw = path.read_bytes()
-    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    try:
-        return raw.decode("utf-16" if raw.startswith(marks) else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is no text in UTF-8: save it as CSV in UTF-8"
-        ) from error
-
-
 def _read_csv(path, datapath, n_spks):
     """Rows of a CSV file with SpeechBrain's columns, or with LibriMix's."""
-    reader = csv.DictReader(
-        io.StringIO(_read_text(path)), skipinitialspace=True
-    )
-    header = list(reader.fieldnames or ())
-    lines = list(reader)
+    header, lines = read_table(path)
     if "mixture_path" in header:
         name, source, noise = "mixture_ID", "source_{}_path", "noise_path"
         columns = {"ID": name, "mix": "mixture_path"}
@@ -386,15 +369,15 @@ def _read_csv(path, datapath, n_spks):
             f"it has: {', '.join(header) or 'none'}"
         )
     more = source.format(n_spks + 1)
-    if more in header and any(line[more] for line in lines):
+    if more in header and any(line[more] for line in lines.values()):
         _refuse_more(f"column {more} of {path}", n_spks)
     if not lines:
         raise ValueError(f"{path} has no rows")
-    if noise in header and all(line[noise] for line in lines):
+    if noise in header and all(line[noise] for line in lines.values()):
         columns["noise"] = noise
 
     part, taken = Part(path.stem, []), set()
-    for number, line in enumerate(lines, 2):
+    for number, line in lines.items():
         row = {column: line[name] for column, name in columns.items()}
         empty = [columns[column] for column in row if not row[column]]
         if empty:

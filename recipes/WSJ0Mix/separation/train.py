@@ -106,19 +106,17 @@ def main():
 
     try:
         prepare(hparams, not run_opts.get("noprogressbar", False))
+        train_data, valid_data, test_data = load_datasets(hparams)
+        # Dynamic mixing: an epoch is as long as the data folder's.
+        loader_opts = training_loader_options(
+            hparams, train_data, len(train_data)
+        )
+        if hparams["dynamic_mixing"]:
+            check_absent(hparams)
+            train_data = load_mixtures(hparams)
     except (ImportError, OSError, ValueError) as error:
         logger.error(error)
         sys.exit(1)
-    train_data, valid_data, test_data = load_datasets(hparams)
-    # Dynamic mixing: as many mixtures in an epoch as the data folder has.
-    loader_opts = training_loader_options(hparams, train_data, len(train_data))
-    if hparams["dynamic_mixing"]:
-        if hparams["dm_absent_share"] and not fixes_level(hparams["loss"]):
-            raise ValueError(
-                "dm_absent_share needs a loss that is defined for silence: "
-                "speechbrain_flashformer.losses.pit_snr_loss"
-            )
-        train_data = load_mixtures(hparams)
     if hparams["use_tensorboard"]:
         hparams["tensorboard_train_logger"] = TensorboardLogger(
             hparams["tensorboard_logs"]
@@ -218,6 +216,15 @@ def check_data_folder(folder):
         sys.exit(f"no data_folder {folder}: {remedy}")
     if not any(Path(folder).iterdir()):
         sys.exit(f"data_folder {folder} holds nothing: {remedy}")
+
+
+def check_absent(hparams):
+    """Raise when a loss is to learn from silence that it knows nothing of."""
+    if hparams["dm_absent_share"] and not fixes_level(hparams["loss"]):
+        raise ValueError(
+            "dm_absent_share needs a loss that is defined for silence: "
+            "speechbrain_flashformer.losses.pit_snr_loss"
+        )
 
 
 def prepare(hparams, progressbar):
