@@ -71,6 +71,11 @@ def test_a_folder_that_is_called_voices_has_a_path(run, tmp_path):
     with pytest.raises(SystemExit) as raised:
         run("--data_folder", "./voices")
     assert "data_folder ./voices holds nothing" in raised.value.code
+    # Never synthetic voices in place of somebody's own.
+    with pytest.raises(SystemExit) as raised:
+        run("--data_folder", "voices")
+    assert "say ./voices to train on it" in raised.value.code
+    (tmp_path / "voices").rmdir()
     with pytest.raises(AssertionError, match="it has begun"):
         run("--data_folder", "voices")
 

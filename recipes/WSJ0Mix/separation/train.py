@@ -211,6 +211,12 @@ def check_data_folder(folder):
     if not isinstance(folder, str):
         sys.exit(f"data_folder {folder} is no text to yaml: put it in quotes")
     if folder == VOICES:
+        if Path(VOICES).is_dir():
+            sys.exit(
+                "--data_folder voices makes synthetic voices, but there is "
+                "also a folder of that name here: say ./voices to train on "
+                "it, or start elsewhere"
+            )
         return
     if not Path(folder).is_dir():
         sys.exit(f"no data_folder {folder}: {remedy}")
