@@ -63,8 +63,8 @@ def read_table(path):
         return list(rows.fieldnames or ()), lines
     except csv.Error as error:
         raise ValueError(
-            f"{path} is no CSV file at line {rows.reader.line_num} ({error}): save "
-            "it as CSV again"
+            f"{path} is no CSV file at line {rows.reader.line_num} ({error}): "
+            "save it as CSV again"
         ) from error
 
 

@@ -52,6 +52,19 @@ def test_sdpa_equals_reference(monkeypatch, window, causal, T):
         torch.testing.assert_close(ours, oracle, atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("window", [(0, 0), (3, 5), (20, 0), (0, 9), (16, 16)])
+@pytest.mark.parametrize("T", [1, 7, 33, 63, 130])
+def test_blocks_equal_the_mask_of_a_short_window(monkeypatch, window, T):
+    monkeypatch.setattr(attention, "MIN_BLOCK", 8)
+    q, k, v = heads(3, T)
+    rows = zip(q.split(1), k.split(1), v.split(1))
+    blocks = torch.cat([attention._window_row(*x, *window) for x in rows])
+    monkeypatch.setattr(attention, "MIN_BLOCK", T)
+    monkeypatch.setattr(attention, "_window_row", None)
+    masked = attend(q, k, v, window=window)
+    torch.testing.assert_close(blocks, masked)
+
+
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("tq, tk", [(1, 50), (33, 50), (100, 170)])
 def test_more_keys_than_queries(monkeypatch, window, tq, tk):

@@ -10,6 +10,7 @@ import torch
 from speechbrain.nnet.schedulers import WarmCoolDecayLRSchedule
 
 from speechbrain_flashformer.data import EpochSampler
+from speechbrain_flashformer.losses import pit_si_snr_loss, pit_snr_loss
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes/WSJ0Mix/separation"
@@ -187,3 +188,16 @@ def test_a_recipe_that_was_moved_says_what_it_lacks(tmp_path):
     assert train.load_settings(moved, output)["modules"]
     with pytest.raises(SystemExit, match="^no file .*none.yaml"):
         train.load_settings(str(tmp_path / "none.yaml"), {})
+
+
+@pytest.mark.parametrize(
+    "loss, fits", [(pit_snr_loss, True), (pit_si_snr_loss, False)]
+)
+def test_silence_needs_a_loss_that_knows_it(loss, fits):
+    train.check_absent({"dm_absent_share": 0.0, "loss": loss})
+    hparams = {"dm_absent_share": 0.1, "loss": loss}
+    if fits:
+        train.check_absent(hparams)
+    else:
+        with pytest.raises(ValueError, match="needs .*losses.pit_snr_loss"):
+            train.check_absent(hparams)

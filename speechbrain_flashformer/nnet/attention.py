@@ -347,6 +347,12 @@ def _sdpa(q, k, v, window, dropout_p):
     if window != (-1, -1) and not causal and torch.compiler.is_exporting():
         return _window_blocks(q, k, v, *window)
     if window != (-1, -1) and not causal:
+        tq, tk = q.shape[1], k.shape[1]
+        # A window that hides little is a mask on all keys, in one call for
+        # all rows: many small calls cost more than the products it hides.
+        if tk <= sum(window) + 2 * MIN_BLOCK and not q.is_cuda:
+            mask = _band(q, tq, tk, tk - tq, *window)
+            return attend_masked(q, k, v, mask)
         rows = zip(q.split(1), k.split(1), v.split(1))
         return torch.cat([_window_row(*row, *window) for row in rows])
     return _run_kernel(q, k, v, dropout_p=dropout_p, is_causal=causal)
