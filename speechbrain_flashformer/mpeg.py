@@ -5,6 +5,7 @@ follow. libsndfile takes its word, and guesses where there is none. Here the
 frames are counted by their headers, without decoding.
 """
 
+import re
 import struct
 from collections import namedtuple
 from functools import lru_cache
@@ -24,6 +25,9 @@ HIGHEST_BITRATE = 14  # index
 # So many frames of one kind in a row are no chance.
 CONSECUTIVE = 3
 TAGS = (b"TAG", b"ID3", b"APE")
+# ID3v2 of the versions 2 to 4: what any text may hold are the first letters.
+TAG = re.compile(rb"ID3[\2-\4][^\xff].([\0-\x7f]{4})", re.DOTALL)
+TAG_HEAD = 10  # bytes
 BLOCK = 2**16  # bytes
 
 # Kind is what no frame of a file may change: (is it MPEG-1, layer, Hz,
@@ -119,23 +123,28 @@ def _find_frame(file, place, size, kind):
     while True:
         file.seek(place)
         block = file.read(BLOCK)
-        if block.startswith(b"ID3") and len(block) > 10:
-            # Seven bits of each byte.
-            a, b, c, d = block[6:10]
-            place += 10 + (a << 21 | b << 14 | c << 7 | d)
-            continue
-        tag = block.find(b"ID3")
-        found = block.find(b"\xff")
-        while found >= 0 and not 0 <= tag < found:
+        tag, after = _find_tag(block, size - place)
+        found = block.find(b"\xff", 0, tag)
+        while found >= 0:
             if _begins(file, place + found, size, kind):
                 return place + found
-            found = block.find(b"\xff", found + 1)
-        if tag >= 0:
-            place += tag
+            found = block.find(b"\xff", found + 1, tag)
+        if after is not None:
+            place += after
         elif len(block) < BLOCK:
             return None
         else:
-            place += len(block) - 2
+            place += len(block) - TAG_HEAD + 1
+
+
+def _find_tag(block, left):
+    """Where a whole ID3v2 tag begins and ends; else (None, None)."""
+    for tag in TAG.finditer(block):
+        a, b, c, d = tag[1]  # seven bits of each byte
+        after = tag.end() + (a << 21 | b << 14 | c << 7 | d)
+        if after <= left:
+            return tag.start(), after
+    return None, None
 
 
 def _begins(file, place, size, kind):

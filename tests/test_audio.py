@@ -250,6 +250,34 @@ def test_mp3_with_other_things_between_is_read_to_its_end(tmp_path):
     assert 0 <= len(samples) - 96000 < 4 * 1152
 
 
+@pytest.mark.parametrize("size", [0, 10])
+def test_a_tag_at_the_end_of_an_mp3_ends_it(tmp_path, size):
+    path = tmp_path / "a.mp3"
+    mono(path)
+    once = heard(path)
+    tag = b"ID3\4\0\0\0\0\0" + bytes([size])
+    for end in (tag, tag + bytes(size), tag[:5]):
+        content = path.read_bytes()
+        path.write_bytes(content + end)
+        np.testing.assert_array_equal(heard(path), once)
+    path.write_bytes(tag[:5])
+    with pytest.raises(ValueError, match=r"no MPEG frames .*a\.mp3"):
+        AudioReader(path)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [b"TXXX comment, ID3 tagged by someone\0", b"ID3\4\0\0\x80\1\0\0"]
+    + [b"ID3\4\0\0\x7f\x7f\x7f\x7f"],
+)
+def test_what_is_no_tag_skips_nothing_of_an_mp3(tmp_path, between):
+    path = tmp_path / "a.mp3"
+    mono(path)
+    once = path.read_bytes()
+    path.write_bytes(once + between + once)
+    assert 0 <= len(heard(path)) - 96000 < 4 * 1152
+
+
 def test_mp3_in_a_wav_is_read_to_its_end(tmp_path):
     path = tmp_path / "a.mp3"
     mono(path, bitrate_mode="VARIABLE", compression_level=0.5)
