@@ -423,11 +423,10 @@ def _run_task(task, options):
 
 def _clean_up(task, pid, exit_status):
     """What is left to do for a recording whose process died."""
-    from speechbrain_flashformer.files import partial_prefix
+    from speechbrain_flashformer.files import clean_up
 
     path, folder, _ = task
-    for left in folder.glob(f"{partial_prefix(pid)}*"):
-        left.unlink(missing_ok=True)
+    clean_up(folder, pid)
     return [], f"{path}: its process died (exit status {exit_status})"
 
 

@@ -33,9 +33,35 @@ def was_separated(path):
         return False
 
 
-def partial_prefix(pid):
+def _prefix(pid):
     """How the names of the unfinished files of a process begin."""
     return f".flashformer-{pid}-"
+
+
+def clean_up(folder, pid):
+    """Remove what a dead process left unfinished; bring back what it replaced.
+
+    Arguments
+    ---------
+    folder : Path
+        Where it wrote.
+    pid : int
+        Its number.
+    """
+    unfinished = [
+        *folder.glob(f"{_prefix(pid)}*.partial"),
+        *folder.glob(f"{_prefix(pid)}*.partial2"),
+    ]
+    for kept in folder.glob(f"{_prefix(pid)}*-old"):
+        for old in kept.iterdir():
+            # Else all new files have their names, and only this was left.
+            if unfinished or not (folder / old.name).exists():
+                os.replace(old, folder / old.name)
+            else:
+                old.unlink()
+        kept.rmdir()
+    for partial in unfinished:
+        partial.unlink(missing_ok=True)
 
 
 class SourceWriter:
@@ -113,7 +139,7 @@ class SourceWriter:
                 f"{folder} has {free / 1e6:.0f} MB free, the sources need "
                 f"{needed / 1e6:.0f} MB"
             )
-        mark = partial_prefix(os.getpid()) + uuid.uuid4().hex
+        mark = _prefix(os.getpid()) + uuid.uuid4().hex
         self.partial = [
             path.with_name(f"{mark}-{i}.partial")
             for i, path in enumerate(self.paths)
@@ -152,17 +178,21 @@ class SourceWriter:
     def _rename(self):
         """Give all files their names, or leave all as it was."""
         with ExitStack() as undo:
-            old = []
+            kept = []
             for partial, path in zip(self.partial, self.paths):
+                # In a folder, so that it keeps its name whatever happens.
+                old = partial.with_name(f"{partial.name}-old") / path.name
+                # Before anything is moved: a signal may come in between.
+                undo.callback(_undo_rename, partial, old, path)
                 if path.exists():
-                    old.append(partial.with_name(f"{partial.name}-old"))
-                    os.replace(path, old[-1])
-                    undo.callback(os.replace, old[-1], path)
+                    old.parent.mkdir()
+                    kept.append(old)
+                    os.replace(path, old)
                 os.replace(partial, path)
-                undo.callback(path.unlink)
             undo.pop_all()
-        for path in old:
-            path.unlink()
+        for old in kept:
+            old.unlink()
+            old.parent.rmdir()
 
     def _set_gain(self):
         if self.normalize and self.peak > 0:
@@ -231,3 +261,13 @@ class SourceWriter:
                 file.close()
         for path in self.partial:
             path.unlink(missing_ok=True)
+
+
+def _undo_rename(partial, old, path):
+    """Put back what was at a path, however far its replacement came."""
+    if not partial.exists():
+        path.unlink(missing_ok=True)
+    if old.exists():
+        os.replace(old, path)
+    if old.parent.exists():
+        old.parent.rmdir()

@@ -13,7 +13,7 @@ import soundfile
 import torch
 from torchaudio.functional import resample
 
-from speechbrain_flashformer import files
+from speechbrain_flashformer import cli, files
 from speechbrain_flashformer.audio import (
     AudioReader,
     Resampler,
@@ -576,6 +576,46 @@ def test_a_rename_that_fails_leaves_all_as_it_was(
         write(paths, torch.ones(10, 2), overwrite=True)
     after = {path.name: path.read_bytes() for path in paths[0].parent.iterdir()}
     assert after == before
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_a_signal_right_after_a_rename_undoes_it(paths, monkeypatch, number):
+    write(paths, torch.zeros(10, 2))
+    stop_after(monkeypatch, number)
+    with pytest.raises(SystemExit):
+        write(paths, torch.ones(10, 2), overwrite=True)
+    assert not read(paths).any()
+    assert sorted(paths[0].parent.iterdir()) == paths
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_what_a_killed_process_replaced_comes_back(paths, monkeypatch, number):
+    write(paths, torch.zeros(10, 2))
+    # As a process that is killed: it undoes nothing.
+    stop_after(monkeypatch, number)
+    monkeypatch.setattr(files, "_undo_rename", lambda *_: None)
+    monkeypatch.setattr(SourceWriter, "_discard", lambda _: None)
+    with pytest.raises(SystemExit):
+        write(paths, torch.ones(10, 2), overwrite=True)
+    monkeypatch.undo()
+    folder = paths[0].parent
+    task = (folder / "a.wav", folder, "a")
+    written, failure = cli._clean_up(task, os.getpid(), -9)
+    assert not written and "its process died" in failure
+    # Once all had their names, they are the new ones.
+    assert read(paths).all() if number == 4 else not read(paths).any()
+    assert sorted(folder.iterdir()) == paths
+
+
+def stop_after(monkeypatch, number):
+    replace, count = os.replace, itertools.count(1)
+
+    def replace_and_stop(source, target):
+        replace(source, target)
+        if next(count) == number:
+            raise SystemExit
+
+    monkeypatch.setattr(files.os, "replace", replace_and_stop)
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
