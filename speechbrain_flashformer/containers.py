@@ -7,8 +7,11 @@ is right. Files that hold less than they promise are refused.
 
 import io
 import os
+import re
 import struct
+import warnings
 from bisect import bisect_right
+from itertools import takewhile
 
 import soundfile
 
@@ -31,7 +34,12 @@ CHUNKS = {
 }
 DS64_DATA_SIZE = 28  # where RF64 has the size for which 32 bits are too few
 # How a stream begins, of which several can follow each other in one file.
-BEGINNINGS = {"OGG": b"OggS\0\x02", "FLAC": b"fLaC\0\0\0\x22"}
+BEGINNINGS = {
+    "OGG": re.compile(rb"OggS\0\x02"),
+    "FLAC": re.compile(rb"fLaC[\0\x80]\0\0\x22"),
+}
+LONGEST_BEGINNING = 8  # bytes
+END_OF_STREAM = 4  # flag of an Ogg page
 LARGEST_PAGE = 65307  # bytes, of Ogg
 MPEG_SUFFIXES = (".mp3", ".mp2", ".mp1", ".mpga")
 
@@ -63,7 +71,12 @@ def find_streams(path, name):
         magic = file.read(4)
         pieces = None
         if magic in CHUNKS or magic == b".snd":
-            pieces = _mend_header(name, file, magic, size)
+            try:
+                pieces = _mend_header(name, file, magic, size)
+            except struct.error as error:
+                raise ValueError(
+                    f"{name} is cut short, in its header: {REMEDY}"
+                ) from error
         try:
             with open_sound(path, pieces) as sound:
                 kind, subtype = sound.format, sound.subtype
@@ -230,14 +243,14 @@ def _mend_header(name, file, magic, size):
         or promised != left % 2**32
         and not is_placeholder(promised)
     ):
-        file.seek(start + promised)
-        if file.read(4) == magic:
+        if _is_joined(file, magic, start + promised, size):
             raise ValueError(
                 f"{name} is of several files that were joined: give them one "
                 "by one, or join them with 'sox FIRST SECOND NEW_FILE.wav'"
             )
         return None
-    if magic == b"RIFF":  # as RF64, which has no limit
+    # As RF64, which has no limit; but not every subtype can be in it.
+    if magic == b"RIFF" and left >= 2**32:
         sizes = struct.pack("<IQQQI", 28, size + 28, left, 0, 0)
         head = b"RF64\xff\xff\xff\xffWAVEds64" + sizes
         return [head, (12, field), b"\xff" * 4, (field + 4, size)]
@@ -286,6 +299,23 @@ def _chunks(file, magic, size, place=None):
         place += -place % align
 
 
+def _is_joined(file, magic, end, size):
+    """Whether another file follows, at once or after chunks."""
+    file.seek(end)
+    if file.read(4) == magic:
+        return True
+    if magic not in CHUNKS:
+        return False
+    chunks = _chunks(file, magic, size, end + -end % CHUNKS[magic][-1])
+    kinds = (kind[:4] for _, kind, _ in chunks)
+    return any(kind in CHUNKS for kind in takewhile(_is_name, kinds))
+
+
+def _is_name(kind):
+    """Whether four bytes can be the name of a chunk."""
+    return kind.isascii() and kind.decode().isprintable()
+
+
 def _is_chunks(file, magic, start, size):
     """Whether nothing but whole chunks lies between start and size."""
     place, align = start, 1
@@ -293,20 +323,27 @@ def _is_chunks(file, magic, start, size):
         _, layout, _, _, align = CHUNKS[magic]
         above = struct.calcsize(layout)
         for place, kind, length in _chunks(file, magic, size, start):
-            if not kind[:4].isascii() or not kind[:4].decode().isprintable():
+            if not _is_name(kind[:4]):
                 return False
             place += above + max(0, length)
     return 0 <= size - place < align
 
 
 def _check_last_page(name, file, size):
-    """Raise a ValueError when the last page of an Ogg file is not whole."""
+    """Refuse an Ogg file whose last page is not whole; warn if it is no end."""
     file.seek(max(0, size - LARGEST_PAGE))
     tail = file.read()
     page = tail[tail.rfind(b"OggS") :]
     if len(page) < _page_size(page):
         raise ValueError(
             f"{name} is cut short, in the middle of an Ogg page: {REMEDY}"
+        )
+    # Not every recorder marks the end, and what is captured live has none.
+    if page and not page[5] & END_OF_STREAM:
+        warnings.warn(
+            f"{name} has no end: it may be cut short, or its recording was "
+            "stopped",
+            stacklevel=2,
         )
 
 
@@ -332,15 +369,15 @@ def _find_beginnings(file, mark):
 
 
 def _find(file, mark, block=2**20):
-    """Yield the places of some bytes in a file."""
+    """Yield the places of a pattern in a file."""
     place, data = 0, b""
     while True:
         file.seek(place)
         data = file.read(block)
-        found = data.find(mark)
-        while found >= 0:
-            yield place + found
-            found = data.find(mark, found + 1)
+        for found in mark.finditer(data):
+            # What lies in both blocks is found in the second.
+            if len(data) < block or found.start() <= block - LONGEST_BEGINNING:
+                yield place + found.start()
         if len(data) < block:
             return
-        place += block - len(mark) + 1
+        place += block - LONGEST_BEGINNING + 1

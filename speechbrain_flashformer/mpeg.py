@@ -67,8 +67,8 @@ def mpeg_pieces(name, file, size, remedy):
         mark, flags, count = struct.unpack(">4sII", file.read(12).ljust(12))
         stop = place + frame.size
         if mark in (b"Xing", b"Info") and frame.kind[1] == 3:
-            promised.append((count if flags & 1 else None, (place, stop)))
-            is_first = not runs
+            promised.append((count if flags & 1 else None, frames))
+            ends = place, stop
             continue
         frames += 1
         if runs and runs[-1][1] == place:
@@ -76,16 +76,21 @@ def mpeg_pieces(name, file, size, remedy):
         runs.append((place, stop))
     if not runs:
         raise ValueError(f"no MPEG frames are found in {name}: {remedy}")
-    if len(promised) == 1 and is_first:
-        ((count, ends),) = promised
-        if count == frames:
-            return [ends, *runs], None
-        # Some count the Xing frame itself, too.
-        if count is not None and count > frames + 1:
-            raise ValueError(
-                f"{name} is cut short, it holds {frames} of {count} MPEG "
-                f"frames: {remedy}"
-            )
+    if promised == [(frames, 0)]:
+        return [ends, *runs], None
+    # The first may tell of all that were joined.
+    if not promised or not (
+        promised[0][0] is not None
+        and frames <= promised[0][0] <= frames + len(promised)
+    ):
+        stops = [*(before for _, before in promised[1:]), frames]
+        for (count, before), stop in zip(promised, stops):
+            # Some count the Xing frame itself, too.
+            if count is not None and count > stop - before + 1:
+                raise ValueError(
+                    f"{name} is cut short, it holds {stop - before} of "
+                    f"{count} MPEG frames: {remedy}"
+                )
     file.seek(runs[0][0])
     head = file.read(4)
     layer = _parse(head).kind[1]
@@ -96,14 +101,21 @@ def mpeg_pieces(name, file, size, remedy):
 
 def _walk(name, file, size, remedy):
     """Yield (place, frame) of each whole frame."""
-    place, kind = 0, None
+    place, kind, last = 0, None, None
     while True:
         file.seek(place)
-        frame = _parse(file.read(4))
+        head = file.read(4)
+        frame = _parse(head)
         if frame is None or frame.kind != kind:
-            place = _find_frame(file, place, size, kind)
-            if place is None:
+            # The last one, if it was cut, hides how the next file begins.
+            is_clear = not last or place >= size or head[:3] in TAGS
+            start = place if is_clear else last[0] + 1
+            found = _find_frame(file, start, size, kind)
+            if last and (found is None or found >= place):
+                yield last
+            if found is None:
                 return
+            place = found
             file.seek(place)
             frame = _parse(file.read(4))
             if kind and frame.kind != kind:
@@ -112,9 +124,11 @@ def _walk(name, file, size, remedy):
                     f"{remedy}"
                 )
             kind = frame.kind
+        elif last:
+            yield last
         if place + frame.size > size:
             return
-        yield place, frame
+        last = place, frame
         place += frame.size
 
 

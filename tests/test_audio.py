@@ -336,6 +336,94 @@ def test_joined_files_that_cannot_be_are_refused(tmp_path, name):
         AudioReader(tmp_path / name)
 
 
+@pytest.mark.parametrize("order", ["sff", "fs", "fsf", "ss"])
+def test_flac_without_comments_is_joined_like_others(tmp_path, order):
+    path = tmp_path / "a.flac"
+    mono(path)
+    once, full = heard(path), path.read_bytes()
+    # Metadata end with their first block, which is 34 bytes long.
+    place, is_last = 4, False
+    while not is_last:
+        is_last = full[place] >= 0x80
+        place += 4 + int.from_bytes(full[place + 1 : place + 4], "big")
+    stripped = b"fLaC\x80" + full[5:42] + full[place:]
+    joined = {"f": full, "s": stripped}
+    path.write_bytes(b"".join(joined[kind] for kind in order))
+    np.testing.assert_array_equal(heard(path), np.tile(once, len(order)))
+
+
+@pytest.mark.parametrize("first", [0.5, 1])
+def test_joined_mp3_of_which_one_is_cut_are_refused(tmp_path, first):
+    path = tmp_path / "a.mp3"
+    mono(path)
+    content = path.read_bytes()
+    half = content[: len(content) // 2]
+    path.write_bytes(content + half if first == 1 else half + content)
+    with pytest.raises(ValueError, match=r"a\.mp3 is cut short, it holds"):
+        AudioReader(path)
+
+
+def test_an_ogg_file_cut_between_pages_is_told(tmp_path, recwarn):
+    path = tmp_path / "a.ogg"
+    mono(path)
+    heard(path)
+    assert not recwarn
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rindex(b"OggS")])
+    with pytest.warns(UserWarning, match=r"a\.ogg has no end"):
+        AudioReader(path)
+
+
+@pytest.mark.parametrize(
+    "name, notes",
+    [
+        ("a.caf", b"free" + struct.pack(">Q", 4) + bytes(4)),
+        ("a.wav", b"LIST" + struct.pack("<I", 6) + b"INFO.."),
+        ("a.w64", b"free" + bytes(12) + struct.pack("<Q", 32) + bytes(8)),
+        ("a.aiff", b"ANNO" + struct.pack(">I", 3) + b"abc\0"),
+        ("odd.wav", b"LIST" + struct.pack("<I", 6) + b"INFO.."),
+    ],
+)
+def test_joined_files_with_chunks_between_are_refused(tmp_path, name, notes):
+    path = tmp_path / name
+    if name == "odd.wav":
+        soundfile.write(path, np.zeros(999), 8000, "PCM_U8")
+    else:
+        mono(path)
+    once = path.read_bytes() + notes
+    path.write_bytes(once)
+    assert len(heard(path)) >= 999
+    path.write_bytes(once + once)
+    with pytest.raises(ValueError, match=f"{name} is of several files"):
+        AudioReader(path)
+
+
+@pytest.mark.parametrize("subtype", ["MS_ADPCM", "GSM610", "IMA_ADPCM"])
+@pytest.mark.parametrize("size", [0, 2**32 - 1])
+def test_a_coded_wav_without_its_size_is_read(tmp_path, subtype, size):
+    path = tmp_path / "a.wav"
+    mono(path, subtype=subtype)
+    expected, content = heard(path), path.read_bytes()
+    for mark in (b"RIFF", b"data"):
+        place = content.index(mark) + 4
+        content = set_bytes(content, place, struct.pack("<I", size))
+    path.write_bytes(content)
+    np.testing.assert_array_equal(heard(path), expected)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.au", b".snd"),
+        ("a.wav", b"RF64\xff\xff\xff\xffWAVEdata\xff\xff\xff\xff"),
+    ],
+)
+def test_a_file_that_is_less_than_a_header_is_refused(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} is cut short, in its head"):
+        AudioReader(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["a.ogg", "a.mp3"])
 def test_joined_streams_of_two_rates_are_refused(tmp_path, name):
     mono(tmp_path / name)
