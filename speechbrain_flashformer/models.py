@@ -35,6 +35,11 @@ from speechbrain_flashformer.weights import (
 
 HUB = "hf:"
 YAML_FILE = "hyperparams.yaml"
+# Where older yamls look for what is in nnet now.
+MOVED = {
+    r"(!\w+:speechbrain_flashformer\.)(filterbank|streaming)\.": r"\1nnet.\2.",
+    r"(!\w+:speechbrain_flashformer\.)masknet\.": r"\1nnet.flashformer.",
+}
 
 
 def load_model(
@@ -185,7 +190,7 @@ def find_file(
 
 
 def read_yaml(path):
-    """The text of a yaml file.
+    """The text of a yaml file, with today's names of the network's parts.
 
     Raises
     ------
@@ -196,9 +201,12 @@ def read_yaml(path):
     """
     check_readable(path)
     try:
-        return Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {MEND}") from error
+    for old, new in MOVED.items():
+        text = re.sub(old, new, text)
+    return text
 
 
 def build_model(

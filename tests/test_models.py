@@ -12,6 +12,7 @@ from speechbrain.utils.fetching import FetchConfig, LocalStrategy
 
 from speechbrain_flashformer import cli
 from speechbrain_flashformer.inference import FlashFormerSeparation
+from speechbrain_flashformer.models import read_yaml
 from speechbrain_flashformer.pack import pack
 from speechbrain_flashformer.trust import untrusted
 from speechbrain_flashformer.weights import load_weights
@@ -173,6 +174,16 @@ decoder: !new:speechbrain.lobes.models.dual_path.Decoder
 
 def test_masknets_of_speechbrain_need_no_trust():
     assert untrusted(YAML().compose(PEERS)) == []
+
+
+def test_a_model_of_before_the_network_moved_loads(packed, model):
+    ours, old = "speechbrain_flashformer", "speechbrain.lobes.models.dual_path"
+    change_yaml(packed, f"new:{ours}.FlashF", f"new:{ours}.masknet.FlashF")
+    assert same_weights(load(packed), model)
+    change_yaml(packed, old, f"{ours}.filterbank")
+    text = read_yaml(packed / "hyperparams.yaml")
+    assert f"!new:{ours}.nnet.filterbank.Encoder" in text
+    assert untrusted(YAML().compose(text)) == []
 
 
 # --- what is broken ----------------------------------------------------------

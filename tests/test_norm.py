@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from speechbrain_flashformer import FlashFormer
 from speechbrain_flashformer.nnet.norm import CumulativeNorm, GlobalNorm
 
 
@@ -105,3 +106,11 @@ def test_the_norm_forgets():
     for part in loud.split(7, 1):
         parts.append(norm(part, context))
     torch.testing.assert_close(torch.cat(parts, 1), norm(loud))
+
+
+def test_a_causal_network_remembers_500_tokens_unless_told():
+    for stride in 1, 4, 8:
+        model = FlashFormer(
+            8, d_model=16, num_layers=1, token_stride=stride, causal=True
+        )
+        assert model.norm_in.span == 500 * stride

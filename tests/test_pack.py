@@ -317,12 +317,17 @@ def test_a_network_of_ones_own_needs_trust(make_run, tmp_path):
     assert 'from_hparams("out", trust=True)' in card
 
 
-def test_what_the_recipes_compute_is_packed_as_a_number(make_run, tmp_path):
+# Where the parts of the network are, and where they were.
+@pytest.mark.parametrize("wing", ["nnet.", ""])
+def test_what_the_recipes_compute_is_packed_as_a_number(
+    make_run, tmp_path, wing
+):
     run = make_run(tmp_path / "run", seed=0, causal=True)
     computed = (
         "  causal: true\n  future_tokens: !apply:speechbrain_flashformer."
-        "nnet.streaming.lookahead_tokens\n    {lookahead_ms: 16, sample_rate: "
-        "8000, kernel_stride: 8, token_stride: 8}\n"
+        f"{wing}streaming.lookahead_tokens\n"
+        "    {lookahead_ms: 16, sample_rate: 8000, kernel_stride: 8, "
+        "token_stride: 8}\n"
     )
     edit("  causal: true\n", computed)(run)
     folder = pack(run, tmp_path / "out")

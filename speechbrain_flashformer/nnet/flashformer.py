@@ -79,8 +79,9 @@ class FlashFormer(nn.Module):
         the window and lookahead are 0, the input norm is over the past.
     future_tokens : int
         Tokens beyond its own that a causal network hears before it answers.
-    norm_span : int
-        Frames that the input norm of a causal network remembers.
+    norm_span : int, optional
+        Frames that the input norm of a causal network remembers; by default
+        those of 500 tokens.
 
     Example
     -------
@@ -108,7 +109,7 @@ class FlashFormer(nn.Module):
         checkpointing=False,
         causal=False,
         future_tokens=0,
-        norm_span=4000,
+        norm_span=None,
     ):
         super().__init__()
         check_backend(attention_backend)
@@ -121,6 +122,8 @@ class FlashFormer(nn.Module):
             )
         if causal:
             window, lookahead = (window[0], 0), 0
+        if norm_span is None:
+            norm_span = 500 * max(token_stride, 1)
         counts = {
             "in_channels": in_channels,
             "num_spks": num_spks,
