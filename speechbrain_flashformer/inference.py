@@ -74,7 +74,7 @@ class SeparationOptions:
         Seconds that neighbouring chunks share.
     norm : str
         ``chunk``: each chunk is normed by itself, which follows a level that
-        drifts. ``recording``: by the whole recording, which is read twice;
+        drifts. ``recording``: by the whole recording, read once more;
         with an overlap of twice the network's reach, chunks then give what
         the whole would.
     mixture_consistency : bool

@@ -42,7 +42,7 @@ def test_any_name_is_drawn(tmp_path, monkeypatch, name):
     rows = [{"snt_id": name} | dict.fromkeys(COLUMNS, 1.0)]
     write_results(folder / "test_results.csv", rows)
     (folder / "train_log.txt").write_text(
-        "epoch: 1, lr: 1.00e-03 - train si-snr: -1.2 - valid si-snr: -3.4\n"
+        "epoch: 1, lr: 1.00e-03 - train loss: -1.2, train nonfinite: 0 - valid si-snr: -3.4\n"
     )
     assert plot_results.plot_results(folder).stat().st_size > 1000
     assert plot_results.plot_evaluation(folder).stat().st_size > 1000
@@ -51,3 +51,18 @@ def test_any_name_is_drawn(tmp_path, monkeypatch, name):
         for speaker in (1, 2)
         for what in ("clean", "separated")
     ]
+
+
+def test_the_curve_has_every_epoch(tmp_path):
+    from matplotlib.figure import Figure
+
+    log, axes = tmp_path / "train_log.txt", Figure().add_subplot()
+    log.write_text(
+        "epoch: 1, lr: 1.00e-03 - train loss: -1.2, train nonfinite: 0"
+        " - valid si-snr: -3.4\n"
+        "epoch: 2, lr: 1.00e-03 - train loss: 2.00e-02, train nonfinite: 0"
+        " - valid si-snr: -4.5\n"
+    )
+    plot_results._draw_curve(axes, log)
+    drawn = [line.get_xydata().tolist() for line in axes.lines]
+    assert drawn == [[[1, 1.2], [2, -0.02]], [[1, 3.4], [2, 4.5]]]
