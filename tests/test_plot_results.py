@@ -42,7 +42,8 @@ def test_any_name_is_drawn(tmp_path, monkeypatch, name):
     rows = [{"snt_id": name} | dict.fromkeys(COLUMNS, 1.0)]
     write_results(folder / "test_results.csv", rows)
     (folder / "train_log.txt").write_text(
-        "epoch: 1, lr: 1.00e-03 - train loss: -1.2, train nonfinite: 0 - valid si-snr: -3.4\n"
+        "epoch: 1, lr: 1.00e-03 - train loss: -1.2, train nonfinite: 0"
+        " - valid si-snr: -3.4\n"
     )
     assert plot_results.plot_results(folder).stat().st_size > 1000
     assert plot_results.plot_evaluation(folder).stat().st_size > 1000
