@@ -295,6 +295,9 @@ def _check_keys(hparams, path):
             raise ValueError(f"{path}: modules have no {name}: {MEND}")
         if pretrainer.loadables.get(name) is not module:
             raise ValueError(f"{path}: pretrainer loads no {name}: {MEND}")
+    for name, module in (modules | pretrainer.loadables).items():
+        if not isinstance(module, torch.nn.Module):
+            raise ValueError(f"{path}: {name} is no module: {MEND}")
 
 
 def _check_fit(hparams, path):

@@ -261,6 +261,13 @@ BROKEN = {
         edit("decoder: !ref <decoder>", "decoder: text"),
         "modules have no decoder",
     ),
+    "module more": (
+        edit(
+            "    decoder: !ref <decoder>\n",
+            "    decoder: !ref <decoder>\n    extra: 5\n",
+        ),
+        "extra is no module",
+    ),
     "loads less": (
         edit("loadables: !ref <modules>", "loadables: {}"),
         "pretrainer loads no encoder",
