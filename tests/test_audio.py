@@ -119,7 +119,7 @@ CONTAINERS = {
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
-def test_a_cut_file_of_any_container_is_refused(tmp_path, name):
+def test_a_cut_file_that_promises_its_length_is_refused(tmp_path, name):
     mono(tmp_path / name, **CONTAINERS[name])
     content = (tmp_path / name).read_bytes()
     assert len(heard(tmp_path / name)) >= 48000
