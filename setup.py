@@ -7,6 +7,7 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 PACKAGE = "speechbrain_flashformer"
+WINGS = ("nnet", "training", "inference", "cli", "hparams")
 VERSION = re.search(
     r'__version__ = "(.+)"', (HERE / PACKAGE / "__init__.py").read_text()
 )[1]
@@ -21,7 +22,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
-    packages=[PACKAGE, f"{PACKAGE}.nnet", f"{PACKAGE}.hparams"],
+    packages=[PACKAGE, *(f"{PACKAGE}.{wing}" for wing in WINGS)],
     package_dir={f"{PACKAGE}.hparams": "hparams"},
     package_data={
         PACKAGE: ["pretrained/*"],

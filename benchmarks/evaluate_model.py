@@ -29,9 +29,12 @@ import torch
 from records import write_csv
 
 from speechbrain_flashformer.inference import FlashFormerSeparation
-from speechbrain_flashformer.metrics import best_order, reorder, si_snr
-from speechbrain_flashformer.mixing import DynamicMixtures, find_recordings
-from speechbrain_flashformer.voices import make_voices
+from speechbrain_flashformer.training.metrics import best_order, reorder, si_snr
+from speechbrain_flashformer.training.mixing import (
+    DynamicMixtures,
+    find_recordings,
+)
+from speechbrain_flashformer.training.voices import make_voices
 
 OUT = Path(__file__).parent / "results" / "evaluate_model.csv"
 MADE = 200  # mixtures of generated voices, or of a folder of speakers

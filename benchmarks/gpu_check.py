@@ -35,7 +35,6 @@ import torch
 from models import build
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from speechbrain_flashformer.losses import pit_si_snr_loss
 from speechbrain_flashformer.nnet.attention import (
     BACKENDS,
     attend,
@@ -46,6 +45,7 @@ from speechbrain_flashformer.nnet.streaming import (
     StreamingSeparator,
     StreamingStep,
 )
+from speechbrain_flashformer.training.losses import pit_si_snr_loss
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes/WSJ0Mix/separation"
 RATE = 8000

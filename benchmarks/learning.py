@@ -51,11 +51,18 @@ from pretrained_data import real_speech
 from records import read_csv, write_csv, write_figure, write_text
 from speechbrain.dataio.batch import PaddedBatch
 
-from speechbrain_flashformer.losses import pit_si_snr_loss, pit_snr_loss
-from speechbrain_flashformer.metrics import best_order, count_macs, si_snr
-from speechbrain_flashformer.mixing import DynamicMixtures, find_recordings
-from speechbrain_flashformer.optim import Muon, matrix_groups
-from speechbrain_flashformer.voices import make_voices
+from speechbrain_flashformer.nnet.macs import count_macs
+from speechbrain_flashformer.training.losses import (
+    pit_si_snr_loss,
+    pit_snr_loss,
+)
+from speechbrain_flashformer.training.metrics import best_order, si_snr
+from speechbrain_flashformer.training.mixing import (
+    DynamicMixtures,
+    find_recordings,
+)
+from speechbrain_flashformer.training.optim import Muon, matrix_groups
+from speechbrain_flashformer.training.voices import make_voices
 
 ROOT = Path(__file__).resolve().parent
 RATE = 8000

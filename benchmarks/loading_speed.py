@@ -21,11 +21,14 @@ from records import write_csv
 from speechbrain.dataio.batch import PaddedBatch
 from torch.utils.data import DataLoader
 
-from speechbrain_flashformer.data import EpochSampler, load_dataset
-from speechbrain_flashformer.losses import pit_si_snr_loss
-from speechbrain_flashformer.mixing import DynamicMixtures, find_recordings
 from speechbrain_flashformer.nnet.separator import separate
-from speechbrain_flashformer.voices import make_voices
+from speechbrain_flashformer.training.data import EpochSampler, load_dataset
+from speechbrain_flashformer.training.losses import pit_si_snr_loss
+from speechbrain_flashformer.training.mixing import (
+    DynamicMixtures,
+    find_recordings,
+)
+from speechbrain_flashformer.training.voices import make_voices
 
 ROOT = Path(__file__).parent.parent
 OUT = Path(__file__).parent / "results" / "loading_speed.csv"

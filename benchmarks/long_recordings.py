@@ -33,9 +33,9 @@ import torch
 from evaluate_model import wrong_turns
 from records import write_csv
 
-from speechbrain_flashformer.chunks import ChunkPlan, separate_long
 from speechbrain_flashformer.inference import FlashFormerSeparation
-from speechbrain_flashformer.voices import make_voices
+from speechbrain_flashformer.inference.chunks import ChunkPlan, separate_long
+from speechbrain_flashformer.training.voices import make_voices
 
 RESULTS = Path(__file__).parent / "results"
 MINUTES = (1, 10, 60, 120)

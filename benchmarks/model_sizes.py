@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from hyperpyyaml import load_hyperpyyaml
 
-from speechbrain_flashformer.metrics import count_macs
+from speechbrain_flashformer.nnet.macs import count_macs
 from speechbrain_flashformer.nnet.separator import separate
 
 HPARAMS = Path(__file__).resolve().parent.parent / "hparams"

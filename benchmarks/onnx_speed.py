@@ -20,9 +20,9 @@ import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from records import write_csv
 
-from speechbrain_flashformer.export import export_onnx
 from speechbrain_flashformer.inference import FlashFormerSeparation
-from speechbrain_flashformer.metrics import si_snr
+from speechbrain_flashformer.inference.export import export_onnx
+from speechbrain_flashformer.training.metrics import si_snr
 
 SECONDS, THREADS, RUNS = (4, 20), (1, 2), 9
 OUT = Path(__file__).parent / "results" / "onnx_speed.csv"

@@ -20,8 +20,8 @@ import numpy as np
 import soundfile
 from records import write_csv
 
-from speechbrain_flashformer.mixing import Recording
-from speechbrain_flashformer.voices import make_voices
+from speechbrain_flashformer.training.mixing import Recording
+from speechbrain_flashformer.training.voices import make_voices
 
 VOICES = 1000
 VARIANTS = 3  # of each sentence

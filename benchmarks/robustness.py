@@ -27,7 +27,7 @@ from records import write_csv
 from scipy.signal import butter, sosfilt
 
 from speechbrain_flashformer.inference import FlashFormerSeparation
-from speechbrain_flashformer.metrics import best_order, reorder, si_snr
+from speechbrain_flashformer.training.metrics import best_order, reorder, si_snr
 
 OUT = Path(__file__).parent / "results" / "robustness.csv"
 MIXTURES = 50

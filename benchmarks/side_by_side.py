@@ -114,7 +114,7 @@ def measure(task, name, threads, lengths, limit, gigabytes, gmac_per_s):
         pit_si_snr_loss(targets, estimates).mean().backward()
         optimizer.step()
 
-    from speechbrain_flashformer.losses import pit_si_snr_loss
+    from speechbrain_flashformer.training.losses import pit_si_snr_loss
 
     _allow(gigabytes)
     last = None
@@ -160,7 +160,7 @@ def measure(task, name, threads, lengths, limit, gigabytes, gmac_per_s):
 def _macs(model, samples):
     import torch
 
-    from speechbrain_flashformer.metrics import count_macs
+    from speechbrain_flashformer.nnet.macs import count_macs
 
     # The counter passes over LSTMs that oneDNN runs.
     recurrent = any(isinstance(m, torch.nn.RNNBase) for m in model.modules())

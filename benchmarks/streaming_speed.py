@@ -28,8 +28,8 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 from records import write_csv
 
-from speechbrain_flashformer.export import export_streaming_onnx
 from speechbrain_flashformer.inference import FlashFormerSeparation
+from speechbrain_flashformer.inference.export import export_streaming_onnx
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "results" / "streaming_speed.csv"

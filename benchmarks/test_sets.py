@@ -26,7 +26,7 @@ import numpy as np
 import soundfile
 from records import write_csv
 
-from speechbrain_flashformer.mixing import (
+from speechbrain_flashformer.training.mixing import (
     DynamicMixtures,
     Recording,
     find_recordings,

@@ -17,8 +17,8 @@ import torch
 from peers import build_separator
 from records import write_csv
 
-from speechbrain_flashformer.losses import pit_snr_loss
-from speechbrain_flashformer.optim import Muon, matrix_groups
+from speechbrain_flashformer.training.losses import pit_snr_loss
+from speechbrain_flashformer.training.optim import Muon, matrix_groups
 
 OUT = Path(__file__).parent / "results" / "training_step.csv"
 RATE = 8000

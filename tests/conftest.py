@@ -16,7 +16,7 @@ import torch
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 from speechbrain.utils.checkpoints import Checkpointer
 
-from speechbrain_flashformer.pack import pack
+from speechbrain_flashformer.inference.pack import pack
 
 RUN = """\
 num_spks: 2

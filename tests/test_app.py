@@ -23,9 +23,10 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from speechbrain_flashformer import app, cli
-from speechbrain_flashformer.audio import AudioReader
-from speechbrain_flashformer.inference import (
+from speechbrain_flashformer import cli
+from speechbrain_flashformer.cli import app
+from speechbrain_flashformer.inference.audio import AudioReader
+from speechbrain_flashformer.inference.interface import (
     FlashFormerSeparation,
     built_in_model,
 )

@@ -13,13 +13,14 @@ import soundfile
 import torch
 from torchaudio.functional import resample
 
-from speechbrain_flashformer import cli, files
-from speechbrain_flashformer.audio import (
+from speechbrain_flashformer import cli
+from speechbrain_flashformer.inference import files
+from speechbrain_flashformer.inference.audio import (
     AudioReader,
     Resampler,
     resample_blocks,
 )
-from speechbrain_flashformer.files import SourceWriter
+from speechbrain_flashformer.inference.files import SourceWriter
 
 
 @pytest.mark.parametrize(

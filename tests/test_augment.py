@@ -7,7 +7,7 @@ import torch
 from speechbrain.augment.time_domain import DropChunk, DropFreq, SpeedPerturb
 from speechbrain.dataio.batch import PaddedBatch
 
-from speechbrain_flashformer.augment import augment
+from speechbrain_flashformer.training.augment import augment
 
 EVERYTHING = {
     "num_spks": 2,

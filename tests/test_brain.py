@@ -21,8 +21,11 @@ from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.epoch_loop import EpochCounter
 
 from speechbrain_flashformer import FlashFormer
-from speechbrain_flashformer.brain import Separation
-from speechbrain_flashformer.losses import pit_si_snr_loss, pit_snr_loss
+from speechbrain_flashformer.training.brain import Separation
+from speechbrain_flashformer.training.losses import (
+    pit_si_snr_loss,
+    pit_snr_loss,
+)
 
 
 class Log:

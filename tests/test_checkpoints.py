@@ -6,7 +6,7 @@ import pytest
 import torch
 from speechbrain.utils.checkpoints import Checkpointer
 
-from speechbrain_flashformer.checkpoints import (
+from speechbrain_flashformer.training.checkpoints import (
     RandomState,
     WholeCheckpointer,
     averaged_weights,

@@ -5,9 +5,13 @@ import torch
 from speechbrain.lobes.models.dual_path import Decoder, Encoder
 
 from speechbrain_flashformer import FlashFormer
-from speechbrain_flashformer.chunks import FADE, ChunkPlan, separate_long
+from speechbrain_flashformer.inference.chunks import (
+    FADE,
+    ChunkPlan,
+    separate_long,
+)
+from speechbrain_flashformer.inference.speakers import SpeakerOrder
 from speechbrain_flashformer.nnet.separator import encoder_statistics, separate
-from speechbrain_flashformer.speakers import SpeakerOrder
 
 RATE = 8000
 PLAN = ChunkPlan(chunk=4 * RATE, overlap=RATE, align=64)

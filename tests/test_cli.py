@@ -262,9 +262,11 @@ def test_bad_options_are_named(
 def test_without_a_model_the_message_says_what_to_give(
     tmp_path, capsys, monkeypatch
 ):
-    from speechbrain_flashformer import inference
+    from speechbrain_flashformer.inference import interface
 
-    monkeypatch.setattr(inference, "__file__", str(tmp_path / "inference.py"))
+    monkeypatch.setattr(
+        interface, "__file__", str(tmp_path / "inference" / "interface.py")
+    )
     path = speak(tmp_path / "a.wav")
     assert run("separate", path, "-o", tmp_path / "out") == 1
     assert "give one as --model" in capsys.readouterr().err
@@ -544,7 +546,7 @@ def test_pack(make_run, tmp_path, capsys):
 
 
 def test_export(packed, tmp_path, monkeypatch, capsys):
-    from speechbrain_flashformer import export
+    from speechbrain_flashformer.inference import export
 
     def asked(model, path, *options):
         assert model.hparams.sample_rate == 8000

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import torch
 
-from speechbrain_flashformer.data import (
+from speechbrain_flashformer.training.data import (
     EpochSampler,
     choose_cut,
     load_dataset,

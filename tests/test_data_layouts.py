@@ -16,7 +16,7 @@ import data_layouts  # noqa: E402
 from data_layouts import find_mixtures  # noqa: E402
 from prepare_data import prepare_wsjmix  # noqa: E402
 
-from speechbrain_flashformer.data import load_dataset  # noqa: E402
+from speechbrain_flashformer.training.data import load_dataset  # noqa: E402
 
 WSJ0_PARTS, LIBRI_PARTS = ("tr", "cv", "tt"), ("train-360", "dev", "test")
 WHAM = ("mix_both", "mix_clean", "mix_single", "s1", "s2", "noise")

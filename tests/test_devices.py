@@ -18,16 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from speechbrain_flashformer import FlashFormer, cli
-from speechbrain_flashformer.brain import Separation
-from speechbrain_flashformer.checkpoints import RandomState
 from speechbrain_flashformer.inference import FlashFormerSeparation
-from speechbrain_flashformer.losses import pit_si_snr_loss
 from speechbrain_flashformer.nnet import attention
 from speechbrain_flashformer.nnet.separator import encoder_statistics, separate
 from speechbrain_flashformer.nnet.streaming import (
     StreamingSeparator,
     StreamingStep,
 )
+from speechbrain_flashformer.training.brain import Separation
+from speechbrain_flashformer.training.checkpoints import RandomState
+from speechbrain_flashformer.training.losses import pit_si_snr_loss
 
 GPU = torch.device("cuda", 0)
 

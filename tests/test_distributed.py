@@ -18,11 +18,11 @@ from speechbrain.utils.distributed import ddp_init_group
 from speechbrain.utils.epoch_loop import EpochCounter
 
 from speechbrain_flashformer import FlashFormer
-from speechbrain_flashformer.brain import Separation
-from speechbrain_flashformer.checkpoints import WholeCheckpointer
-from speechbrain_flashformer.data import EpochSampler, load_dataset
-from speechbrain_flashformer.losses import pit_si_snr_loss
-from speechbrain_flashformer.voices import make_voices
+from speechbrain_flashformer.training.brain import Separation
+from speechbrain_flashformer.training.checkpoints import WholeCheckpointer
+from speechbrain_flashformer.training.data import EpochSampler, load_dataset
+from speechbrain_flashformer.training.losses import pit_si_snr_loss
+from speechbrain_flashformer.training.voices import make_voices
 
 RECIPE = Path(__file__).parent.parent / "recipes/WSJ0Mix/separation"
 TORCHRUN = [

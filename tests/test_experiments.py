@@ -12,9 +12,9 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_flashformer.inference import FlashFormerSeparation
+from speechbrain_flashformer.inference.pack import pack
 from speechbrain_flashformer.nnet import layers
 from speechbrain_flashformer.nnet.separator import separate
-from speechbrain_flashformer.pack import pack
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes/WSJ0Mix/separation"

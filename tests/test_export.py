@@ -11,8 +11,8 @@ import pytest
 import torch
 from speechbrain.lobes.models.dual_path import Decoder, Encoder
 
-from speechbrain_flashformer import FlashFormer, export
-from speechbrain_flashformer.inference import FlashFormerSeparation
+from speechbrain_flashformer import FlashFormer
+from speechbrain_flashformer.inference import FlashFormerSeparation, export
 
 onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")

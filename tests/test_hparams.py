@@ -9,7 +9,7 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_flashformer import FlashFormer
-from speechbrain_flashformer.metrics import count_macs
+from speechbrain_flashformer.nnet.macs import count_macs
 from speechbrain_flashformer.nnet.separator import separate
 from speechbrain_flashformer.nnet.streaming import StreamingSeparator
 

@@ -10,7 +10,7 @@ import torch
 from speechbrain.inference.separation import SepformerSeparation
 from torchaudio.functional import resample
 
-from speechbrain_flashformer.inference import (
+from speechbrain_flashformer.inference.interface import (
     FlashFormerSeparation,
     SeparationOptions,
 )

@@ -3,7 +3,7 @@
 import os
 from functools import partial
 
-from speechbrain_flashformer.jobs import run_jobs
+from speechbrain_flashformer.inference.jobs import run_jobs
 
 
 def load(alive):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from speechbrain_flashformer import voices
+from speechbrain_flashformer.training import voices
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -18,7 +18,11 @@ import torch
 
 from speechbrain_flashformer import cli
 from speechbrain_flashformer.inference import FlashFormerSeparation
-from speechbrain_flashformer.live import Load, PcmReader, separate_live
+from speechbrain_flashformer.inference.live import (
+    Load,
+    PcmReader,
+    separate_live,
+)
 from speechbrain_flashformer.nnet.streaming import StreamingSeparator
 
 RATE = 8000
@@ -185,7 +189,8 @@ def test_load_is_told_in_little_memory():
     clock = iter(np.stack([np.zeros_like(spent), spent], 1).ravel())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "speechbrain_flashformer.live.perf_counter", lambda: next(clock)
+            "speechbrain_flashformer.inference.live.perf_counter",
+            lambda: next(clock),
         )
         for _ in load.watch(iter([torch.zeros(1, 15)] * 10_000), 8000):
             pass
@@ -201,7 +206,8 @@ def test_a_stream_that_falls_behind_is_told_while_it_does(monkeypatch):
     spent = np.repeat([0.5, 1.25, 0.5], [10, 100, 10])
     clock = iter(np.stack([np.zeros_like(spent), spent], 1).ravel())
     monkeypatch.setattr(
-        "speechbrain_flashformer.live.perf_counter", lambda: next(clock)
+        "speechbrain_flashformer.inference.live.perf_counter",
+        lambda: next(clock),
     )
     told = []
     load = Load(lambda value: told.append((load.heard, value)))
@@ -216,7 +222,8 @@ def test_the_command_says_that_it_falls_behind(
     # A clock that runs a second between two looks at it.
     clock = itertools.count()
     monkeypatch.setattr(
-        "speechbrain_flashformer.live.perf_counter", lambda: next(clock)
+        "speechbrain_flashformer.inference.live.perf_counter",
+        lambda: next(clock),
     )
     assert flashformer(pcm(6 * RATE).tobytes(), "--block", 500) == 0
     told = capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 import torch
 from speechbrain.nnet.losses import get_si_snr_with_pitwrapper
 
-from speechbrain_flashformer.losses import (
+from speechbrain_flashformer.training.losses import (
     fixes_level,
     pit_si_snr_loss,
     pit_snr_loss,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from speechbrain_flashformer.inference import FlashFormerSeparation
-from speechbrain_flashformer.pack import pack
+from speechbrain_flashformer.inference.pack import pack
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from speechbrain_flashformer.metrics import (
+from speechbrain_flashformer.nnet.attention import attend
+from speechbrain_flashformer.nnet.macs import count_macs
+from speechbrain_flashformer.training.metrics import (
     best_order,
-    count_macs,
     reorder,
     sdr,
     si_snr,
     valid_samples,
 )
-from speechbrain_flashformer.nnet.attention import attend
 
 
 def test_si_snr_by_its_definition():

@@ -8,9 +8,9 @@ from speechbrain.dataio.batch import PaddedBatch
 from torch.utils.data import DataLoader
 from torchaudio.functional import resample
 
-from speechbrain_flashformer import mixing
-from speechbrain_flashformer.data import EpochSampler
-from speechbrain_flashformer.mixing import (
+from speechbrain_flashformer.training import mixing
+from speechbrain_flashformer.training.data import EpochSampler
+from speechbrain_flashformer.training.mixing import (
     DynamicMixtures,
     colour,
     find_recordings,
@@ -525,7 +525,7 @@ def test_no_speed_makes_a_huge_filter(tmp_path, monkeypatch, rate):
         ratios.append((old, new))
         return resample(signal, old, new)
 
-    monkeypatch.setattr("speechbrain_flashformer.mixing.resample", spy)
+    monkeypatch.setattr("speechbrain_flashformer.training.mixing.resample", spy)
     for s in range(2):
         (tmp_path / f"{s}").mkdir()
         tone = np.sin(2 * np.pi * 400 * (s + 1) * np.arange(2 * rate) / rate)

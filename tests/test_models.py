@@ -12,10 +12,10 @@ from speechbrain.utils.fetching import FetchConfig, LocalStrategy
 
 from speechbrain_flashformer import cli
 from speechbrain_flashformer.inference import FlashFormerSeparation
-from speechbrain_flashformer.models import read_yaml
-from speechbrain_flashformer.pack import pack
-from speechbrain_flashformer.trust import untrusted
-from speechbrain_flashformer.weights import load_weights
+from speechbrain_flashformer.inference.models import read_yaml
+from speechbrain_flashformer.inference.pack import pack
+from speechbrain_flashformer.inference.trust import untrusted
+from speechbrain_flashformer.inference.weights import load_weights
 
 NAMES = ("hyperparams.yaml", "encoder.ckpt", "masknet.ckpt", "decoder.ckpt")
 

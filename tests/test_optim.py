@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from speechbrain_flashformer import FlashFormer
-from speechbrain_flashformer.optim import Muon, matrix_groups, orthogonalised
+from speechbrain_flashformer.training.optim import (
+    Muon,
+    matrix_groups,
+    orthogonalised,
+)
 
 OPTIONS = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
 

@@ -12,8 +12,8 @@ import train
 from speechbrain.lobes.models.dual_path import Decoder, Encoder
 
 from speechbrain_flashformer.inference import FlashFormerSeparation
+from speechbrain_flashformer.inference.pack import pack
 from speechbrain_flashformer.nnet.separator import separate
-from speechbrain_flashformer.pack import pack
 
 HPARAMS = Path(train.__file__).parent / "hparams"
 SEPFORMER = """\

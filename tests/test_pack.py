@@ -11,7 +11,7 @@ from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_flashformer import cli
 from speechbrain_flashformer.inference import FlashFormerSeparation
-from speechbrain_flashformer.pack import pack, start_from
+from speechbrain_flashformer.inference.pack import pack, start_from
 
 
 def test_packed_folder_is_whole_and_flat(packed_once):

@@ -11,7 +11,7 @@ sys.path.insert(0, str(RECIPE))
 
 import plot_results  # noqa: E402
 
-from speechbrain_flashformer.scores import (  # noqa: E402
+from speechbrain_flashformer.training.scores import (  # noqa: E402
     write_example,
     write_results,
 )

@@ -6,12 +6,12 @@ import soundfile
 import torch
 
 from speechbrain_flashformer import cli
-from speechbrain_flashformer.inference import (
+from speechbrain_flashformer.inference.interface import (
     FlashFormerSeparation,
     built_in_model,
 )
-from speechbrain_flashformer.metrics import best_order, reorder, si_snr
-from speechbrain_flashformer.voices import make_voices
+from speechbrain_flashformer.training.metrics import best_order, reorder, si_snr
+from speechbrain_flashformer.training.voices import make_voices
 
 
 @pytest.fixture(scope="module")

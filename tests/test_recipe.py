@@ -14,7 +14,7 @@ import soundfile
 import torch
 from hyperpyyaml import load_hyperpyyaml
 
-from speechbrain_flashformer.voices import make_voices
+from speechbrain_flashformer.training.voices import make_voices
 
 RECIPE = Path(__file__).parent.parent / "recipes/WSJ0Mix/separation"
 SMALL = [

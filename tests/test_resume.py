@@ -14,15 +14,15 @@ from speechbrain.utils.epoch_loop import EpochCounter
 from torch.utils.data import get_worker_info
 
 from speechbrain_flashformer import FlashFormer
-from speechbrain_flashformer.brain import Separation
-from speechbrain_flashformer.checkpoints import WholeCheckpointer
-from speechbrain_flashformer.data import (
+from speechbrain_flashformer.training.brain import Separation
+from speechbrain_flashformer.training.checkpoints import WholeCheckpointer
+from speechbrain_flashformer.training.data import (
     EpochDataset,
     load_dataset,
     training_loader_options,
 )
-from speechbrain_flashformer.losses import pit_si_snr_loss
-from speechbrain_flashformer.voices import make_voices
+from speechbrain_flashformer.training.losses import pit_si_snr_loss
+from speechbrain_flashformer.training.voices import make_voices
 
 ITEMS = 14
 

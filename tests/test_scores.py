@@ -9,9 +9,13 @@ import pytest
 import soundfile
 import torch
 
-from speechbrain_flashformer import scores
-from speechbrain_flashformer.metrics import check_perceptual, perceptual, sdr
-from speechbrain_flashformer.scores import (
+from speechbrain_flashformer.training import scores
+from speechbrain_flashformer.training.metrics import (
+    check_perceptual,
+    perceptual,
+    sdr,
+)
+from speechbrain_flashformer.training.scores import (
     ResultsWriter,
     badness,
     quick_scores,

@@ -8,7 +8,7 @@ import torch.nn as nn
 from torch.ao.quantization import quantize_dynamic
 
 from speechbrain_flashformer import FlashFormer
-from speechbrain_flashformer.optim import matrix_groups
+from speechbrain_flashformer.training.optim import matrix_groups
 
 
 class LowRank(nn.Module):

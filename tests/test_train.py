@@ -9,8 +9,11 @@ import speechbrain as sb
 import torch
 from speechbrain.nnet.schedulers import WarmCoolDecayLRSchedule
 
-from speechbrain_flashformer.data import EpochSampler
-from speechbrain_flashformer.losses import pit_si_snr_loss, pit_snr_loss
+from speechbrain_flashformer.training.data import EpochSampler
+from speechbrain_flashformer.training.losses import (
+    pit_si_snr_loss,
+    pit_snr_loss,
+)
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes/WSJ0Mix/separation"

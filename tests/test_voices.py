@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from speechbrain_flashformer import voices
-from speechbrain_flashformer.voices import make_voices
+from speechbrain_flashformer.training import voices
+from speechbrain_flashformer.training.voices import make_voices
 
 SIZES = (6, 3, 3)
 

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from speechbrain_flashformer.data import read_table
+from speechbrain_flashformer.training.data import read_table
 
 
 @dataclass(frozen=True)

@@ -39,16 +39,16 @@ from torch.distributed import (
 )
 
 from speechbrain_flashformer import hparams as model_yamls
-from speechbrain_flashformer.brain import Separation
-from speechbrain_flashformer.data import (
+from speechbrain_flashformer.inference.pack import start_from
+from speechbrain_flashformer.training.brain import Separation
+from speechbrain_flashformer.training.data import (
     load_datasets,
     training_loader_options,
 )
-from speechbrain_flashformer.losses import fixes_level
-from speechbrain_flashformer.metrics import check_perceptual
-from speechbrain_flashformer.mixing import load_mixtures
-from speechbrain_flashformer.pack import start_from
-from speechbrain_flashformer.voices import make_voices
+from speechbrain_flashformer.training.losses import fixes_level
+from speechbrain_flashformer.training.metrics import check_perceptual
+from speechbrain_flashformer.training.mixing import load_mixtures
+from speechbrain_flashformer.training.voices import make_voices
 
 logger = get_logger(__name__)
 
@@ -229,7 +229,7 @@ def check_absent(hparams):
     if hparams["dm_absent_share"] and not fixes_level(hparams["loss"]):
         raise ValueError(
             "dm_absent_share needs a loss that is defined for silence: "
-            "speechbrain_flashformer.losses.pit_snr_loss"
+            "speechbrain_flashformer.training.losses.pit_snr_loss"
         )
 
 

@@ -10,7 +10,7 @@ Axes: C channels of the recording, T samples, S speakers.
 
 import torch
 
-from speechbrain_flashformer.speakers import SpeakerOrder
+from speechbrain_flashformer.inference.speakers import SpeakerOrder
 
 # Seconds over which one chunk gives way to the next, in mid-overlap.
 FADE = 0.05

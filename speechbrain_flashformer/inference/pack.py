@@ -13,25 +13,25 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_flashformer import __version__
-from speechbrain_flashformer.checkpoints import (
-    averaged_weights,
-    misfits,
-    output_gain,
-)
-from speechbrain_flashformer.models import (
+from speechbrain_flashformer.inference.models import (
     build_model,
     compose_yaml,
     read_yaml,
 )
-from speechbrain_flashformer.nnet.separator import MODULES
-from speechbrain_flashformer.nnet.streaming import lookahead_tokens
-from speechbrain_flashformer.scores import SUMMARY
-from speechbrain_flashformer.trust import untrusted
-from speechbrain_flashformer.weights import (
+from speechbrain_flashformer.inference.trust import untrusted
+from speechbrain_flashformer.inference.weights import (
     fit_weights,
+    mismatched,
     one_line,
     read_weights,
 )
+from speechbrain_flashformer.nnet.separator import MODULES
+from speechbrain_flashformer.nnet.streaming import lookahead_tokens
+from speechbrain_flashformer.training.checkpoints import (
+    averaged_weights,
+    output_gain,
+)
+from speechbrain_flashformer.training.scores import SUMMARY
 
 LOOKAHEAD = "!apply:speechbrain_flashformer.nnet.streaming.lookahead_tokens"
 PACKED = {"hyperparams.yaml", "README.md", *(f"{m}.ckpt" for m in MODULES)}
@@ -212,7 +212,7 @@ def start_from(folder, modules):
                 "pack'"
             )
         state = read_weights(path)
-        if wrong := misfits(state, modules[name]):
+        if wrong := mismatched(state, modules[name]):
             raise ValueError(
                 f"{path} does not fit the {name} of the yaml in {len(wrong)} "
                 f"weights, such as {wrong[0]}: take over the numbers of the "

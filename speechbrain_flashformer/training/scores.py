@@ -16,7 +16,7 @@ import numpy as np
 import soundfile
 import torch
 
-from speechbrain_flashformer.metrics import (
+from speechbrain_flashformer.training.metrics import (
     best_order,
     perceptual,
     reorder,

@@ -1,4 +1,4 @@
-"""Measures of separation that never count padding, and of its cost.
+"""Measures of separation that never count padding.
 
 Axes: B batch, T samples, S speakers. Signals are [B, T, S], the order of
 SpeechBrain's recipes; lengths are relative to T, [B]. All values are in dB,
@@ -15,7 +15,6 @@ from itertools import permutations
 
 import torch
 from scipy.fft import next_fast_len
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 EPS = 1e-8
 
@@ -281,39 +280,3 @@ def check_perceptual(names, sample_rate):
                 f"{name} needs the package {packages[name]}: pip install "
                 "'speechbrain-flashformer[eval]'"
             )
-
-
-def count_macs(function, *arguments):
-    """Multiply-accumulates of one call, attention products included.
-
-    FLOPs / 2 by torch's ``FlopCounterMode``, which passes over the flash
-    kernel for CPU unless told of it.
-
-    Arguments
-    ---------
-    function : callable
-        Runs without gradients.
-    *arguments
-        Handed to it.
-
-    Returns
-    -------
-    int
-        MACs.
-
-    Example
-    -------
-    >>> count_macs(torch.nn.Linear(10, 20), torch.zeros(3, 10))
-    600
-    """
-
-    def _attention(q, k, v, *_, **__):
-        return sdpa_flop_count(q, k, v)
-
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    counter = FlopCounterMode(
-        display=False, custom_mapping={kernel: _attention}
-    )
-    with counter, torch.no_grad():
-        function(*arguments)
-    return counter.get_total_flops() // 2

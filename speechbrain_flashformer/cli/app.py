@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from speechbrain_flashformer.audio import AudioReader
+from speechbrain_flashformer.inference.audio import AudioReader
 
 FONTS = ("system-ui", "sans-serif")  # those of the machine: no download
 # Seconds that uploads and results stay, and between looks at them.

@@ -14,7 +14,7 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from speechbrain_flashformer.containers import is_placeholder
+from speechbrain_flashformer.inference.containers import is_placeholder
 from speechbrain_flashformer.nnet.streaming import TOO_LOUD
 
 ENCODINGS = {"s16le": np.dtype("<i2"), "f32le": np.dtype("<f4")}

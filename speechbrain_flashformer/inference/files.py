@@ -14,7 +14,7 @@ from pathlib import Path
 
 import soundfile
 
-from speechbrain_flashformer.containers import native_name
+from speechbrain_flashformer.inference.containers import native_name
 
 BYTES = {"FLOAT": 4, "PCM_16": 2, "PCM_24": 3}  # per sample
 SUBTYPES = {"float": "FLOAT", "pcm16": "PCM_16", "pcm24": "PCM_24"}

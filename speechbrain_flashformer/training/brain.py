@@ -12,16 +12,16 @@ from speechbrain.utils.distributed import ddp_barrier, run_on_main
 from speechbrain.utils.logger import get_logger
 from torch.distributed import get_rank, get_world_size, is_initialized
 
-from speechbrain_flashformer.augment import augment
-from speechbrain_flashformer.checkpoints import (
+from speechbrain_flashformer.nnet.separator import MODULES, separate
+from speechbrain_flashformer.training.augment import augment
+from speechbrain_flashformer.training.checkpoints import (
     RandomState,
     averaged_weights,
     gather,
 )
-from speechbrain_flashformer.losses import fixes_level
-from speechbrain_flashformer.nnet.separator import MODULES, separate
-from speechbrain_flashformer.optim import matrix_groups
-from speechbrain_flashformer.scores import (
+from speechbrain_flashformer.training.losses import fixes_level
+from speechbrain_flashformer.training.optim import matrix_groups
+from speechbrain_flashformer.training.scores import (
     WORST,
     ResultsWriter,
     badness,

@@ -175,31 +175,3 @@ def averaged_weights(checkpoints, name):
     """
     load = partial(torch.load, weights_only=True)
     return average_checkpoints(checkpoints, name, load)
-
-
-def misfits(state, module):
-    """Names of the weights in which a state dict is another network's.
-
-    Arguments
-    ---------
-    state : dict
-        Loaded from a checkpoint.
-    module : torch.nn.Module
-        What it should fit.
-
-    Returns
-    -------
-    list of str
-        Sorted: missing, unknown or of another shape.
-
-    Example
-    -------
-    >>> state = torch.nn.Linear(2, 3).state_dict()
-    >>> misfits(state, torch.nn.Linear(4, 3, bias=False))
-    ['bias', 'weight']
-    """
-    shapes, own = (
-        {name: weight.shape for name, weight in weights.items()}
-        for weights in (state, module.state_dict())
-    )
-    return sorted({name for name, _ in shapes.items() ^ own.items()})

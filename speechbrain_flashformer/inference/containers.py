@@ -15,7 +15,7 @@ from itertools import takewhile
 
 import soundfile
 
-from speechbrain_flashformer.mpeg import mpeg_pieces
+from speechbrain_flashformer.inference.mpeg import mpeg_pieces
 
 REMEDY = (
     "copy or record it again, or keep what is there with 'ffmpeg -i OLD_FILE "

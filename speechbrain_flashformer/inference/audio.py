@@ -14,7 +14,7 @@ import soundfile
 import torch
 from torchaudio.transforms import Resample
 
-from speechbrain_flashformer.containers import (
+from speechbrain_flashformer.inference.containers import (
     REMEDY,
     find_streams,
     open_sound,

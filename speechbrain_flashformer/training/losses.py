@@ -8,7 +8,7 @@ Source: permutation-invariant training (Yu et al., arXiv:1607.00325).
 
 import torch
 
-from speechbrain_flashformer.metrics import (
+from speechbrain_flashformer.training.metrics import (
     EPS,
     assignment,
     best_order,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import soundfile
 
-from speechbrain_flashformer.files import was_separated
+from speechbrain_flashformer.inference.files import was_separated
 
 # Formats that need more than the file, or whose suffix mostly means another.
 NOT_BY_SUFFIX = {"RAW", "MAT4", "MAT5", "SD2"}

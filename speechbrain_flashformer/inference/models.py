@@ -24,14 +24,18 @@ from speechbrain.utils.fetching import (
 )
 from speechbrain.utils.parameter_transfer import Pretrainer
 
-from speechbrain_flashformer.nnet.separator import MODULES, encoder_frame
-from speechbrain_flashformer.trust import PackedLoader, refusal, untrusted
-from speechbrain_flashformer.weights import (
+from speechbrain_flashformer.inference.trust import (
+    PackedLoader,
+    refusal,
+    untrusted,
+)
+from speechbrain_flashformer.inference.weights import (
     MEND,
     check_readable,
     load_weights,
     one_line,
 )
+from speechbrain_flashformer.nnet.separator import MODULES, encoder_frame
 
 HUB = "hf:"
 YAML_FILE = "hyperparams.yaml"
@@ -81,7 +85,7 @@ def load_model(
 
     Example
     -------
-    >>> from speechbrain_flashformer.inference import built_in_model
+    >>> from speechbrain_flashformer.inference.interface import built_in_model
     >>> load_model(built_in_model())["sample_rate"]
     8000
     """

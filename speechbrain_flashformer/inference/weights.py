@@ -4,8 +4,6 @@ from pathlib import Path
 
 import torch
 
-from speechbrain_flashformer.checkpoints import misfits
-
 MEND = "copy it again from where it is whole, or pack its training again"
 
 
@@ -56,7 +54,7 @@ def read_weights(path):
 def fit_weights(module, state, path):
     """Give a module a state dict that was read from a path."""
     name, own = Path(path).stem, module.state_dict()
-    wrong = misfits(state, module) or [
+    wrong = mismatched(state, module) or [
         key
         for key, value in state.items()
         if value.layout != torch.strided
@@ -81,6 +79,34 @@ def fit_weights(module, state, path):
             f"{path} has weights that are not finite, such as {broken[0]}: "
             "pack another checkpoint"
         )
+
+
+def mismatched(state, module):
+    """Names of the weights in which a state dict is another network's.
+
+    Arguments
+    ---------
+    state : dict
+        Loaded from a checkpoint.
+    module : torch.nn.Module
+        What it should fit.
+
+    Returns
+    -------
+    list of str
+        Sorted: missing, unknown or of another shape.
+
+    Example
+    -------
+    >>> state = torch.nn.Linear(2, 3).state_dict()
+    >>> mismatched(state, torch.nn.Linear(4, 3, bias=False))
+    ['bias', 'weight']
+    """
+    shapes, own = (
+        {name: weight.shape for name, weight in weights.items()}
+        for weights in (state, module.state_dict())
+    )
+    return sorted({name for name, _ in shapes.items() ^ own.items()})
 
 
 def check_readable(path):

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from torchaudio.functional import resample
 from tqdm import tqdm
 
-from speechbrain_flashformer.data import read_table
+from speechbrain_flashformer.training.data import read_table
 
 # WSJ0-mix: the first speaker's level and that of the others beside it
 # (normal, mean and deviation in dB), the loudest and softest, and the peak.

@@ -10,18 +10,18 @@ from speechbrain.inference.separation import SepformerSeparation
 from speechbrain.utils.fetching import FetchConfig, LocalStrategy, fetch
 from tqdm import tqdm
 
-from speechbrain_flashformer.audio import (
+from speechbrain_flashformer.inference.audio import (
     AudioReader,
     Resampler,
     check_finite,
     plan_hearing,
     resample_blocks,
 )
-from speechbrain_flashformer.chunks import ChunkPlan, separate_long
-from speechbrain_flashformer.files import SourceWriter
-from speechbrain_flashformer.metrics import count_macs
-from speechbrain_flashformer.models import load_model
+from speechbrain_flashformer.inference.chunks import ChunkPlan, separate_long
+from speechbrain_flashformer.inference.files import SourceWriter
+from speechbrain_flashformer.inference.models import load_model
 from speechbrain_flashformer.nnet.attention import attention_report
+from speechbrain_flashformer.nnet.macs import count_macs
 from speechbrain_flashformer.nnet.separator import (
     MODULES,
     encoder_frame,
@@ -49,7 +49,7 @@ def built_in_model():
     FileNotFoundError
         When this version has none.
     """
-    folder = Path(__file__).parent / "pretrained"
+    folder = Path(__file__).parent.parent / "pretrained"
     if not (folder / "hyperparams.yaml").is_file():
         raise FileNotFoundError(
             "this version comes without a pretrained model: give one as "

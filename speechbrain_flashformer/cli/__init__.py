@@ -13,7 +13,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from speechbrain_flashformer.jobs import exit_on_sigterm, run_jobs
+from speechbrain_flashformer.inference.jobs import exit_on_sigterm, run_jobs
 
 # Modules that load torch are imported in the commands: --help is quick.
 
@@ -337,7 +337,7 @@ def _separate(parsed):
     names = ("precision", "channels", "mixture_consistency", "chunk")
     names += ("overlap", "norm", "streaming")
     options = {name: getattr(parsed, name) for name in names}
-    from speechbrain_flashformer.inference import SeparationOptions
+    from speechbrain_flashformer.inference.interface import SeparationOptions
 
     try:
         SeparationOptions(**options)
@@ -349,7 +349,7 @@ def _separate(parsed):
     options["progress"] = (
         parsed.jobs == 1 and not parsed.quiet and sys.stderr.isatty()
     )
-    from speechbrain_flashformer.inputs import find_inputs
+    from speechbrain_flashformer.inference.inputs import find_inputs
 
     with tempfile.TemporaryDirectory(prefix="flashformer-") as folder:
         tasks, failures, notes = find_inputs(
@@ -423,7 +423,7 @@ def _run_task(task, options):
 
 def _clean_up(task, pid, exit_status):
     """What is left to do for a recording whose process died."""
-    from speechbrain_flashformer.files import clean_up
+    from speechbrain_flashformer.inference.files import clean_up
 
     path, folder, _ = task
     clean_up(folder, pid)
@@ -433,7 +433,7 @@ def _clean_up(task, pid, exit_status):
 def _model_folder(name):
     if name:
         return name
-    from speechbrain_flashformer.inference import built_in_model
+    from speechbrain_flashformer.inference.interface import built_in_model
 
     return str(built_in_model())
 
@@ -481,8 +481,8 @@ def _stream(parsed):
     model, device = _model_folder(parsed.model), _device(parsed.device)
     _load(model, device, threads, parsed.trust)
 
-    from speechbrain_flashformer.files import SourceWriter
-    from speechbrain_flashformer.live import PcmReader, separate_live
+    from speechbrain_flashformer.inference.files import SourceWriter
+    from speechbrain_flashformer.inference.live import PcmReader, separate_live
 
     network_ms = 1000 * _MODEL.stream_latency()
     with PcmReader(
@@ -568,7 +568,7 @@ def _app(parsed):
             file=sys.stderr,
         )
         return USAGE
-    from speechbrain_flashformer.app import serve
+    from speechbrain_flashformer.cli.app import serve
 
     model, device = _model_folder(parsed.model), _device(parsed.device)
     _load(model, device, trust=parsed.trust)
@@ -580,7 +580,7 @@ def _app(parsed):
 
 
 def _pack(parsed):
-    from speechbrain_flashformer.pack import pack
+    from speechbrain_flashformer.inference.pack import pack
 
     out = pack(parsed.run_folder, parsed.out, parsed.half, parsed.overwrite)
     print(out)
@@ -599,7 +599,7 @@ def _export(parsed):
     if parsed.block is not None and not parsed.streaming:
         print("flashformer: --block needs --streaming", file=sys.stderr)
         return USAGE
-    from speechbrain_flashformer import export
+    from speechbrain_flashformer.inference import export
 
     model, device = _model_folder(parsed.model), _device(None)
     _load(model, device, trust=parsed.trust)
@@ -611,7 +611,3 @@ def _export(parsed):
         path = export.export_onnx(*arguments)
     print(path)
     return OK
-
-
-if __name__ == "__main__":
-    sys.exit(main())

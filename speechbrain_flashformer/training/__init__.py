@@ -1,0 +1,1 @@
+"""Training: data, mixing, losses, optimizer, scores, the loop."""
