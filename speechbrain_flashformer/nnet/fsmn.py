@@ -27,8 +27,9 @@ def depthwise_filter(x, weight, pad):
     """
     # [B, T, C] seen as an image [B, C, 1, T] is already in the layout that
     # the fast depthwise kernels want (channels last): on CPU 10 to 20 times
-    # faster than conv1d on [B, C, T].
-    image = x.transpose(1, 2).unsqueeze(2)
+    # faster than conv1d on [B, C, T]. Strides of any other x would lead to
+    # the slow ones.
+    image = x.contiguous().transpose(1, 2).unsqueeze(2)
     out = F.conv2d(image, weight, padding=(0, pad), groups=weight.shape[0])
     return out.squeeze(2).transpose(1, 2)
 

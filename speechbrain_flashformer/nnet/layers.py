@@ -3,33 +3,77 @@
 Axes: B batch, T tokens, C channels, H heads, D head width.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from speechbrain_flashformer.nnet.attention import attend, attend_masked
+from speechbrain_flashformer.nnet.attention import (
+    attend,
+    check_backend,
+    check_window,
+)
 from speechbrain_flashformer.nnet.fsmn import GatedFSMN
 from speechbrain_flashformer.nnet.rotary import rotate
+from speechbrain_flashformer.nnet.window import run_kernel
 
 
-class Positions(NamedTuple):
-    """What attention knows of the places of tokens, once for all layers.
+def check_counts(**counts):
+    """Raise a ValueError that names a count below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be 1 or more, got {count}")
 
-    Attributes
-    ----------
-    angles : tuple of torch.Tensor
-        From ``rotary.RotaryAngles``.
-    lengths : torch.Tensor, optional
-        Tokens that count in each row, integers [B]; all by default.
-    visible : torch.Tensor, optional
-        Of the next n tokens of a stream, from ``attention.stream_mask``.
+
+def rate_widths(d_frame, d_model, token_stride):
+    """Widths from frames to tokens, growing by equal factors.
+
+    Those between are multiples of 16, which kernels like.
+
+    Example
+    -------
+    >>> rate_widths(96, 384, token_stride=8)
+    [96, 160, 240, 384]
+    """
+    steps = max(token_stride, 1).bit_length() - 1
+    if token_stride != 2**steps:
+        raise ValueError(
+            f"token_stride must be a power of two, got {token_stride}"
+        )
+    check_counts(d_frame=d_frame, d_model=d_model)
+    if not steps:
+        return [d_model]
+    growth = (d_model / d_frame) ** (1 / steps)
+    between = (d_frame * growth**i for i in range(1, steps))
+    widths = [16 * max(1, round(width / 16)) for width in between]
+    return [d_frame, *widths, d_model]
+
+
+class Delay(nn.Module):
+    """Frames, so many later; zeros come first.
+
+    Example
+    -------
+    >>> Delay(1, 2)(torch.arange(1.0, 5).view(1, 4, 1)).flatten().tolist()
+    [0.0, 0.0, 1.0, 2.0]
     """
 
-    angles: tuple
-    lengths: torch.Tensor | None = None
-    visible: torch.Tensor | None = None
+    def __init__(self, channels, frames):
+        super().__init__()
+        self.channels, self.frames = channels, frames
+
+    def make_streaming_context(self, like):
+        """The past of new streams, as ``FSMN``'s."""
+        return {"past": like.new_zeros(len(like), self.frames, self.channels)}
+
+    def forward(self, x, context=None):
+        """Delay x [B, L, C]; the context of a stream is changed."""
+        if not self.frames:
+            return x
+        if context is None:
+            return F.pad(x, (0, 0, self.frames, 0))[:, : x.shape[1]]
+        known = torch.cat([context["past"], x], 1)
+        context["past"] = known[:, x.shape[1] :]
+        return known[:, : x.shape[1]]
 
 
 class LayerScale(nn.Module):
@@ -96,10 +140,9 @@ class Attention(nn.Module):
 
     Example
     -------
-    >>> from speechbrain_flashformer.nnet.rotary import RotaryAngles
-    >>> layer = Attention(16, 2)
-    >>> positions = Positions(RotaryAngles(8)(50))
-    >>> layer(torch.randn(2, 50, 16), positions).shape
+    >>> from speechbrain_flashformer.nnet.positions import Places
+    >>> layer, x = Attention(16, 2), torch.randn(2, 50, 16)
+    >>> layer(x, Places(8)(x)).shape
     torch.Size([2, 50, 16])
     """
 
@@ -108,6 +151,13 @@ class Attention(nn.Module):
 
     def __init__(self, d_model, nhead, window=(-1, -1), backend="auto"):
         super().__init__()
+        check_counts(d_model=d_model, nhead=nhead)
+        if d_model % nhead:
+            raise ValueError(
+                f"d_model {d_model} is not divisible by nhead {nhead}"
+            )
+        check_backend(backend)
+        check_window(window)
         self.d_model, self.nhead = d_model, nhead
         self.window = tuple(window)
         self.backend = backend
@@ -140,21 +190,17 @@ class Attention(nn.Module):
             [B, T, C].
         """
         qkv = self.qkv(x).unflatten(2, (3, self.nhead, -1))
-        both = rotate(qkv[:, :, :2].flatten(2, 3), positions.angles)
-        (q, k), v = both.chunk(2, dim=2), qkv[:, :, 2]
+        both, v = qkv.split([2, 1], dim=2)
+        q, k = rotate(both.flatten(2, 3), positions.angles).chunk(2, dim=2)
+        v = v.squeeze(2)
         if context is None:
-            out = attend(
-                *(q, k, v),
-                window=self.window,
-                backend=self.backend,
-                lengths=positions.lengths,
-            )
+            out = attend(q, k, v, self.window, self.backend, positions.rows)
         else:
             k = torch.cat([context["keys"], k], 1)
             v = torch.cat([context["values"], v], 1)
             context["keys"] = k[:, x.shape[1] :]
             context["values"] = v[:, x.shape[1] :]
-            out = attend_masked(q, k, v, positions.visible)
+            out = run_kernel(q, k, v, attn_mask=positions.visible)
         return self.out(out.flatten(2))
 
 
@@ -194,10 +240,10 @@ class FlashFormerLayer(nn.Module):
 
     Example
     -------
-    >>> from speechbrain_flashformer.nnet.rotary import RotaryAngles
+    >>> from speechbrain_flashformer.nnet.positions import Places
     >>> layer = FlashFormerLayer(16, nhead=2, d_ffn=32)
-    >>> positions = Positions(RotaryAngles(8)(50))
-    >>> layer(torch.randn(2, 50, 16), positions).shape
+    >>> x = torch.randn(2, 50, 16)
+    >>> layer(x, Places(8)(x)).shape
     torch.Size([2, 50, 16])
     """
 

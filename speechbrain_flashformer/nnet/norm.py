@@ -164,13 +164,15 @@ class CumulativeNorm(GlobalNorm):
         wide = torch.promote_types(like.dtype, torch.float32)
         return {"sums": like.new_zeros(len(like), 3, self.span, dtype=wide)}
 
-    def forward(self, x, context=None):
+    def forward(self, x, mask=None, context=None):
         """Normalise frames by those before them.
 
         Arguments
         ---------
         x : torch.Tensor
             [B, L, N].
+        mask : torch.Tensor, optional
+            Not used: padding comes after all that count.
         context : dict, optional
             Of a stream whose next frames x are; changed.
 

@@ -29,7 +29,7 @@ class RotaryAngles(nn.Module):
     Example
     -------
     >>> RotaryAngles(16)(10)[0].shape
-    torch.Size([10, 1, 8])
+    torch.Size([10, 1, 16])
     """
 
     def __init__(self, head_width, base=10000.0):
@@ -57,12 +57,14 @@ class RotaryAngles(nn.Module):
         Returns
         -------
         tuple of torch.Tensor
-            Cosines and sines, float32, each [T, 1, D / 2].
+            Cosines and sines, float32, each [T, 1, D]; the sines that the
+            second half of a head is multiplied by are negative.
         """
         place = torch.arange(length, device=self.steps.device) + offset
         phases = (place[:, None, None] * self.steps) & (TURN - 1)
         angles = phases.float() * (math.tau / TURN)
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([cos, cos], 2), torch.cat([-sin, sin], 2)
 
 
 def rotate(x, angles):
@@ -88,5 +90,4 @@ def rotate(x, angles):
     True
     """
     cos, sin = (angle.to(x.dtype) for angle in angles)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from speechbrain_flashformer.nnet.norm import moments, weighted_sums
+from speechbrain_flashformer.nnet.positions import length_mask
 
 # The parts of a model, as SpeechBrain's recipes and interfaces call them.
 MODULES = ("encoder", "masknet", "decoder")
@@ -30,7 +31,8 @@ def separate(mixture, encoder, masknet, decoder, lengths=None, statistics=None):
         [B, T] -> [B, N, L], a SpeechBrain ``Encoder``.
     masknet : torch.nn.Module
         [B, N, L] -> [S, B, N, L], a ``FlashFormer`` or any other. One that
-        takes ``lengths`` or ``statistics`` is given them.
+        takes ``lengths`` (frames that count, [B]) or ``statistics`` is given
+        them.
     decoder : torch.nn.Module
         [B, N, L] -> [B, T], a SpeechBrain ``Decoder``.
     lengths : torch.Tensor, optional
@@ -51,34 +53,35 @@ def separate(mixture, encoder, masknet, decoder, lengths=None, statistics=None):
     >>> from speechbrain_flashformer import FlashFormer
     >>> encoder = Encoder(kernel_size=16, out_channels=32)
     >>> decoder = Decoder(32, 1, kernel_size=16, stride=8, bias=False)
-    >>> masknet = FlashFormer(in_channels=32, d_model=64, num_layers=1)
+    >>> masknet = FlashFormer(in_channels=32, d_model=48, num_layers=1)
     >>> separate(torch.randn(3, 999), encoder, masknet, decoder).shape
     torch.Size([3, 999, 2])
     """
     B, T = mixture.shape
     kernel, stride = encoder_frame(encoder)
-    if lengths is not None:
-        samples = (lengths.to(mixture.device) * T).round()
-        keep = _keep(samples, T)
-        mixture = mixture * keep
     # Frames that cover all samples, at least one.
     frames = 1 + (max(T - kernel, 0) + stride - 1) // stride
-    padded = kernel + (frames - 1) * stride
-    mix_w = encoder(F.pad(mixture, (0, padded - T)))
-    options = {}
+    padded, options = kernel + (frames - 1) * stride, {}
+    if lengths is not None:
+        samples = (lengths * T).round()
+        mask = length_mask(samples, T, mixture.device)
+        mixture = mixture * mask.squeeze(2)
+        # From here on lengths are in frames.
+        lengths = (samples - kernel).clamp(min=0) / stride
+        lengths = 1 + lengths.ceil().long()
+        if takes(masknet, "lengths"):
+            options["lengths"] = lengths
     if statistics is not None and takes(masknet, "statistics"):
         options["statistics"] = statistics
+    mix_w = encoder(F.pad(mixture, (0, padded - T)))
     if lengths is not None:
-        valid = 1 + ((samples - kernel).clamp(min=0) / stride).ceil().long()
         # A frame past the last one of a row may still overlap its end.
-        mix_w = mix_w * _keep(valid, frames).unsqueeze(1)
-        if takes(masknet, "lengths"):
-            options["lengths"] = valid / frames
+        mix_w = mix_w * length_mask(lengths, frames, mix_w.device).mT
     masks = masknet(mix_w, **options)
     # One call for all speakers; [S, B, N, L] -> [S B, N, L].
     sources = decoder((mix_w * masks).flatten(0, 1))
     sources = sources.view(-1, B, padded)[..., :T].permute(1, 2, 0)
-    return sources if lengths is None else sources * keep.unsqueeze(2)
+    return sources if lengths is None else sources * mask
 
 
 def encoder_statistics(blocks, encoder):
@@ -133,11 +136,6 @@ def encoder_statistics(blocks, encoder):
     if rest.shape[1] > covered:
         _add(F.pad(rest, (0, kernel - rest.shape[1])))
     return tuple(part.to(dtype).to(weight.device) for part in moments(sums))
-
-
-def _keep(lengths, size):
-    """True below each length, [B, size]."""
-    return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
 def encoder_frame(encoder):
