@@ -169,6 +169,9 @@ class StreamingSeparator:
         As in ``separator.separate``; the masknet a causal ``FlashFormer``.
     batch_size : int
         B.
+    run : callable, optional
+        What runs the step, called as ``StreamingStep`` is: ``CompiledSteps``,
+        or a session of another runtime.
 
     Attributes
     ----------
@@ -200,7 +203,7 @@ class StreamingSeparator:
     torch.Size([1, 999, 2])
     """
 
-    def __init__(self, encoder, masknet, decoder, batch_size=1):
+    def __init__(self, encoder, masknet, decoder, batch_size=1, run=None):
         if getattr(decoder, "bias", None) is not None:
             raise ValueError("streaming needs a decoder without bias")
         if not hasattr(masknet, "make_streaming_context"):
@@ -209,7 +212,7 @@ class StreamingSeparator:
                 f"{type(masknet).__name__}"
             )
         self.step = StreamingStep(encoder, masknet, decoder)
-        self.batch_size = batch_size
+        self.batch_size, self.run = batch_size, run
         self.latency = self.step.delay + self.step.token + self.step.overlap
         context = self.step.make_streaming_context(batch_size)
         self.state = {
@@ -267,8 +270,8 @@ class StreamingSeparator:
             while samples.shape[1] >= step.token + step.overlap:
                 tokens = (samples.shape[1] - step.overlap) // step.token
                 size = min(tokens, MOST_TOKENS) * step.token
-                mix_w = step.encoder(samples[:, : size + step.overlap])
-                parts.append(self._meant(step.run(mix_w, state)))
+                given = samples[:, : size + step.overlap]
+                parts.append(self._meant(self._advance(given)))
                 samples = samples[:, size:]
             state["samples"] = samples.clone()
             sources = torch.cat(parts, 1)
@@ -298,6 +301,22 @@ class StreamingSeparator:
             parts.append(state["tail"].transpose(1, 2))
             rest = self._meant(torch.cat(parts, 1))
         return rest[:, : fed - state["given"]].clone()
+
+    def _advance(self, samples):
+        """Sources of whole tokens; the samples begin with an overlap."""
+        state, step = self.state, self.step
+        if self.run is None:
+            return step.run(step.encoder(samples), state)
+        first, mixture = samples.tensor_split([step.overlap], 1)
+        network = state["network"]
+        tokens = torch.tensor([network["tokens"]], device=samples.device)
+        flat = {**_flat(state), "samples": first, "tokens": tokens}
+        names = list(step.make_state(1))
+        sources, *new = self.run(mixture, *(flat[name] for name in names))
+        new = dict(zip(names, new))
+        _fill(state, new)
+        network["tokens"] = int(new["tokens"])
+        return sources
 
     def _meant(self, sources):
         """Sources [B, m, S] without those of before the stream began."""
