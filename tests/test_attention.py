@@ -7,7 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speechbrain_flashformer.nnet import attention
+from speechbrain_flashformer.nnet import window as windows
 from speechbrain_flashformer.nnet.attention import (
+    Rows,
     attend,
     attention_report,
     choose_backend,
@@ -24,87 +26,120 @@ WINDOWS = [
 ]
 
 
-def heads(B, tq, tk=None, dtype=torch.float64, H=2, D=8):
+def dense(q, k, v, window=(-1, -1), lengths=None):
+    """The oracle: the T x T matrix, in float32 at least."""
+    T = q.shape[1]
+    left, right = (side if side >= 0 else T for side in window)
+    ahead = torch.arange(T) - torch.arange(T)[:, None]
+    hidden = ((ahead < -left) | (ahead > right))[None, None]
+    if lengths is not None:
+        past = torch.arange(T) >= lengths[:, None]
+        hidden = hidden | past[:, None, None] | past[:, None, :, None]
+    wide = [
+        x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v)
+    ]
+    scores = torch.einsum("bqhd,bkhd->bhqk", *wide[:2]) / q.shape[3] ** 0.5
+    # A row that sees nothing gives 0, with a gradient of 0.
+    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1).masked_fill(hidden, 0.0)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, wide[2]).to(q.dtype)
+
+
+def heads(B, T, dtype=torch.float64, H=2, D=8):
     torch.manual_seed(0)
-    sizes = [(B, tq, H, D)] + [(B, tk or tq, H, D)] * 2
-    return [torch.randn(s, dtype=dtype, requires_grad=True) for s in sizes]
+    return [
+        torch.randn(B, T, H, D, dtype=dtype, requires_grad=True)
+        for _ in range(3)
+    ]
 
 
-def run_both(backend, qkv, **options):
+def run_both(backend, qkv, window=(-1, -1), lengths=None):
     """Outputs and gradients of a backend and of the oracle."""
     grad = torch.randn_like(qkv[0])
+    rows = None
+    if lengths is not None:
+        rows = Rows.of(lengths, qkv[0].shape[1], "cpu")
     results = []
-    for name in (backend, "reference"):
-        out = attend(*qkv, backend=name, **options)
+    for out in (
+        attend(*qkv, window, backend, rows),
+        dense(*qkv, window, lengths),
+    ):
         results.append([out, *torch.autograd.grad(out, qkv, grad)])
     return zip(*results)
 
 
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("T", [1, 7, 63, 130, 301])
-def test_sdpa_equals_reference(monkeypatch, window, causal, T):
-    # Small blocks, so that short inputs have interior and edge blocks.
-    monkeypatch.setattr(attention, "MIN_BLOCK", 16)
-    for ours, oracle in run_both(
-        "sdpa", heads(2, T), window=window, causal=causal
-    ):
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Short inputs have blocks in between, at both edges, several of each."""
+    monkeypatch.setattr(windows, "BLOCK", 8)
+    monkeypatch.setattr(windows, "EDGE", 24)
+    monkeypatch.setattr(windows, "MOST_DENSE", 0)
+
+
+@pytest.mark.parametrize("window", [*WINDOWS, (-1, 0), (0, 70), (90, 2)])
+@pytest.mark.parametrize("T", [1, 7, 63, 130, 301, 700])
+def test_sdpa_equals_the_oracle(window, T):
+    for ours, oracle in run_both("sdpa", heads(2, T), window):
         torch.testing.assert_close(ours, oracle, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("window", [(0, 0), (3, 5), (20, 0), (0, 9), (16, 16)])
-@pytest.mark.parametrize("T", [1, 7, 33, 63, 130])
-def test_blocks_equal_the_mask_of_a_short_window(monkeypatch, window, T):
-    monkeypatch.setattr(attention, "MIN_BLOCK", 8)
-    q, k, v = heads(3, T)
-    rows = zip(q.split(1), k.split(1), v.split(1))
-    blocks = torch.cat([attention._window_row(*x, *window) for x in rows])
-    monkeypatch.setattr(attention, "MIN_BLOCK", T)
-    monkeypatch.setattr(attention, "_window_row", None)
-    masked = attend(q, k, v, window=window)
-    torch.testing.assert_close(blocks, masked)
+@pytest.mark.parametrize(
+    "window",
+    [(0, 0), (3, 5), (20, 0), (0, 9), (16, 16), (30, 50), (200, 7), (5, 200)],
+)
+@pytest.mark.parametrize("T", [1, 7, 24, 33, 63, 130, 301])
+def test_blocks_equal_the_oracle(small_blocks, window, T):
+    for ours, oracle in run_both("sdpa", heads(2, T), window):
+        torch.testing.assert_close(ours, oracle, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("tq, tk", [(1, 50), (33, 50), (100, 170)])
-def test_more_keys_than_queries(monkeypatch, window, tq, tk):
-    monkeypatch.setattr(attention, "MIN_BLOCK", 16)
-    # Unbounded to the left and causal is refused; see below.
-    for causal in {False, window[0] >= 0}:
-        for ours, oracle in run_both(
-            "sdpa", heads(2, tq, tk), window=window, causal=causal
-        ):
-            torch.testing.assert_close(ours, oracle, atol=1e-10, rtol=0)
-
-
+@pytest.mark.parametrize("dense_up_to", [0, 1024])
 @pytest.mark.parametrize("window", [(-1, -1), (10, 10), (10, 0)])
-def test_rows_of_unlike_length(window):
+def test_rows_of_unlike_length(monkeypatch, window, dense_up_to):
+    monkeypatch.setattr(windows, "MOST_DENSE", dense_up_to)
     qkv = heads(3, 90)
     lengths = torch.tensor([90, 31, 1])
-    for ours, oracle in run_both("sdpa", qkv, window=window, lengths=lengths):
+    for ours, oracle in run_both("sdpa", qkv, window, lengths):
         torch.testing.assert_close(ours, oracle, atol=1e-10, rtol=0)
-    out = attend(*qkv, window=window, lengths=lengths)
+    out = attend(*qkv, window, rows=Rows.of(lengths, 90, "cpu"))
     for b, n in enumerate(lengths):
         alone = attend(*(x[b : b + 1, :n] for x in qkv), window=window)
         torch.testing.assert_close(out[b : b + 1, :n], alone)
         assert not out[b, n:].any()
 
 
-# (10, 8) hides a key from the last query, (11, 7) from the first, (11, 8) none.
+# (8, 7) hides a key from the last query, (7, 8) from the first.
 @pytest.mark.parametrize(
-    "window", [(2, 1), (10, 8), (11, 7), (11, 8), (-1, -1)]
+    "window", [(2, 1), (7, 8), (8, 7), (8, 8), (-1, 0), (-1, -1)]
 )
-@pytest.mark.parametrize("causal", [False, True])
-def test_reference_against_a_loop(window, causal):
-    q, k, v = (x.detach() for x in heads(1, 9, 12))
-    out = attend(q, k, v, window, causal, backend="reference")
-    left, right = (12 if side < 0 else side for side in window)
-    right = 0 if causal else right
+def test_the_oracle_against_a_loop(window):
+    q, k, v = (x.detach() for x in heads(1, 9))
+    out = dense(q, k, v, window)
+    left, right = (9 if side < 0 else side for side in window)
     for i, h in itertools.product(range(9), range(2)):
-        place = i + 3
-        seen = slice(max(0, place - left), place + right + 1)
+        seen = slice(max(0, i - left), i + right + 1)
         weights = (k[0, seen, h] @ q[0, i, h] / 8**0.5).softmax(0)
         torch.testing.assert_close(out[0, i, h], weights @ v[0, seen, h])
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_masks_of_inference_serve_training(mode):
+    """They are kept, and what inference mode makes has no gradients."""
+    qkv = heads(1, 300)
+    windows._kept_band.cache_clear()
+    with mode():
+        attend(*qkv, window=(100, 100))
+    attend(*qkv, window=(100, 100)).sum().backward()
+    assert windows._kept_band.cache_info().hits
+    assert qkv[0].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("T", [500, 2000])
+def test_layers_share_their_masks(T):
+    windows._kept_band.cache_clear()
+    for _ in range(8):
+        attend(*heads(2, T), window=(250, 250))
+    assert windows._kept_band.cache_info().misses == 1
 
 
 class Recorder(TorchDispatchMode):
@@ -133,7 +168,8 @@ def test_cpu_runs_the_flash_kernel_and_nothing_dense(window, dtype):
     flash = "_scaled_dot_product_flash_attention_for_cpu"
     assert flash in ran.names and flash + "_backward" in ran.names
     assert not {"_softmax", "bmm", "baddbmm"} & ran.names
-    # Largest is an input or the keys of all blocks, not T x T.
+    # Largest is an input, the mask of a block, or the gradients of the keys
+    # of all blocks, not T x T.
     assert ran.largest <= 4 * qkv[0].numel() < T * T
 
 
@@ -158,12 +194,9 @@ def test_errors_name_the_matter():
     q, k, v = heads(1, 5)
     with pytest.raises(ValueError, match="unknown attention backend 'flash'"):
         attend(q, k, v, backend="flash")
-    with pytest.raises(ValueError, match=r"q \[B, Tq, H, D\]"):
-        attend(q[0], k, v)
-    with pytest.raises(ValueError, match="Tk >= Tq"):
-        attend(q, k[:, :3], v[:, :3])
-    with pytest.raises(ValueError, match="lengths"):
-        attend(q, k, v, lengths=torch.tensor([5, 5]))
+    for other in (q[0], q[:, :3], q[..., :4]):
+        with pytest.raises(ValueError, match=r"q, k and v \[B, T, H, D\]"):
+            attend(other, k, v)
     with pytest.raises(ValueError, match="even head width, got 7"):
         RotaryAngles(7)
 
@@ -173,18 +206,14 @@ def test_a_backend_that_cannot_run_says_why_and_what_can():
     with pytest.raises(RuntimeError) as error:
         attend(q, k, v, backend="flash_attn")
     assert "flash_attn: " in str(error.value)
-    assert "Can run: sdpa, reference" in str(error.value)
+    assert "Can run: sdpa" in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "window, tq", [((-1, 4), 50), ((4, -1), 50), ((-1, 0), 20)]
-)
-def test_one_unbounded_side_is_refused_not_dense(window, tq):
-    q, k, v = heads(1, tq, 50)
+@pytest.mark.parametrize("window", [(-1, 4), (4, -1)])
+def test_one_unbounded_side_is_refused_not_dense(window):
+    q, k, v = heads(1, 50)
     with pytest.raises(RuntimeError, match="unbounded on one side"):
         attend(q, k, v, window=window)
-    out = attend(q, k, v, window=window, backend="reference")
-    assert out.shape == q.shape
 
 
 @pytest.mark.parametrize("window", [(0,), (1, 2, 3), 5, (1.5, 1), (-2, 0)])
@@ -194,25 +223,12 @@ def test_windows_are_two_whole_numbers(window):
         attend(q, k, v, window=window)
 
 
-def test_attention_dropout_on_cpu_is_refused_not_dense():
-    q, k, v = heads(1, 5, dtype=torch.float32)
-    with pytest.raises(RuntimeError, match="sdpa: attention dropout"):
-        attend(q, k, v, dropout_p=0.1)
-    q, k, v = heads(1, 100, dtype=torch.float32)
-    shares = attend(
-        q, k, torch.ones_like(v), dropout_p=0.5, backend="reference"
-    )
-    # Half of the weights are 0, the others twice as large.
-    assert shares.std() > 0.05
-    assert shares.mean().item() == pytest.approx(1, abs=0.05)
-
-
 def test_report_names_what_ran_and_why_not_the_others():
     q, k, v = heads(1, 5, dtype=torch.float32)
     with attention_report() as ran:
         attend(q, k, v)
-        attend(q, k, v, backend="reference")
-    assert [entry["backend"] for entry in ran] == ["sdpa", "reference"]
+        attend(q, k, v, backend="sdpa")
+    assert [entry["backend"] for entry in ran] == ["sdpa", "sdpa"]
     assert set(ran[0]["not_used"]) == {"flash_attn", "torch_flash"}
 
 
@@ -235,9 +251,9 @@ class FakeFlash:
         assert len(window_size) == 2 and min(window_size) >= -1
 
     def dense(self, q, k, v, dropout_p=0.0, causal=False, window_size=(-1, -1)):
-        assert q.ndim == 4
+        assert q.ndim == 4 and not dropout_p and not causal
         self.check(q, k, v, window_size)
-        return attend(q, k, v, window_size, causal, backend="reference")
+        return dense(q, k, v, window_size)
 
     def packed(
         self,
@@ -260,7 +276,7 @@ class FakeFlash:
         for (q0, k0), (q1, k1) in itertools.pairwise(starts):
             assert q1 - q0 <= max_seqlen_q and k1 - k0 <= max_seqlen_k
             row = [x[None] for x in (q[q0:q1], k[k0:k1], v[k0:k1])]
-            rows.append(attend(*row, window_size, backend="reference")[0])
+            rows.append(dense(*row, window_size)[0])
         return torch.cat(rows)
 
 
@@ -277,7 +293,7 @@ def test_flash_adapters_keep_the_contract(
     # The stand-in runs on the CPU; only the check of the device is lifted.
     monkeypatch.setattr(attention, "_why_not_flash_kernel", lambda q: None)
     qkv = heads(3, 40, dtype=torch.bfloat16)
-    for ours, oracle in run_both(backend, qkv, window=window, lengths=lengths):
+    for ours, oracle in run_both(backend, qkv, window, lengths):
         torch.testing.assert_close(ours, oracle)
     assert fake.calls
 
@@ -286,8 +302,8 @@ def test_auto_takes_flash_attn_first(monkeypatch):
     q = torch.zeros(1, 4, 1, 8, dtype=torch.bfloat16)
     monkeypatch.setattr(attention, "flash_attn_func", FakeFlash().dense)
     monkeypatch.setattr(attention, "_why_not_flash_kernel", lambda q: None)
-    assert choose_backend(q, q, (-1, -1))[0] == "flash_attn"
-    assert choose_backend(q, q, (-1, -1), "sdpa")[0] == "sdpa"
+    assert choose_backend(q, (-1, -1))[0] == "flash_attn"
+    assert choose_backend(q, (-1, -1), "sdpa")[0] == "sdpa"
 
 
 def test_rotary_positions_turn_pairs_as_complex_numbers():
@@ -335,25 +351,10 @@ def test_exported_attention_is_exact_at_every_length(window):
     # onnxruntime does not, see test_export.py.
     for B, T in ((1, 301), (2, 513), (3, 777)):
         q, k, v = torch.randn(3, B, T, 2, 8)
-        expected = attend(q, k, v, window=window, backend="reference")
+        expected = dense(q, k, v, window)
         torch.testing.assert_close(
             program(q, k, v), expected, rtol=0, atol=1e-5
         )
-
-
-def test_the_reference_is_no_less_exact_under_autocast():
-    q, k, v = heads(1, 9, dtype=torch.float32)
-    expected = attend(q, k, v, window=(2, 2), backend="reference")
-    with torch.autocast("cpu", torch.bfloat16):
-        found = attend(q, k, v, window=(2, 2), backend="reference")
-    assert torch.equal(found, expected)
-
-
-def test_the_reference_computes_half_precision_in_float32():
-    q, k, v = heads(1, 40, dtype=torch.bfloat16)
-    found = attend(q, k, v, backend="reference")
-    expected = attend(*(x.float() for x in (q, k, v)), backend="reference")
-    assert torch.equal(found, expected.bfloat16())
 
 
 class OnCuda:
@@ -390,13 +391,13 @@ def test_head_widths_that_a_kernel_refuses_fall_to_the_next(
     )
     q = OnCuda(width)
     why_not, _ = attention.BACKENDS[backend]
-    found = why_not(q, q, (5, 5), 0.0, None)
+    found = why_not(q, (5, 5))
     assert found is None if reason is None else reason in found
 
 
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (5, 2), (70, 70)])
 def test_filled_up_heads_change_nothing(monkeypatch, window):
     qkv = heads(2, 300, D=12)
-    monkeypatch.setattr(attention, "_missing_width", lambda q: -q.shape[3] % 8)
-    for ours, oracle in run_both("sdpa", qkv, window=window):
+    monkeypatch.setattr(windows, "_missing_width", lambda q: -q.shape[3] % 8)
+    for ours, oracle in run_both("sdpa", qkv, window):
         torch.testing.assert_close(ours, oracle)

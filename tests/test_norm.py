@@ -87,7 +87,7 @@ def test_sums_are_exact_without_float64(cut):
     context, parts = norm.make_streaming_context(x), []
     assert context["sums"].dtype == torch.float32
     for part in x[:, : 9000 if cut > 1 else 3000].split(cut, 1):
-        parts.append(norm(part, context))
+        parts.append(norm(part, context=context))
     found = torch.cat(parts, 1)
     wide = CumulativeNorm(8, span=2000).double()
     exact = wide(x.double())[:, : found.shape[1]].float()
@@ -104,7 +104,7 @@ def test_the_norm_forgets():
     torch.testing.assert_close(norm(x)[:, 150:], norm(loud)[:, 150:])
     context, parts = norm.make_streaming_context(x), []
     for part in loud.split(7, 1):
-        parts.append(norm(part, context))
+        parts.append(norm(part, context=context))
     torch.testing.assert_close(torch.cat(parts, 1), norm(loud))
 
 

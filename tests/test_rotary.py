@@ -12,7 +12,8 @@ def exact(length, head_width, offset):
     half = torch.arange(0, head_width, 2, dtype=torch.float64)
     place = torch.arange(length, dtype=torch.float64) + offset
     angles = place[:, None, None] * 10000.0 ** (-half / head_width)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], 2), torch.cat([-sin, sin], 2)
 
 
 # The last is an hour of attention over every frame.

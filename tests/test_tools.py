@@ -47,7 +47,7 @@ def run(masknet, mix_w):
     masks = masknet(mix_w)
     if masknet.can_stream:
         context = masknet.make_streaming_context(len(mix_w))
-        streamed = masknet.forward_streaming(mix_w, context)
+        streamed = masknet.step(mix_w, context=context)
         torch.testing.assert_close(streamed, masks, rtol=0, atol=1e-3)
     return masks
 

@@ -183,7 +183,7 @@ class FlashFormer(nn.Module):
                 )
             lengths = lengths.clamp(1, L)
         if not self.causal:
-            return self.step(mix_w, lengths, statistics)
+            return self.step(mix_w, lengths, statistics)[..., :L]
         if statistics is not None:
             raise ValueError("a causal network takes no statistics")
         # Silence follows the end, as at the end of a stream.
@@ -205,28 +205,36 @@ class FlashFormer(nn.Module):
         x = mix_w.transpose(1, 2)
         mask = length_mask(lengths, x.shape[1], x.device)
         x = self.project(self.norm_in(x, mask, past["norm"] or statistics))
+        # An exported graph, for all lengths, has whole tokens from the start.
+        exporting = torch.compiler.is_exporting()
+        if exporting and context is None:
+            mask = x.new_ones(1, x.shape[1], 1, dtype=torch.bool)
+            x, mask = (
+                F.pad(part, (0, 0, 0, -x.shape[1] % self.token_stride))
+                for part in (x, mask)
+            )
         skips = []
         for i, merge in enumerate(self.merge):
             x = self.down[i](x, mask, past["down"][i])
             skips.append((self.delay[i](x, past["skips"][i]), mask))
             if mask is not None:
                 x, mask = x * mask, mask[:, :: self.ratio]
-            # An exported graph is for all lengths.
-            if torch.compiler.is_exporting() or x.shape[1] % self.ratio:
+            if not exporting and x.shape[1] % self.ratio:
                 x = F.pad(x, (0, 0, 0, -x.shape[1] % self.ratio))
             x = merge(x.unflatten(1, (-1, self.ratio)).flatten(2))
         x = self.attend(x, mask, lengths, past)
         begun = begun_mask(x, past["tokens"], self.future_tokens)
         for i, split in reversed(list(enumerate(self.split))):
             x = split(x).unflatten(2, (self.ratio, -1)).flatten(1, 2)
-            x, mask = self.join(x, *skips[i])
+            skip, mask = skips[i]
+            x = (x if exporting else x[:, : skip.shape[1]]) + skip
             if begun is not None:
                 begun = mask = begun.repeat_interleave(self.ratio, 1)
             x = self.up[i](x, mask, past["up"][i])
         if context is not None:
             tokens = x.shape[1] // self.token_stride
             context["tokens"] = context["tokens"] + tokens
-        masks = self.masks(self.norm_out(x)).transpose(1, 2).relu_()
+        masks = self.masks(self.norm_out(x)).transpose(1, 2).relu()
         size = (self.num_spks, self.in_channels)
         return masks.unflatten(1, size).transpose(0, 1)
 
@@ -242,10 +250,6 @@ class FlashFormer(nn.Module):
         if self.checkpointing and self.training:
             return checkpoint(layer, *arguments, use_reentrant=False)
         return layer(*arguments)
-
-    def join(self, x, skip, mask):
-        """Upsampled frames with their skip, and their mask."""
-        return x[:, : skip.shape[1]] + skip, mask
 
     def make_streaming_context(self, batch_size=1):
         """The state of ``batch_size`` new streams, for ``step``.
