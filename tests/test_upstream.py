@@ -64,7 +64,7 @@ def test_resetting_as_speechbrain_does_leaves_a_network_that_learns(
 
 def test_every_setting_is_read_where_the_recipe_says():
     script = (RECIPE / "train.py").read_text()
-    package = {p.stem: p.read_text() for p in PACKAGE.glob("*.py")}
+    package = {p.stem: p.read_text() for p in PACKAGE.rglob("*.py")}
     (said,) = re.findall(r"# Where the package.*?\n\n", script, re.S)
     # "# data.load_datasets: hparams.train_data, ...", over several lines.
     said = said.replace("\n#", " ")
