@@ -5,7 +5,7 @@
       --examples 4800 tiny tiny:num_layers=2 conv-tasnet
 
 SPEECH is a folder or CSV file of single-speaker recordings, as dynamic mixing
-takes it, or the folder of benchmarks/pretrained_data.py, whose validation part
+takes it, or the folder of pretrained_data.py, whose validation part
 is left out; several may be given; without any, generated voices. CV and TT hold
 mix/, s1/ and s2/; the test set ``voices`` needs no folder. All models have the
 same mixtures, gradient clip and shape of schedule; every run is one of MODEL x
@@ -47,7 +47,6 @@ import torch.nn as nn
 from evaluate_model import read_mixture
 from models import OURS
 from peers import build_separator
-from pretrained_data import real_speech
 from records import read_csv, write_csv, write_figure, write_text
 from speechbrain.dataio.batch import PaddedBatch
 
@@ -65,6 +64,10 @@ from speechbrain_flashformer.training.optim import Muon, matrix_groups
 from speechbrain_flashformer.training.voices import make_voices
 
 ROOT = Path(__file__).resolve().parent
+sys.path.append(str(ROOT.parent / "recipes/Pretrained"))
+
+from pretrained_data import real_speech  # noqa: E402
+
 RATE = 8000
 SPEEDS = (95, 105)
 MAX_GRAD_NORM = 5

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import os
-import shutil
 
 
 @contextlib.contextmanager
@@ -22,30 +21,6 @@ def written_whole(path):
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def copied_whole(folder, out):
-    """A copy of a folder beside ``out``, to change, which becomes ``out``.
-
-    Arguments
-    ---------
-    folder, out : Path
-
-    Raises
-    ------
-    FileExistsError
-        When ``out`` is there.
-    """
-    if out.exists():
-        raise FileExistsError(f"{out} exists: remove it or name another")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        yield shutil.copytree(folder, partial)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_csv(path, rows, columns=None):

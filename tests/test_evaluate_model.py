@@ -151,23 +151,6 @@ def test_a_set_that_cannot_be_scored_is_named(
         bench.score(Model(None), tmp_path)
 
 
-def test_prompts_are_sorted_by_who_speaks(bench, tmp_path):
-    sounds = tmp_path / "sounds"
-    for name in ("en_f_Ann/digits/1", "es_f_Ann/1", "fr/silence/2", "fr/3"):
-        path = sounds / f"{name}.wav"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, np.ones(80), 8000)
-    soundfile.write(sounds / "fr/tt-monkeys.wav", np.ones(80), 8000)
-    importlib.import_module("prompt_speakers").main(sounds, tmp_path / "out")
-    found = sorted((tmp_path / "out").rglob("*.wav"))
-    names = [path.relative_to(tmp_path / "out").as_posix() for path in found]
-    assert names == [
-        "Ann/en_f_Ann_digits_1.wav",
-        "Ann/es_f_Ann_1.wav",
-        "fr/fr_3.wav",
-    ]
-
-
 def test_recordings_that_are_too_short_are_told(bench, tmp_path):
     soundfile.write(tmp_path / "a.wav", np.ones(8000), 8000)
     with pytest.raises(FileNotFoundError, match="no recording of 3 s"):
