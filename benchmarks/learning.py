@@ -21,7 +21,7 @@ much of the difference in level between the speakers is kept; (0,1) goes
 likewise), ``speeds`` (least and greatest, in percent), ``precision=bf16``,
 ``flip`` (the share of the mixtures that are upside down: 0, 0.5 or 1), ``loss``
 (si-snr or snr), ``absent`` (the share of the mixtures in which one speaker is
-alone), ``start``, ``output=map`` (see peers.py) and, of ours, ``without``,
+alone), ``start``, ``output=map`` and, of ours, ``without``,
 ``norm`` and ``variant`` (see models.py).
 
 Writes OUT.csv, a row per run; OUT_curves.csv, what was measured on the way;
@@ -45,8 +45,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from evaluate_model import read_mixture
-from models import OURS
-from peers import build_separator
+from models import OURS, build_separator
 from records import read_csv, write_csv, write_figure, write_text
 from speechbrain.dataio.batch import PaddedBatch
 

@@ -1,8 +1,9 @@
-"""How the commands here keep their figures: each file whole or not at all."""
+"""What the commands here share: files whole or not at all, memory in use."""
 
 import contextlib
 import csv
 import os
+from pathlib import Path
 
 
 @contextlib.contextmanager
@@ -66,3 +67,10 @@ def write_figure(path, figure):
     """Write a figure of matplotlib as PNG."""
     with written_whole(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
+
+
+def megabytes(name):
+    """Memory of this process, by its name in Linux's status file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{name}:"))
+    return int(line.split()[1]) / 1024

@@ -29,7 +29,13 @@ import sys
 import time
 from pathlib import Path
 
-from records import read_csv, write_csv, write_figure, write_text
+from records import (
+    megabytes,
+    read_csv,
+    write_csv,
+    write_figure,
+    write_text,
+)
 
 RATE = 8000
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,7 +94,7 @@ def measure(task, name, threads, lengths, limit, gigabytes, gmac_per_s):
     gmac_per_s is counted unless it is known.
     """
     import torch
-    from peers import build_separator
+    from models import build_separator
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -99,7 +105,7 @@ def measure(task, name, threads, lengths, limit, gigabytes, gmac_per_s):
     # Load libraries and kernels on a short input, then look at memory.
     with torch.no_grad():
         model(torch.randn(1, RATE))
-    before = _megabytes("VmRSS")
+    before = megabytes("VmRSS")
     about = {
         "gmac_per_s": gmac_per_s or round(_macs(model, 4 * RATE) / 4e9, 3),
         "parameters_m": round(sum(p.numel() for p in weights) / 1e6, 2),
@@ -151,7 +157,7 @@ def measure(task, name, threads, lengths, limit, gigabytes, gmac_per_s):
             "median_s": round(median, 4),
             "rtf": round(median / seconds, 5),
             "cpu_s": round(statistics.median(computing), 4),
-            "extra_peak_mb": round(_megabytes("VmHWM") - before),
+            "extra_peak_mb": round(megabytes("VmHWM") - before),
             "load": round(load, 1),
         }
         print(json.dumps(row), flush=True)
@@ -166,13 +172,6 @@ def _macs(model, samples):
     recurrent = any(isinstance(m, torch.nn.RNNBase) for m in model.modules())
     with torch.backends.mkldnn.flags(enabled=not recurrent):
         return count_macs(model, torch.randn(1, samples))
-
-
-def _megabytes(name):
-    """Memory of this process, by its name in Linux's status file."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(f"{name}:"))
-    return int(line.split()[1]) / 1024
 
 
 def _allow(gigabytes):
