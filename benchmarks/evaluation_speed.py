@@ -22,7 +22,7 @@ from mir_eval.separation import bss_eval_sources
 from records import write_csv
 from speechbrain.nnet.losses import get_si_snr_with_pitwrapper
 
-from speechbrain_flashformer.training.mixing import random_noise
+from speechbrain_flashformer.training.effects import random_noise
 from speechbrain_flashformer.training.scores import ResultsWriter, quick_scores
 
 OUT = Path(__file__).parent / "results" / "evaluation_speed.csv"

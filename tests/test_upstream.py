@@ -66,7 +66,7 @@ def test_every_setting_is_read_where_the_recipe_says():
     script = (RECIPE / "train.py").read_text()
     package = {p.stem: p.read_text() for p in PACKAGE.glob("*.py")}
     (said,) = re.findall(r"# Where the package.*?\n\n", script, re.S)
-    # "# data.load_datasets: hparams.train_data, ...", over several lines.
+    # "# data.dataio_prep: hparams.train_data, ...", over several lines.
     said = said.replace("\n#", " ")
     rooms = re.findall(r"(\w+)\.\w+: ((?:hparams\.\w+(?:,\s+)?)+)", said)
     assert sum(listed.count("hparams.") for _, listed in rooms) == said.count(
