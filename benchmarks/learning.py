@@ -52,16 +52,15 @@ from records import read_csv, write_csv, write_figure, write_text
 from speechbrain.dataio.batch import PaddedBatch
 
 from speechbrain_flashformer.nnet.macs import count_macs
+from speechbrain_flashformer.training.effects import Absence, PolarityFlip
 from speechbrain_flashformer.training.losses import (
     pit_si_snr_loss,
     pit_snr_loss,
 )
 from speechbrain_flashformer.training.metrics import best_order, si_snr
-from speechbrain_flashformer.training.mixing import (
-    DynamicMixtures,
-    find_recordings,
-)
+from speechbrain_flashformer.training.mixing import DynamicMixtures
 from speechbrain_flashformer.training.optim import Muon, matrix_groups
+from speechbrain_flashformer.training.recordings import find_recordings
 from speechbrain_flashformer.training.voices import make_voices
 
 ROOT = Path(__file__).resolve().parent
@@ -326,8 +325,7 @@ def run(entry, seed, speech, tests, arguments, done):
         *(recordings, 2, RATE, both_ends(training["crop"])[0], seed),
         speeds=training["speeds"],
         same_corpus_share=0.5,
-        absent_share=training["absent"],
-        flip_share=training["flip"],
+        effects=[Absence(training["absent"]), PolarityFlip(training["flip"])],
     )
     seconds = torch.randn(1, TEST_SECONDS * RATE)
     # Without the fused kernel, of which the counter sees nothing in an LSTM.

@@ -23,11 +23,14 @@ from torch.utils.data import DataLoader
 
 from speechbrain_flashformer.nnet.separator import separate
 from speechbrain_flashformer.training.data import EpochSampler, load_dataset
-from speechbrain_flashformer.training.losses import pit_si_snr_loss
-from speechbrain_flashformer.training.mixing import (
-    DynamicMixtures,
-    find_recordings,
+from speechbrain_flashformer.training.effects import (
+    Noise,
+    RandomEQ,
+    Reverberation,
 )
+from speechbrain_flashformer.training.losses import pit_si_snr_loss
+from speechbrain_flashformer.training.mixing import DynamicMixtures
+from speechbrain_flashformer.training.recordings import find_recordings
 from speechbrain_flashformer.training.voices import make_voices
 
 ROOT = Path(__file__).parent.parent
@@ -75,9 +78,7 @@ def make_sets(folder):
         SAMPLES,
         seed=0,
         speeds=(90, 110),
-        noise_share=0.5,
-        room_share=0.5,
-        colour_db=6,
+        effects=[RandomEQ(1.0), Reverberation(0.5), Noise(0.5)],
     )
     return {
         "prepared": load_dataset(table, hparams, SAMPLES),

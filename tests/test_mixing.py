@@ -8,7 +8,7 @@ from speechbrain.dataio.batch import PaddedBatch
 from torch.utils.data import DataLoader
 from torchaudio.functional import resample
 
-from speechbrain_flashformer.training import mixing
+from speechbrain_flashformer.training import mixing, recordings
 from speechbrain_flashformer.training.data import EpochSampler
 from speechbrain_flashformer.training.effects import (
     Absence,
@@ -221,9 +221,8 @@ def test_samples_that_are_not_finite_are_named(speech, tmp_path, value):
         signal = np.full(4000, 0.1, np.float32)
         signal[2000:] = value
         soundfile.write(tmp_path / f"{name}.wav", signal, 8000, subtype="FLOAT")
-    recordings = find_recordings(tmp_path, "file")
     with pytest.raises(ValueError, match=r"/[ab].wav has samples that are not"):
-        DynamicMixtures(recordings, 2, 8000, 4000, 1)[0]
+        mixtures(tmp_path, speaker="file", samples=4000)[0]
     noisy = mixtures(speech, Noise(1.0, folder=tmp_path))
     with pytest.raises(ValueError, match=r"/[ab].wav has samples that are not"):
         noisy[0]
@@ -547,9 +546,7 @@ def test_no_speed_makes_a_huge_filter(tmp_path, monkeypatch, rate):
         ratios.append((old, new))
         return resample(signal, old, new)
 
-    monkeypatch.setattr(
-        "speechbrain_flashformer.training.recordings.resample", spy
-    )
+    monkeypatch.setattr(recordings, "resample", spy)
     for s in range(2):
         (tmp_path / f"{s}").mkdir()
         tone = np.sin(2 * np.pi * 400 * (s + 1) * np.arange(2 * rate) / rate)

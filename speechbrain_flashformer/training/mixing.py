@@ -154,10 +154,10 @@ class DynamicMixtures(Dataset):
         self.speeds, self.effects = speeds, list(effects)
         self.same_corpus_share = same_corpus_share
         self.concatenation_share = concatenation_share
-        shares = {type(x).__name__: x.share for x in self.effects}
-        shares["same corpus"] = same_corpus_share
-        shares["concatenation"] = concatenation_share
-        for name, share in shares.items():
+        shares = [(type(x).__name__, x.share) for x in self.effects]
+        shares.append(("same corpus", same_corpus_share))
+        shares.append(("concatenation", concatenation_share))
+        for name, share in shares:
             if not 0 <= share <= 1:
                 raise ValueError(
                     f"the share of {name} must be from 0 to 1, not {share}"
