@@ -28,7 +28,6 @@ STILL_LONG = {
     "nnet.attention",
     "nnet.flashformer",
     "nnet.streaming",
-    "training.voices",
 }
 # Imported where they are needed, if they are there.
 LAZY = {"flash_attn", "pesq", "pystoi"}
