@@ -48,10 +48,8 @@ from records import write_csv
 from speechbrain_flashformer.inference import FlashFormerSeparation
 from speechbrain_flashformer.inference.chunks import ChunkPlan, separate_long
 from speechbrain_flashformer.training.metrics import best_order, reorder, si_snr
-from speechbrain_flashformer.training.mixing import (
-    DynamicMixtures,
-    find_recordings,
-)
+from speechbrain_flashformer.training.mixing import DynamicMixtures
+from speechbrain_flashformer.training.recordings import find_recordings
 from speechbrain_flashformer.training.voices import make_voices
 
 RESULTS = Path(__file__).parent / "results"

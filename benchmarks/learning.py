@@ -55,10 +55,9 @@ from training import (
 )
 
 from speechbrain_flashformer.nnet.macs import count_macs
-from speechbrain_flashformer.training.mixing import (
-    DynamicMixtures,
-    find_recordings,
-)
+from speechbrain_flashformer.training.effects import Absence, PolarityFlip
+from speechbrain_flashformer.training.mixing import DynamicMixtures
+from speechbrain_flashformer.training.recordings import find_recordings
 from speechbrain_flashformer.training.voices import make_voices
 
 ROOT = Path(__file__).resolve().parent
@@ -139,8 +138,7 @@ def run(entry, seed, speech, tests, arguments, done):
         *(recordings, 2, RATE, both_ends(training["crop"])[0], seed),
         speeds=training["speeds"],
         same_corpus_share=0.5,
-        absent_share=training["absent"],
-        flip_share=training["flip"],
+        effects=[Absence(training["absent"]), PolarityFlip(training["flip"])],
     )
     seconds = torch.randn(1, TEST_SECONDS * RATE)
     # Without the fused kernel, of which the counter sees nothing in an LSTM.

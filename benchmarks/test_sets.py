@@ -26,12 +26,11 @@ import numpy as np
 import soundfile
 from records import write_csv
 
-from speechbrain_flashformer.training.mixing import (
-    DynamicMixtures,
+from speechbrain_flashformer.training.effects import random_noise, reverberate
+from speechbrain_flashformer.training.mixing import DynamicMixtures
+from speechbrain_flashformer.training.recordings import (
     Recording,
     find_recordings,
-    random_noise,
-    reverberate,
 )
 
 RATE = 8000

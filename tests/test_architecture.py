@@ -28,9 +28,6 @@ STILL_LONG = {
     "nnet.attention",
     "nnet.flashformer",
     "nnet.streaming",
-    "training.brain",
-    "training.mixing",
-    "training.voices",
 }
 # Imported where they are needed, if they are there.
 LAZY = {"flash_attn", "pesq", "pystoi"}

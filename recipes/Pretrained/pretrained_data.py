@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from speechbrain_flashformer.training.mixing import Recording
+from speechbrain_flashformer.training.recordings import Recording
 from speechbrain_flashformer.training.voices import make_voices
 
 VOICES = 1000
