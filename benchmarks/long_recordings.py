@@ -34,7 +34,7 @@ from evaluate_model import wrong_turns
 from records import write_csv
 
 from speechbrain_flashformer.inference import FlashFormerSeparation
-from speechbrain_flashformer.inference.chunks import ChunkPlan, separate_long
+from speechbrain_flashformer.inference.chunks import ChunkPlan, ChunkSeparator
 from speechbrain_flashformer.training.voices import make_voices
 
 RESULTS = Path(__file__).parent / "results"
@@ -116,14 +116,14 @@ class Oracle:
         self.plan, self.rng, self.calls = plan, rng, 0
 
     def __call__(self, chunks):
-        """Take chunks [1, n], give the sources [1, n, 2]."""
+        """Take chunks [1, n], give the sources [1, 2, n]."""
         samples = chunks.shape[1]
         last = self.sources.shape[1] - samples
         start = min(self.calls * self.plan.hop, last)
         self.calls += 1
         true = self.sources[:, start : start + samples]
         true = true + self.LEAK * true.flip(0)
-        return true[self.rng.permutation(2)].T[None]
+        return true[self.rng.permutation(2)][None]
 
 
 def measure_order(model, speech):
@@ -141,8 +141,9 @@ def measure_order(model, speech):
             sources, turns = converse([speakers[who] for who in pair], rng)
             mixture = torch.from_numpy(sources.sum(0, keepdims=True)).float()
             oracle = Oracle(sources, plan, rng)
-            parts = separate_long([mixture], oracle, RATE, plan, 2)
-            told = torch.cat(list(parts), 1)[0].T.numpy()
+            separator = ChunkSeparator(oracle, RATE, plan, 2)
+            parts = [separator.feed(mixture), separator.flush()]
+            told = torch.cat(parts, 2)[0].numpy()
             heard = model.separate_audio(mixture, RATE)[0].T.numpy()
             row = {
                 "speech": name,

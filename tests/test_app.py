@@ -25,11 +25,9 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from speechbrain_flashformer import cli
 from speechbrain_flashformer.cli import app
+from speechbrain_flashformer.inference import FlashFormerSeparation
 from speechbrain_flashformer.inference.audio import AudioReader
-from speechbrain_flashformer.inference.interface import (
-    FlashFormerSeparation,
-    built_in_model,
-)
+from speechbrain_flashformer.inference.folders import built_in_model
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

@@ -18,9 +18,11 @@ from speechbrain_flashformer.inference import files
 from speechbrain_flashformer.inference.audio import (
     AudioReader,
     Resampler,
-    resample_blocks,
 )
-from speechbrain_flashformer.inference.files import SourceWriter
+from speechbrain_flashformer.inference.files import (
+    SourceWriter,
+)
+from speechbrain_flashformer.inference.pipeline import flow
 
 
 @pytest.mark.parametrize(
@@ -483,7 +485,7 @@ def test_resampling_in_blocks_equals_the_whole(old, new, block):
         whole = torch.randn(2, 700)
     else:
         whole = torch.randn(2, 20011)
-    parts = list(resample_blocks(whole.split(block, 1), old, new))
+    parts = list(flow(whole.split(block, 1), [Resampler(old, new)]))
     expected = resample(whole, old, new)
     out = torch.cat(parts, 1)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
@@ -514,7 +516,7 @@ def test_resampler_holds_little():
 def write(paths, sources, **options):
     with SourceWriter(paths, 8000, len(sources), **options) as writer:
         for part in sources.split(300):
-            writer.write(part)
+            writer.write(part.T[None])
 
 
 def read(paths):
@@ -575,7 +577,7 @@ def test_a_failure_leaves_nothing(paths):
         pytest.raises(RuntimeError, match="on the way"),
         SourceWriter(paths, 8000, 100) as writer,
     ):
-        writer.write(torch.zeros(50, 2))
+        writer.write(torch.zeros(1, 2, 50))
         raise RuntimeError("on the way")
     assert list(paths[0].parent.iterdir()) == []
 
@@ -586,7 +588,7 @@ def test_a_failure_keeps_the_old_files(paths):
         pytest.raises(RuntimeError),
         SourceWriter(paths, 8000, 100, overwrite=True) as writer,
     ):
-        writer.write(torch.zeros(50, 2))
+        writer.write(torch.zeros(1, 2, 50))
         raise RuntimeError
     assert read(paths).all()
     assert sorted(path.name for path in paths[0].parent.iterdir()) == [
@@ -749,7 +751,7 @@ def test_what_appears_meanwhile_is_not_replaced(paths):
         pytest.raises(FileExistsError, match=r"a_s2\.wav exists"),
         SourceWriter(paths, 8000, 10) as writer,
     ):
-        writer.write(torch.zeros(10, 2))
+        writer.write(torch.zeros(1, 2, 10))
         paths[1].write_text("mine")
     assert [path.name for path in paths[0].parent.iterdir()] == ["a_s2.wav"]
     assert paths[1].read_text() == "mine"
