@@ -13,7 +13,7 @@ import soundfile
 import torch
 from torchaudio.functional import resample
 
-from speechbrain_flashformer import cli
+from speechbrain_flashformer.cli.separate import clean_up
 from speechbrain_flashformer.inference import files
 from speechbrain_flashformer.inference.audio import (
     AudioReader,
@@ -691,7 +691,7 @@ def test_what_a_killed_process_replaced_comes_back(paths, monkeypatch, number):
     monkeypatch.undo()
     folder = paths[0].parent
     task = (folder / "a.wav", folder, "a")
-    written, failure = cli._clean_up(task, os.getpid(), -9)
+    written, failure = clean_up(task, os.getpid(), -9)
     assert not written and "its process died" in failure
     # Once all had their names, they are the new ones.
     assert read(paths).all() if number == 4 else not read(paths).any()

@@ -283,7 +283,7 @@ class Resampler:
         ready = max(0, block.shape[-1] - self.reach) * self.new // self.old
         if ready <= self.given:
             return block[..., :0]
-        out = self.resample(block)[..., self.given : ready]
+        out = self.resample(block.contiguous())[..., self.given : ready]
         over = max(0, ready // self.new - self.periods)
         self.buffer = block[..., over * self.old :]
         self.given = ready - over * self.new
@@ -293,4 +293,4 @@ class Resampler:
         """Return the rest, [..., m]."""
         if self.buffer is None:
             return torch.zeros(1, 0)
-        return self.resample(self.buffer)[..., self.given :]
+        return self.resample(self.buffer.contiguous())[..., self.given :]

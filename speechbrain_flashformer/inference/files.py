@@ -11,10 +11,10 @@ from pathlib import Path
 
 import soundfile
 
+from speechbrain_flashformer.inference.options import SUBTYPES
 from speechbrain_flashformer.inference.view import native_name
 
 BYTES = {"FLOAT": 4, "PCM_16": 2, "PCM_24": 3}  # per sample
-SUBTYPES = {"float": "FLOAT", "pcm16": "PCM_16", "pcm24": "PCM_24"}
 SOFTWARE = "speechbrain_flashformer"  # tells sources from recordings
 WAV_LIMIT = 2**32 - 2**16  # bytes; longer ones are written as RF64
 LOUDEST = 0.99  # peak of a recording that would have clipped

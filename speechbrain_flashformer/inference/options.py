@@ -7,6 +7,7 @@ CHOICES = {
     "norm": ("chunk", "recording"),
     "precision": ("fp32", "bf16", "fp16"),
 }
+SUBTYPES = {"float": "FLOAT", "pcm16": "PCM_16", "pcm24": "PCM_24"}  # written
 # What a stream leaves none of to choose.
 NOT_STREAMING = ("chunk", "overlap", "norm", "precision")
 
