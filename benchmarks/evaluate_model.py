@@ -46,7 +46,7 @@ from conditions import CONDITIONS, ablations
 from records import write_csv
 
 from speechbrain_flashformer.inference import FlashFormerSeparation
-from speechbrain_flashformer.inference.chunks import ChunkPlan, separate_long
+from speechbrain_flashformer.inference.chunks import ChunkPlan, ChunkSeparator
 from speechbrain_flashformer.training.metrics import best_order, reorder, si_snr
 from speechbrain_flashformer.training.mixing import DynamicMixtures
 from speechbrain_flashformer.training.recordings import find_recordings
@@ -197,8 +197,9 @@ def score_turns(model, folder):
         mixture, *sources = read_mixture(folder, name, rate)
         sources = torch.stack(sources)
         oracle = Oracle(sources, plan, rng)
-        parts = separate_long([mixture[None]], oracle, rate, plan, 2)
-        told = torch.cat(list(parts), 1)[0].T.numpy()
+        separator = ChunkSeparator(oracle, rate, plan, 2)
+        parts = [separator.feed(mixture[None]), separator.flush()]
+        told = torch.cat(parts, 2)[0].numpy()
         heard = model.separate_audio(mixture[None], rate)[0].T.numpy()
         wrong += wrong_turns(heard, sources.numpy(), turns)
         of_order += wrong_turns(told, sources.numpy(), turns)
@@ -233,14 +234,14 @@ class Oracle:
         self.calls = 0
 
     def __call__(self, chunks):
-        """Take chunks [1, n], give the sources [1, n, 2]."""
+        """Take chunks [1, n], give the sources [1, 2, n]."""
         samples = chunks.shape[1]
         last = self.sources.shape[1] - samples
         start = min(self.calls * self.plan.hop, last)
         self.calls += 1
         true = self.sources[:, start : start + samples]
         true = true + self.LEAK * true.flip(0)
-        return true[self.rng.permutation(2)].T[None]
+        return true[self.rng.permutation(2)][None]
 
 
 def score_mixtures(model, mixtures):

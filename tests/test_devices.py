@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from speechbrain_flashformer import FlashFormer, cli
-from speechbrain_flashformer.inference import FlashFormerSeparation
+from speechbrain_flashformer.inference import FlashFormerSeparation, models
 from speechbrain_flashformer.nnet import attention
 from speechbrain_flashformer.nnet.separator import encoder_statistics, separate
 from speechbrain_flashformer.nnet.streaming import (
@@ -265,11 +265,11 @@ def test_all_commands_take_the_device_that_training_takes(
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     taken = []
 
-    def load(model, device, threads=None, trust=False):
+    def load(model, device, trust):
         taken.append(device)
         raise ValueError("enough")
 
-    monkeypatch.setattr(cli, "_load", load)
+    monkeypatch.setattr(models, "RecordingSeparator", load)
     for name in ("stdin", "stdout"):
         pipe = SimpleNamespace(isatty=lambda: False, flush=lambda: None)
         monkeypatch.setattr(cli.sys, name, pipe)
