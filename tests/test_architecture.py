@@ -22,9 +22,6 @@ MAY_IMPORT = {
 }
 PACK = {"training.checkpoints", "training.scores"}
 STILL_LONG = {
-    "cli.__init__",
-    "inference.containers",
-    "inference.interface",
     "nnet.attention",
     "nnet.flashformer",
     "nnet.streaming",

@@ -274,7 +274,7 @@ class Resampler:
         self.latency = (self.reach + 1) / old + 1 / new
 
     def feed(self, block):
-        """Take samples [..., n], return those that are ready, [..., m]."""
+        """Take samples [*, n], return those that are ready, [*, m]."""
         if self.old == self.new:
             return block
         if self.buffer is not None:
@@ -290,7 +290,7 @@ class Resampler:
         return out
 
     def flush(self):
-        """Return the rest, [..., m]."""
+        """Return the rest, [*, m]."""
         if self.buffer is None:
             return torch.zeros(1, 0)
         return self.resample(self.buffer.contiguous())[..., self.given :]
