@@ -5,7 +5,7 @@
       --examples 4800 tiny tiny:num_layers=2 conv-tasnet
 
 SPEECH is a folder or CSV file of single-speaker recordings, as dynamic mixing
-takes it, or the folder of benchmarks/pretrained_data.py, whose validation part
+takes it, or the folder of pretrained_data.py, whose validation part
 is left out; several may be given; without any, generated voices. CV and TT hold
 mix/, s1/ and s2/; the test set ``voices`` needs no folder. All models have the
 same mixtures, gradient clip and shape of schedule; every run is one of MODEL x
@@ -21,252 +21,64 @@ much of the difference in level between the speakers is kept; (0,1) goes
 likewise), ``speeds`` (least and greatest, in percent), ``precision=bf16``,
 ``flip`` (the share of the mixtures that are upside down: 0, 0.5 or 1), ``loss``
 (si-snr or snr), ``absent`` (the share of the mixtures in which one speaker is
-alone), ``start``, ``output=map`` (see peers.py) and, of ours, ``without``,
+alone), ``start``, ``output=map`` and, of ours, ``without``,
 ``norm`` and ``variant`` (see models.py).
 
 Writes OUT.csv, a row per run; OUT_curves.csv, what was measured on the way;
 OUT.md, the rows as a table; OUT.png, the curves. ``training`` is the mean loss
 in training since the point before, its sign changed, the rest is SI-SNRi, all
-in dB. A run that OUT.csv has is not run again; what it heard is known by the
-names of the folders and the number of recordings, so give other speech or other
-test sets another OUT. On one thread, minutes are of CPU time, so that other
+in dB. A run that OUT.csv has is not run again, unless by another ``version`` of
+this project's mixing and optimizers; what it heard is known by the names of the
+folders and the number of recordings, so give other speech or other test sets
+another OUT. On one thread, minutes are of CPU time, so that other
 work on the machine does not count; on more, of the clock.
 """
 
 import argparse
-import ast
-import math
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from evaluate_model import read_mixture
-from models import OURS
-from peers import build_separator
-from pretrained_data import real_speech
+from models import build_separator
 from records import read_csv, write_csv, write_figure, write_text
-from speechbrain.dataio.batch import PaddedBatch
+from training import (
+    RATE,
+    TEST_SECONDS,
+    both_ends,
+    parse,
+    real_time_factor,
+    score,
+    train,
+)
 
 from speechbrain_flashformer.nnet.macs import count_macs
-from speechbrain_flashformer.training.losses import (
-    pit_si_snr_loss,
-    pit_snr_loss,
-)
-from speechbrain_flashformer.training.metrics import best_order, si_snr
-from speechbrain_flashformer.training.mixing import (
-    DynamicMixtures,
-    find_recordings,
-)
-from speechbrain_flashformer.training.optim import Muon, matrix_groups
+from speechbrain_flashformer.training.effects import Absence, PolarityFlip
+from speechbrain_flashformer.training.mixing import DynamicMixtures
+from speechbrain_flashformer.training.recordings import find_recordings
 from speechbrain_flashformer.training.voices import make_voices
 
 ROOT = Path(__file__).resolve().parent
-RATE = 8000
-SPEEDS = (95, 105)
-MAX_GRAD_NORM = 5
-PRECISIONS = ("fp32", "bf16")
-LOSSES = {"si-snr": pit_si_snr_loss, "snr": pit_snr_loss}
-# Keys that may change from one number to another over the first part of a
-# training.
-GROW = ("batch", "crop", "levels")
-GROWTH = 0.7
-# Of these keys: what a number is, the least one, how many, and this in words.
-LIMITS = {
-    "lr": (int | float, sys.float_info.min, (1,), "a number above 0"),
-    "batch": (int, 1, (1, 2), "a whole number above 0, or (FIRST,LAST)"),
-    "crop": (int, 1, (1, 2), "a whole number above 0, or (FIRST,LAST)"),
-    "levels": (int | float, 0, (1, 2), "a number from 0 on, or (FIRST,LAST)"),
-    "speeds": (int, 1, (2,), "(LEAST,GREATEST), whole numbers above 0"),
-}
-# Steps of rising, and the last part of the training, of falling rate.
-WARMUP, COOLDOWN = 50, 0.75
-# Of the mean loss of the stages before the last.
-STAGE_WEIGHT = 0.4
-# Test mixtures are cut to this; RTF and MACs are of so much audio too.
-TEST_SECONDS = 4
+sys.path.append(str(ROOT.parent / "recipes/Pretrained"))
+
+from pretrained_data import real_speech  # noqa: E402
+
 # The set of generated voices, for training or test.
 VOICES = {"sizes": (1000, 1, 200), "utterances": 5}
 # What else stands in a name: tr00997_mike2b_Hugod.wav is person b of mike2.
 VOICE = r"^\w{7}_(\w+?)[a-d]_"
 
+# Of all that decides what a run of a seed hears and does: raise it when mixing,
+# an optimizer or the way the networks begin changes. Rows of another version
+# stay, and count as other runs.
+VERSION = 2
 # What makes two runs the same, and what came of a run; then SI-SNRi by set.
 KEY = ("model", "seed", "data", "budget", "optimizer", "lr", "batch", "crop")
-KEY += ("test_mixtures", "threads", "parameters_m", "gmac_per_s")
+KEY += ("test_mixtures", "threads", "parameters_m", "gmac_per_s", "version")
 MEASURED = ("steps", "examples", "minutes", "rtf", "training")
 CURVES = (*KEY, "examples", "minutes", "set", "db")
-
-
-def parse(entry):
-    """Split MODEL into its name, how it is trained, and its numbers."""
-    name, *pairs = entry.split(":")
-    numbers = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"{entry}: {pair!r} is not KEY=VALUE")
-        try:
-            numbers[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            numbers[key] = value
-    ours = name.removeprefix("flashformer-") in OURS
-    training = {
-        "optimizer": "muon" if ours else "adamw",
-        "lr": 0.002 if ours else 0.001,
-        "batch": 8,
-        "crop": RATE,
-        "levels": 1,
-        "speeds": SPEEDS,
-        "precision": "fp32",
-        "flip": 0.0,
-        "loss": "si-snr",
-        "absent": 0.0,
-    }
-    training |= {k: numbers.pop(k) for k in list(numbers) if k in training}
-    if training["optimizer"] not in ("muon", "adamw"):
-        raise ValueError(f"{entry}: optimizer is muon or adamw")
-    if training["loss"] not in LOSSES:
-        raise ValueError(f"{entry}: loss is {' or '.join(LOSSES)}")
-    if not 0 <= training["absent"] <= 1:
-        raise ValueError(f"{entry}: absent is a share, from 0 to 1")
-    if training["absent"] and training["loss"] == "si-snr":
-        raise ValueError(f"{entry}: absent needs loss=snr")
-    if training["absent"] and training["levels"] != 1:
-        raise ValueError(f"{entry}: absent leaves no levels to change")
-    if training["precision"] not in PRECISIONS:
-        raise ValueError(f"{entry}: precision is fp32 or bf16")
-    for key, (kind, least, counts, says) in LIMITS.items():
-        given = training[key]
-        given = given if isinstance(given, tuple) else (given,)
-        if len(given) not in counts or not all(
-            isinstance(x, kind) and least <= x < math.inf for x in given
-        ):
-            raise ValueError(f"{entry}: {key} is {says}")
-    if training["speeds"][0] > training["speeds"][1]:
-        raise ValueError(f"{entry}: speeds is (LEAST,GREATEST)")
-    if training["flip"] not in (0, 0.5, 1):
-        raise ValueError(f"{entry}: flip is 0, 0.5 or 1")
-    return name, training, numbers
-
-
-def make_optimizers(model, kind, lr):
-    """AdamW, or the recipe's pair: Muon on the masknet's matrices."""
-    if kind == "adamw":
-        return [torch.optim.AdamW(model.parameters(), lr)]
-    matrices = matrix_groups(model.parts[1])
-    taken = {id(p) for group in matrices for p in group["params"]}
-    rest = [p for p in model.parameters() if id(p) not in taken]
-    return [
-        Muon(
-            matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(rest, lr, weight_decay=0),
-    ]
-
-
-def both_ends(value):
-    """A key of ``GROW`` at the begin and at the end of a training."""
-    return value if isinstance(value, tuple) else (value, value)
-
-
-def keep_levels(item, share):
-    """Keep a share of the difference in dB between the levels of two speakers.
-
-    Changes the second speaker and the mixture. A level is that of the part in
-    which somebody speaks, as in ``DynamicMixtures``.
-    """
-    if share != 1:
-        first, second = item["s1_sig"], item["s2_sig"]
-        power = [x[x != 0].square().mean() for x in (first, second)]
-        item["s2_sig"] = second * (power[0] / power[1]) ** ((1 - share) / 2)
-        item["mix_sig"] = first + item["s2_sig"]
-    return item
-
-
-def clock():
-    """Seconds that only this process spends, where that can be told."""
-    one = torch.get_num_threads() == 1
-    return time.process_time() if one else time.perf_counter()
-
-
-def train(model, mixtures, training, arguments, measure):
-    """Train; ``measure`` is called with (steps, examples, minutes, dB)."""
-    peak, loss_of = training["lr"], LOSSES[training["loss"]]
-    half = training["precision"] == "bf16"
-    optimizers = make_optimizers(model, training["optimizer"], peak)
-    steps, heard, seconds, done, points, scores = 0, 0, 0.0, 0.0, 0, []
-    ends = {key: both_ends(training[key]) for key in GROW}
-    while done < 1:
-        begin = clock()
-        grown = min(1, done / GROWTH)
-        now = {key: a + grown * (b - a) for key, (a, b) in ends.items()}
-        mixtures.samples = round(now["crop"])
-        numbers = range(heard, heard + round(now["batch"]))
-        items = [keep_levels(mixtures[n], now["levels"]) for n in numbers]
-        batch = PaddedBatch(items)
-        mixture, lengths = batch.mix_sig
-        targets = torch.stack([batch.s1_sig.data, batch.s2_sig.data], 2)
-        rate = peak * min(1, (steps + 1) / WARMUP, (1 - done) / COOLDOWN)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            estimates = model(mixture).float()
-        # All but the first are of earlier stages, where there are such.
-        losses = [
-            loss_of(targets, stage, lengths).mean()
-            for stage in estimates.split(targets.shape[2], 2)
-        ]
-        loss = losses[0]
-        if earlier := losses[1:]:
-            loss = loss + STAGE_WEIGHT * sum(earlier) / len(earlier)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        if norm.isfinite():
-            for optimizer in optimizers:
-                optimizer.step()
-        scores.append(-losses[0].item())
-        seconds += clock() - begin
-        steps, heard = steps + 1, numbers.stop
-        if arguments.examples:
-            done = heard / arguments.examples
-        else:
-            done = seconds / 60 / arguments.minutes
-        # 15 of 22 points of 44 steps are a hair less than 15 as floats.
-        reached = int(done * arguments.points + 1e-9)
-        if reached > points:
-            points = reached
-            mean = statistics.mean(scores)
-            measure(steps, heard, round(seconds / 60, 2), mean)
-            scores.clear()
-
-
-def score(model, mixtures):
-    """Mean SI-SNRi over mixtures, each [T] with its sources [T, S]."""
-    gains = []
-    for mixture, sources in mixtures:
-        targets = sources[None]
-        with torch.no_grad():
-            estimates = model(mixture[None])
-        baseline = si_snr(targets, mixture[None, :, None].expand_as(targets))
-        after, _ = best_order(targets, estimates)
-        gains.append((after - baseline).mean().item())
-    return round(statistics.mean(gains), 2)
-
-
-def real_time_factor(model):
-    """Median time to separate TEST_SECONDS, over TEST_SECONDS."""
-    mixture, times = torch.randn(1, TEST_SECONDS * RATE), []
-    with torch.no_grad():
-        for _ in range(6):
-            begin = clock()
-            model(mixture)
-            times.append(clock() - begin)
-    return round(statistics.median(times[1:]) / TEST_SECONDS, 4)
 
 
 def first_mixtures(folder, count):
@@ -326,8 +138,7 @@ def run(entry, seed, speech, tests, arguments, done):
         *(recordings, 2, RATE, both_ends(training["crop"])[0], seed),
         speeds=training["speeds"],
         same_corpus_share=0.5,
-        absent_share=training["absent"],
-        flip_share=training["flip"],
+        effects=[Absence(training["absent"]), PolarityFlip(training["flip"])],
     )
     seconds = torch.randn(1, TEST_SECONDS * RATE)
     # Without the fused kernel, of which the counter sees nothing in an LSTM.
@@ -345,6 +156,7 @@ def run(entry, seed, speech, tests, arguments, done):
         arguments.threads,
         round(count / 1e6, 3),
         round(macs / 1e9, 3),
+        VERSION,
     )
     key = dict(zip(KEY, map(str, values)))
     if any(all(row[k] == key[k] for k in KEY) for row in done):
@@ -409,6 +221,8 @@ def draw(path, curves):
     runs = {}
     for row in curves:
         label = f"{row['model']}, seed {row['seed']}, {row['budget']}"
+        if row["version"] != str(VERSION):
+            label += f", version {row['version']}"
         runs.setdefault(label, []).append(row)
     figure, axes = pyplot.subplots(
         len(sets),

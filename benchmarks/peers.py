@@ -1,45 +1,167 @@
-"""Whole models as one module each, [B, T] to [B, T, S]: ours and the peers.
+"""The networks beside ours, with random weights.
 
-SpeechBrain's are in ``models.py``; MossFormer2 and FLA-SepReformer come from
-the package modelscope (extra ``bench``), without weights.
+SpeechBrain's are at the sizes of its recipes for WSJ0-mix, but that Conv-TasNet
+hears the future too (its yaml says ``causal: True``, which would be no fair
+match for networks that do). MossFormer2 and FLA-SepReformer come whole, from
+the package modelscope (extra ``bench``).
 """
 
 import tempfile
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from models import build
+from speechbrain.lobes.models import conv_tasnet, dual_path, resepformer
 
-from speechbrain_flashformer.nnet.separator import encoder_frame, separate
-
-SPEAKERS = 2
-WHOLE = ("mossformer2", "fla-sepreformer")
+# --- masknets of SpeechBrain -------------------------------------------------
 
 
-class Separator(nn.Module):
-    """Encoder, masknet and decoder as one module."""
+class RowByRow(nn.Module):
+    """Runs a masknet on each row of a batch alone.
 
-    def __init__(self, encoder, masknet, decoder):
+    RE-SepFormer's memory takes the segments of all rows for one sequence, so
+    that mixtures of a batch hear each other; its recipe has batches of one.
+    """
+
+    def __init__(self, masknet):
         super().__init__()
-        self.parts = nn.ModuleList([encoder, masknet, decoder])
+        self.masknet = masknet
 
-    def forward(self, mixture):
-        """Separate mixtures [B, T] into [B, T, S]."""
-        return separate(mixture, *self.parts)
+    def forward(self, mix_w):
+        """[B, N, L] -> [S, B, N, L]."""
+        return torch.cat([self.masknet(row) for row in mix_w.split(1)], 1)
 
 
-class Mapping(Separator):
-    """The sources are what the masknet gives, not masks of the mixture."""
+def _conv_tasnet():
+    masknet = conv_tasnet.MaskNet(
+        N=256,
+        B=256,
+        H=512,
+        P=3,
+        X=6,
+        R=4,
+        C=2,
+        norm_type="gLN",
+        causal=False,
+        mask_nonlinear="relu",
+    )
+    return masknet, 256
 
-    def forward(self, mixture):
-        """Separate mixtures [B, T] into [B, T, S]."""
-        encoder, masknet, decoder = self.parts
-        (B, T), (kernel, stride) = mixture.shape, encoder_frame(encoder)
-        more = max(0, kernel - T) or (kernel - T) % stride
-        features = masknet(encoder(F.pad(mixture, (0, more))))
-        sources = decoder(features.flatten(0, 1)).view(SPEAKERS, B, -1)
-        return sources[..., :T].permute(1, 2, 0)
+
+def _sepformer():
+    intra, inter = (
+        dual_path.SBTransformerBlock(
+            num_layers=8,
+            d_model=256,
+            nhead=8,
+            d_ffn=1024,
+            dropout=0,
+            use_positional_encoding=True,
+            norm_before=True,
+        )
+        for _ in range(2)
+    )
+    masknet = dual_path.Dual_Path_Model(
+        in_channels=256,
+        out_channels=256,
+        intra_model=intra,
+        inter_model=inter,
+        num_layers=2,
+        norm="ln",
+        K=250,
+        num_spks=2,
+        skip_around_intra=True,
+        linear_layer_after_inter_intra=False,
+    )
+    return masknet, 256
+
+
+def _dprnn():
+    intra, inter = (
+        dual_path.SBRNNBlock(
+            num_layers=1,
+            input_size=256,
+            hidden_channels=256,
+            dropout=0,
+            bidirectional=True,
+        )
+        for _ in range(2)
+    )
+    masknet = dual_path.Dual_Path_Model(
+        in_channels=256,
+        out_channels=256,
+        intra_model=intra,
+        inter_model=inter,
+        num_layers=6,
+        norm="ln",
+        K=250,
+        num_spks=2,
+        skip_around_intra=True,
+        linear_layer_after_inter_intra=True,
+    )
+    return masknet, 256
+
+
+def _re_sepformer():
+    intra, memory = (
+        resepformer.SBTransformerBlock_wnormandskip(
+            num_layers=8,
+            d_model=128,
+            nhead=8,
+            d_ffn=1024,
+            dropout=0,
+            use_positional_encoding=True,
+            norm_before=True,
+            use_norm=True,
+            use_skip=True,
+        )
+        for _ in range(2)
+    )
+    masknet = resepformer.ResourceEfficientSeparator(
+        input_dim=128,
+        num_spk=2,
+        causal=False,
+        unit=256,
+        segment_size=150,
+        layer=2,
+        mem_type="av",
+        seg_model=intra,
+        mem_model=memory,
+    )
+    return RowByRow(masknet), 128
+
+
+def _skim():
+    segment = resepformer.SegLSTM(
+        input_size=128, hidden_size=256, bidirectional=True, norm_type="gln"
+    )
+    memory = resepformer.MemLSTM(
+        hidden_size=256, bidirectional=True, norm_type="gln", mem_type="hc"
+    )
+    masknet = resepformer.ResourceEfficientSeparator(
+        input_dim=128,
+        num_spk=2,
+        causal=False,
+        unit=256,
+        segment_size=150,
+        layer=4,
+        mem_type="hc",
+        seg_model=segment,
+        mem_model=memory,
+    )
+    return masknet, 128
+
+
+# Each gives a masknet and its channels.
+PEERS = {
+    "conv-tasnet": _conv_tasnet,
+    "dprnn": _dprnn,
+    "sepformer": _sepformer,
+    "re-sepformer": _re_sepformer,
+    "skim": _skim,
+}
+
+
+# --- whole models ------------------------------------------------------------
 
 
 class Stacked(nn.Module):
@@ -54,35 +176,11 @@ class Stacked(nn.Module):
         return torch.stack(self.model(mixture), -1)
 
 
-OUTPUTS = {"mask": Separator, "map": Mapping}
+def _mossformer2():
+    from modelscope.models.audio.separation.m2.mossformer import MossFormer2
 
-
-def build_separator(name, output="mask", **numbers):
-    """A model by name, with random weights; the rest is for ``models.build``.
-
-    With output ``map`` the network gives the sources, not masks.
-
-    Raises
-    ------
-    ImportError
-        When the extra ``bench`` is missing.
-    ValueError
-        When there is no such model, or it has no such number.
-    """
-    if name in WHOLE and (numbers or output != "mask"):
-        raise ValueError(f"{name} is built as it comes: it takes no keys")
-    if name == "mossformer2":
-        from modelscope.models.audio.separation.m2.mossformer import (
-            MossFormer2,
-        )
-
-        # It wants a folder of weights, and reads none of it.
-        return MossFormer2(tempfile.gettempdir(), num_spks=SPEAKERS)
-    if name == "fla-sepreformer":
-        return _fla_sepreformer()
-    if output not in OUTPUTS:
-        raise ValueError(f"output is one of {', '.join(OUTPUTS)}")
-    return OUTPUTS[output](*build(name, **numbers))
+    # It wants a folder of weights, and reads none of it.
+    return MossFormer2(tempfile.gettempdir(), num_spks=2)
 
 
 def _fla_sepreformer():
@@ -103,7 +201,7 @@ def _fla_sepreformer():
     }
     model = sepreformer_layers.TSepReformerSeparator(
         num_stages=4,
-        num_spks=SPEAKERS,
+        num_spks=2,
         module_audio_enc={
             "in_channels": 1,
             "out_channels": encoder,
@@ -133,18 +231,18 @@ def _fla_sepreformer():
                     "samp_kernel_size": 5,
                 },
             },
-            "spk_split_stage": {"in_channels": width, "num_spks": SPEAKERS},
+            "spk_split_stage": {"in_channels": width, "num_spks": 2},
             "simple_fusion": {"out_channels": width},
             "dec_stage": {
                 **stage,
-                "num_spks": SPEAKERS,
+                "num_spks": 2,
                 "spk_attention": heads,
             },
         },
         module_output_layer={
             "in_channels": encoder,
             "out_channels": width,
-            "num_spks": SPEAKERS,
+            "num_spks": 2,
         },
         module_audio_dec={
             "in_channels": encoder,
@@ -157,3 +255,6 @@ def _fla_sepreformer():
         aux_part=False,
     )
     return Stacked(model)
+
+
+WHOLE = {"mossformer2": _mossformer2, "fla-sepreformer": _fla_sepreformer}

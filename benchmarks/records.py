@@ -1,9 +1,9 @@
-"""How the commands here keep their figures: each file whole or not at all."""
+"""What the commands here share: files whole or not at all, memory in use."""
 
 import contextlib
 import csv
 import os
-import shutil
+from pathlib import Path
 
 
 @contextlib.contextmanager
@@ -22,30 +22,6 @@ def written_whole(path):
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def copied_whole(folder, out):
-    """A copy of a folder beside ``out``, to change, which becomes ``out``.
-
-    Arguments
-    ---------
-    folder, out : Path
-
-    Raises
-    ------
-    FileExistsError
-        When ``out`` is there.
-    """
-    if out.exists():
-        raise FileExistsError(f"{out} exists: remove it or name another")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        yield shutil.copytree(folder, partial)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_csv(path, rows, columns=None):
@@ -91,3 +67,10 @@ def write_figure(path, figure):
     """Write a figure of matplotlib as PNG."""
     with written_whole(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
+
+
+def megabytes(name):
+    """Memory of this process, by its name in Linux's status file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{name}:"))
+    return int(line.split()[1]) / 1024

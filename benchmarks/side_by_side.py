@@ -21,17 +21,17 @@ ratios that the project promises.
 
 import argparse
 import json
-import os
-import resource
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-from records import read_csv, write_csv, write_figure, write_text
+from records import (
+    read_csv,
+    write_csv,
+    write_figure,
+    write_text,
+)
 
-RATE = 8000
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "side_by_side.csv"
 README = ROOT / "README.md"
@@ -79,109 +79,6 @@ COLUMNS = (
 )
 
 
-# --- one model in its own process --------------------------------------------
-
-
-def measure(task, name, threads, lengths, limit, gigabytes, gmac_per_s):
-    """Print a row, as JSON, for each length; in the order given.
-
-    gmac_per_s is counted unless it is known.
-    """
-    import torch
-    from peers import build_separator
-
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    model = build_separator(name)
-    model.train(task == "train")
-    weights = list(model.parameters())
-    optimizer = torch.optim.AdamW(weights, lr=1e-4)
-    # Load libraries and kernels on a short input, then look at memory.
-    with torch.no_grad():
-        model(torch.randn(1, RATE))
-    before = _megabytes("VmRSS")
-    about = {
-        "gmac_per_s": gmac_per_s or round(_macs(model, 4 * RATE) / 4e9, 3),
-        "parameters_m": round(sum(p.numel() for p in weights) / 1e6, 2),
-    }
-
-    def run(mixture, targets):
-        if task == "separate":
-            with torch.no_grad():
-                return model(mixture)
-        optimizer.zero_grad()
-        estimates = model(mixture)
-        pit_si_snr_loss(targets, estimates).mean().backward()
-        optimizer.step()
-
-    from speechbrain_flashformer.training.losses import pit_si_snr_loss
-
-    _allow(gigabytes)
-    last = None
-    for seconds in lengths:
-        row = {"task": task, "model": name, "threads": threads}
-        row |= {"seconds": seconds, **about}
-        if last and last[1] * seconds / last[0] > limit * threads:
-            print(json.dumps(row | {"outcome": "time"}), flush=True)
-            continue
-        load = os.getloadavg()[0]
-        mixture = torch.randn(1, seconds * RATE) * 0.1
-        targets = torch.randn(1, seconds * RATE, 2) * 0.1
-        times, computing = [], []
-        # The highest so far is forgotten.
-        Path("/proc/self/clear_refs").write_text("5")
-        try:
-            while not times or (len(times) < 5 and sum(times) < 3):
-                start = time.perf_counter(), time.process_time()
-                run(mixture, targets)
-                times.append(time.perf_counter() - start[0])
-                computing.append(time.process_time() - start[1])
-        except (MemoryError, RuntimeError) as error:
-            # oneDNN, without room for its kernels, cannot create them.
-            told = ("memory", "could not create a primitive")
-            if str(error) and not any(text in str(error) for text in told):
-                raise
-            print(json.dumps(row | {"outcome": "memory"}), flush=True)
-            return
-        median = statistics.median(times)
-        last = seconds, median
-        row |= {
-            "outcome": "ok",
-            "runs": len(times),
-            "median_s": round(median, 4),
-            "rtf": round(median / seconds, 5),
-            "cpu_s": round(statistics.median(computing), 4),
-            "extra_peak_mb": round(_megabytes("VmHWM") - before),
-            "load": round(load, 1),
-        }
-        print(json.dumps(row), flush=True)
-
-
-def _macs(model, samples):
-    import torch
-
-    from speechbrain_flashformer.nnet.macs import count_macs
-
-    # The counter passes over LSTMs that oneDNN runs.
-    recurrent = any(isinstance(m, torch.nn.RNNBase) for m in model.modules())
-    with torch.backends.mkldnn.flags(enabled=not recurrent):
-        return count_macs(model, torch.randn(1, samples))
-
-
-def _megabytes(name):
-    """Memory of this process, by its name in Linux's status file."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(f"{name}:"))
-    return int(line.split()[1]) / 1024
-
-
-def _allow(gigabytes):
-    """So much more than now; then allocations fail, not the machine."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most = pages * resource.getpagesize() + int(gigabytes * 2**30)
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
-
-
 # --- all of them -------------------------------------------------------------
 
 
@@ -197,6 +94,8 @@ def main(words=None):
     add("--job", help=argparse.SUPPRESS)
     parsed = parser.parse_args(words)
     if parsed.job:
+        from one_model import measure
+
         measure(*json.loads(parsed.job))
         return
     if parsed.again:

@@ -15,7 +15,7 @@ gets mix/, s1/ and s2/ with files of one name at 8 kHz, the same each time:
 * NAME: 200 mixtures of a folder's speakers;
 * alone: 50 recordings of one person, s2/ is silence;
 * conversations: 20 of 40 s with turns, some of both at once, and pauses; turns/
-  says who speaks from which sample to which.
+  says who speaks from which sample to which; meetings: 4 of 10 minutes.
 """
 
 import csv
@@ -26,19 +26,19 @@ import numpy as np
 import soundfile
 from records import write_csv
 
-from speechbrain_flashformer.training.mixing import (
-    DynamicMixtures,
+from speechbrain_flashformer.training.effects import random_noise, reverberate
+from speechbrain_flashformer.training.mixing import DynamicMixtures
+from speechbrain_flashformer.training.recordings import (
     Recording,
     find_recordings,
-    random_noise,
-    reverberate,
 )
 
 RATE = 8000
-MIXTURES, ALONE, CONVERSATIONS = 200, 50, 20
+MIXTURES, ALONE = 200, 50
 LONGEST = 6 * RATE  # of a mixture
 LEAST = 3 * RATE  # of a recording
-CONVERSATION = 40  # seconds
+CONVERSATIONS, MEETINGS = (20, 40), (4, 600)  # how many, and seconds of each
+ENOUGH = 10  # seconds by one speaker
 TURN, PAUSE = (2, 6), (0.2, 1.5)  # seconds, shortest and longest
 BOTH = 0.2  # share of the turns
 SNR_DB, T60 = (0, 15), (0.2, 0.5)
@@ -59,7 +59,8 @@ def main(speech, out, folders):
         mix(find_recordings(folder), out / name)
     recordings = [x for x, _ in every]
     leave_alone(recordings, out / "alone")
-    converse(recordings, out / "conversations")
+    converse(recordings, out / "conversations", *CONVERSATIONS)
+    converse(recordings, out / "meetings", *MEETINGS)
 
 
 def mix(recordings, out):
@@ -111,23 +112,22 @@ def leave_alone(recordings, out):
         write(out, n, signal, [signal, np.zeros_like(signal)])
 
 
-def converse(recordings, out):
+def converse(recordings, out, count, length):
     """Conversations of two people."""
     rng = np.random.default_rng(3)
     enough = [
         who
         for who in speakers(recordings)
-        if sum(seconds(x) for x in recordings if x.speaker == who)
-        > CONVERSATION / 4
+        if sum(seconds(x) for x in recordings if x.speaker == who) > ENOUGH
     ]
-    for n in range(CONVERSATIONS):
+    for n in range(count):
         pair = rng.choice(enough, 2, replace=False)
         theirs = [
             [read(x) for x in recordings if x.speaker == who] for who in pair
         ]
-        sources = np.zeros((2, CONVERSATION * RATE))
+        sources = np.zeros((2, length * RATE))
         turns, place, who = [], 0.0, 0
-        while place + TURN[1] < CONVERSATION:
+        while place + TURN[1] < length:
             who, stop = 1 - who, place + rng.uniform(*TURN)
             both = rng.random() < BOTH
             for s in (0, 1) if both else (who,):

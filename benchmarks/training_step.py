@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from peers import build_separator
+from models import build_separator
 from records import write_csv
 
 from speechbrain_flashformer.training.losses import pit_snr_loss

@@ -1,6 +1,7 @@
-"""Other shapes of the network, to be trained beside it and not used elsewhere.
+"""Other forms of the network, to be trained beside it and not used elsewhere.
 
-Each is a ``FlashFormer`` that changes a step of the way through the U.
+Other shapes, each a ``FlashFormer`` that changes a step of the way through the
+U; parts left out; other input norms.
 
 Axes: B batch, N encoder channels, L frames, T tokens, C width, S speakers.
 """
@@ -9,6 +10,7 @@ import torch
 import torch.nn as nn
 
 from speechbrain_flashformer import FlashFormer
+from speechbrain_flashformer.nnet.norm import CumulativeNorm, GlobalNorm
 
 
 class OneMerge(FlashFormer):
@@ -106,4 +108,108 @@ VARIANTS = {
     "one-merge": OneMerge,
     "early-split": EarlySplit,
     "stage-losses": StageLosses,
+}
+
+
+class Left(nn.Module):
+    """In the place of a block: what came in goes out."""
+
+    def forward(self, x, *_):
+        """Return x."""
+        return x
+
+
+class NoUpdate(nn.Module):
+    """In the place of attention: nothing is added to x."""
+
+    def forward(self, x, *_):
+        """Return zeros."""
+        return torch.zeros_like(x)
+
+
+class FrameNorm(nn.LayerNorm):
+    """In the place of the global norm: each frame to one level."""
+
+    def forward(self, x, *_):
+        """Normalise x [B, L, N]."""
+        return super().forward(x)
+
+
+class UniformNorm(GlobalNorm):
+    """In the place of the global norm: gLN, in which all frames count alike."""
+
+    def forward(self, x, *_):
+        """Normalise x [B, L, N]."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        given = wide.mean((1, 2)), wide.square().mean((1, 2))
+        return super().forward(x, statistics=given)
+
+
+class EnergyNorm(GlobalNorm):
+    """In the place of the global norm: frames count by their energy."""
+
+    def forward(self, x, *_):
+        """Normalise x [B, L, N]."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        energy = wide.square().mean(2)
+        share = energy / energy.sum(1, keepdim=True).clamp(min=self.eps**2)
+        mean = (share * wide.mean(2)).sum(1)
+        return super().forward(x, statistics=(mean, (share * energy).sum(1)))
+
+
+class PastNorm(CumulativeNorm):
+    """In the place of the global norm: that over all frames so far."""
+
+    def __init__(self, channels):
+        # 20 s of tiny's frames, more than the bench ever hears at once.
+        super().__init__(channels, span=10000)
+
+    def forward(self, x, *_):
+        """Normalise x [B, L, N]."""
+        return super().forward(x)
+
+
+NORMS = {
+    "frame": FrameNorm,
+    "uniform": UniformNorm,
+    "energy": EnergyNorm,
+    "cumulative": PastNorm,
+}
+
+
+def _no_attention(masknet):
+    for layer in masknet.layers:
+        layer.attention = NoUpdate()
+        layer.norm_attention = layer.scale_attention = nn.Identity()
+
+
+def _no_token_fsmn(masknet):
+    for layer in masknet.layers:
+        layer.fsmn = Left()
+
+
+def _no_token_memory(masknet):
+    for layer in masknet.layers:
+        layer.fsmn.memory = nn.ModuleList()
+
+
+def _no_frame_fsmn(masknet):
+    for blocks in (masknet.down, masknet.up):
+        for i in range(len(blocks)):
+            blocks[i] = Left()
+
+
+def _no_frame_memory(masknet):
+    for block in (*masknet.down, *masknet.up):
+        block.memory = nn.ModuleList()
+
+
+# What can be left out: a gated FSMN block as a whole, or only its memory
+# (gate and projections stay); at the token rate or at all rates above it.
+WITHOUT = {
+    "attention": _no_attention,
+    "token-fsmn": _no_token_fsmn,
+    "token-memory": _no_token_memory,
+    "frame-fsmn": _no_frame_fsmn,
+    "frame-memory": _no_frame_memory,
 }

@@ -25,11 +25,14 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from speechbrain_flashformer import cli
 from speechbrain_flashformer.cli import app
-from speechbrain_flashformer.inference.audio import AudioReader
-from speechbrain_flashformer.inference.interface import (
-    FlashFormerSeparation,
-    built_in_model,
+from speechbrain_flashformer.cli.spectrogram import (
+    COLUMNS,
+    draw_spectrograms,
+    spectrogram,
 )
+from speechbrain_flashformer.inference import FlashFormerSeparation
+from speechbrain_flashformer.inference.audio import AudioReader
+from speechbrain_flashformer.inference.folders import built_in_model
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -205,8 +208,8 @@ def test_all_it_keeps_is_in_one_folder(client, folder, tmp_path):
 def test_what_is_old_goes_and_ten_seconds_take_less_than_five(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(app, "KEPT", 10)
-    monkeypatch.setattr(app, "SWEEP", 1)
+    monkeypatch.setattr(app, "KEEP_SECONDS", 10)
+    monkeypatch.setattr(app, "SWEEP_SECONDS", 1)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     model = FlashFormerSeparation.from_hparams(built_in_model())
@@ -285,18 +288,16 @@ def test_a_tone_is_where_it_belongs(tmp_path, seconds):
     rate = 16000
     tone = torch.sin(2 * torch.pi * 1000 * torch.arange(seconds * rate) / rate)
     soundfile.write(tmp_path / "tone.wav", tone.numpy(), rate)
-    level = app.spectrogram(AudioReader(tmp_path / "tone.wav"), top=4000)
+    level = spectrogram(AudioReader(tmp_path / "tone.wav"), top=4000)
     bins, columns = level.shape
     # The lowest bin is 0 Hz, the highest 4000 Hz.
     assert level.mean(1).argmax() == (bins - 1) / 4
-    assert columns <= 1.1 * app.COLUMNS
+    assert columns <= 1.1 * COLUMNS
 
 
 def test_long_recordings_keep_their_mean_power(tmp_path):
     recording = speak(tmp_path / "noise.wav", 60)
-    power = (
-        app.spectrogram(AudioReader(recording), 4000) / 10 * np.log(10)
-    ).exp()
+    power = (spectrogram(AudioReader(recording), 4000) / 10 * np.log(10)).exp()
     size = 0.032 * 8000
     window = torch.hann_window(int(size)).square().sum()
     expected = 0.1**2 * window
@@ -305,9 +306,7 @@ def test_long_recordings_keep_their_mean_power(tmp_path):
 
 def test_silence_has_a_picture(tmp_path):
     soundfile.write(tmp_path / "silence.wav", np.zeros(8000), 8000)
-    (picture,) = app.draw_spectrograms(
-        [tmp_path / "silence.wav"], tmp_path, 8000
-    )
+    (picture,) = draw_spectrograms([tmp_path / "silence.wav"], tmp_path, 8000)
     assert Path(picture).stat().st_size > 1000
 
 

@@ -22,15 +22,9 @@ MAY_IMPORT = {
 }
 PACK = {"training.checkpoints", "training.scores"}
 STILL_LONG = {
-    "cli.__init__",
-    "inference.containers",
-    "inference.interface",
     "nnet.attention",
     "nnet.flashformer",
     "nnet.streaming",
-    "training.brain",
-    "training.mixing",
-    "training.voices",
 }
 # Imported where they are needed, if they are there.
 LAZY = {"flash_attn", "pesq", "pystoi"}

@@ -13,14 +13,16 @@ import soundfile
 import torch
 from torchaudio.functional import resample
 
-from speechbrain_flashformer import cli
+from speechbrain_flashformer.cli.separate import clean_up
 from speechbrain_flashformer.inference import files
 from speechbrain_flashformer.inference.audio import (
     AudioReader,
     Resampler,
-    resample_blocks,
 )
-from speechbrain_flashformer.inference.files import SourceWriter
+from speechbrain_flashformer.inference.files import (
+    SourceWriter,
+)
+from speechbrain_flashformer.inference.pipeline import flow
 
 
 @pytest.mark.parametrize(
@@ -483,7 +485,7 @@ def test_resampling_in_blocks_equals_the_whole(old, new, block):
         whole = torch.randn(2, 700)
     else:
         whole = torch.randn(2, 20011)
-    parts = list(resample_blocks(whole.split(block, 1), old, new))
+    parts = list(flow(whole.split(block, 1), [Resampler(old, new)]))
     expected = resample(whole, old, new)
     out = torch.cat(parts, 1)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
@@ -514,7 +516,7 @@ def test_resampler_holds_little():
 def write(paths, sources, **options):
     with SourceWriter(paths, 8000, len(sources), **options) as writer:
         for part in sources.split(300):
-            writer.write(part)
+            writer.write(part.T[None])
 
 
 def read(paths):
@@ -575,7 +577,7 @@ def test_a_failure_leaves_nothing(paths):
         pytest.raises(RuntimeError, match="on the way"),
         SourceWriter(paths, 8000, 100) as writer,
     ):
-        writer.write(torch.zeros(50, 2))
+        writer.write(torch.zeros(1, 2, 50))
         raise RuntimeError("on the way")
     assert list(paths[0].parent.iterdir()) == []
 
@@ -586,7 +588,7 @@ def test_a_failure_keeps_the_old_files(paths):
         pytest.raises(RuntimeError),
         SourceWriter(paths, 8000, 100, overwrite=True) as writer,
     ):
-        writer.write(torch.zeros(50, 2))
+        writer.write(torch.zeros(1, 2, 50))
         raise RuntimeError
     assert read(paths).all()
     assert sorted(path.name for path in paths[0].parent.iterdir()) == [
@@ -689,7 +691,7 @@ def test_what_a_killed_process_replaced_comes_back(paths, monkeypatch, number):
     monkeypatch.undo()
     folder = paths[0].parent
     task = (folder / "a.wav", folder, "a")
-    written, failure = cli._clean_up(task, os.getpid(), -9)
+    written, failure = clean_up(task, os.getpid(), -9)
     assert not written and "its process died" in failure
     # Once all had their names, they are the new ones.
     assert read(paths).all() if number == 4 else not read(paths).any()
@@ -749,7 +751,7 @@ def test_what_appears_meanwhile_is_not_replaced(paths):
         pytest.raises(FileExistsError, match=r"a_s2\.wav exists"),
         SourceWriter(paths, 8000, 10) as writer,
     ):
-        writer.write(torch.zeros(10, 2))
+        writer.write(torch.zeros(1, 2, 10))
         paths[1].write_text("mine")
     assert [path.name for path in paths[0].parent.iterdir()] == ["a_s2.wav"]
     assert paths[1].read_text() == "mine"

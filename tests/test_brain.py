@@ -2,6 +2,7 @@
 
 import csv
 import math
+import traceback
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +20,10 @@ from speechbrain.nnet.schedulers import (
 )
 from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.epoch_loop import EpochCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from speechbrain_flashformer import FlashFormer
+from speechbrain_flashformer.training import metrics
 from speechbrain_flashformer.training.brain import Separation
 from speechbrain_flashformer.training.losses import (
     pit_si_snr_loss,
@@ -146,19 +149,71 @@ def test_items_better_than_the_threshold_are_left_out(make):
     loss = torch.tensor([-40.0, -50.0], requires_grad=True)
     brain.threshold_by_loss(loss).backward()
     assert loss.grad.tolist() == [0, 0]
-    # A broken item is no easy one: Brain must get to see it.
-    assert brain.threshold_by_loss(torch.tensor([math.nan, -10.0])).isnan()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_never_left_out(make, value):
+    """Brain must get to see it, whatever the thresholds."""
+    brain = make()
+    loss = torch.tensor([value, -10.0])
+    for threshold in (True, False):
+        brain.hparams.threshold_byloss = threshold
+        assert not brain.threshold_by_loss(loss).isfinite()
+
+
+def test_a_batch_is_scored_by_pairs_once(make, monkeypatch):
+    """The loss chooses the order in training, the scores beyond it."""
+    brain, calls = make(), []
+    real = metrics.assignment
+
+    def count(pairs):
+        calls.append(tuple(pairs.shape))
+        return real(pairs)
+
+    monkeypatch.setattr(metrics, "assignment", count)
+    brain.on_fit_start()
+    brain.modules.train()
+    brain.fit_batch(batch(4000, 1000))
+    assert calls == [(2, 2, 2)]
+    brain.modules.eval()
+    brain.on_stage_start(sb.Stage.VALID)
+    loss = brain.evaluate_batch(batch(4000, 1000), sb.Stage.VALID)
+    assert calls == [(2, 2, 2)] * 2
+    mean = sum(row["si-snr"] for row in brain.rows) / 2
+    assert loss.item() == pytest.approx(-mean)
+
+
+def test_nothing_waits_for_the_device_from_the_batch_to_its_loss(make):
+    brain = make(use_rand_shift=True, min_shift=-9, max_shift=9)
+    brain.on_fit_start()
+    brain.modules.train()
+    x = batch(4000, 1000)
+    brain.to_device(x)
+    waits = []
+
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._local_scalar_dense.default:
+                waits.append("".join(traceback.format_stack()))
+            return function(*args, **(kwargs or {}))
+
+    with Waits():
+        brain.on_fit_batch_start(x, should_step=True)
+        predictions = brain.compute_forward(x, sb.Stage.TRAIN)
+        loss = brain.compute_objectives(predictions, x, sb.Stage.TRAIN)
+        assert not waits, waits[0]
+        assert loss.isfinite()
+    assert len(waits) == 1
 
 
 def test_a_plateau_is_counted_once_whatever_the_optimizers(make):
     brain = make()  # patience 3
     brain.on_fit_start()
+    optimizers = list(brain.optimizers_dict.values())
     rates = []
     for epoch, loss in enumerate((5.0, 6.0, 6.0, 6.0, 6.0, 6.0), 1):
-        brain._end_epoch_lr(epoch, loss)
-        rates.append(
-            [o.param_groups[0]["lr"] for o in brain.optimizers_dict.values()]
-        )
+        brain.learning_rate.end_epoch(optimizers, epoch, loss)
+        rates.append([x.param_groups[0]["lr"] for x in optimizers])
     assert rates == [[1e-3] * 2] * 4 + [[5e-4] * 2] * 2
 
 
@@ -194,18 +249,18 @@ def test_a_schedule_by_step_reaches_both_optimizers(make):
 def test_every_kind_of_schedule_reaches_both_optimizers(make, schedule, rates):
     brain = make(lr_scheduler=schedule)
     brain.on_fit_start()
-    brain._set_lr(1.0)
+    optimizers = list(brain.optimizers_dict.values())
+    for group in (g for x in optimizers for g in x.param_groups):
+        group["lr"] = 1.0
     seen = []
     for step in range(6):
         brain.optimizer_step = step
         brain.on_fit_batch_start(batch(100), should_step=True)
-        one, other = (
-            o.param_groups[0]["lr"] for o in brain.optimizers_dict.values()
-        )
+        one, other = (x.param_groups[0]["lr"] for x in optimizers)
         assert one == other
         seen.append(one)
         if step % 3 == 2:
-            brain._end_epoch_lr(step // 3 + 1, 5.0)
+            brain.learning_rate.end_epoch(optimizers, step // 3 + 1, 5.0)
     assert seen == pytest.approx(rates)
 
 
@@ -310,7 +365,7 @@ def test_batches_of_unlike_length_are_tested_item_by_item(make, tmp_path):
             )
     assert len(list((tmp_path / "audio_results").glob("*_mix.wav"))) == 2
     assert len(list((tmp_path / "audio_worst").glob("*_mix.wav"))) == 2
-    assert not list(tmp_path.glob("*.growing"))
+    assert not list(tmp_path.glob("*.running"))
 
 
 def test_a_test_without_audio_leaves_that_of_the_test_before(make, tmp_path):
@@ -331,7 +386,7 @@ def test_a_test_without_audio_leaves_that_of_the_test_before(make, tmp_path):
     brain.evaluate_batch(batch(4000), sb.Stage.TEST)
     brain.save_results()
     assert len(list((tmp_path / "audio_results").iterdir())) == 5
-    assert not list(tmp_path.glob("*.growing"))
+    assert not list(tmp_path.glob("*.running"))
 
 
 @pytest.mark.parametrize(

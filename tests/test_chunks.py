@@ -8,8 +8,9 @@ from speechbrain_flashformer import FlashFormer
 from speechbrain_flashformer.inference.chunks import (
     FADE,
     ChunkPlan,
-    separate_long,
+    ChunkSeparator,
 )
+from speechbrain_flashformer.inference.pipeline import flow
 from speechbrain_flashformer.inference.speakers import SpeakerOrder
 from speechbrain_flashformer.nnet.separator import encoder_statistics, separate
 
@@ -19,8 +20,10 @@ PLAN = ChunkPlan(chunk=4 * RATE, overlap=RATE, align=64)
 
 def run(mixture, network, plan=PLAN, block=12345, num_spks=2):
     blocks = mixture.split(block, 1)
-    parts = list(separate_long(blocks, network, RATE, plan, num_spks))
-    return torch.cat(parts, 1)
+    separator = ChunkSeparator(
+        lambda x: network(x).transpose(1, 2), RATE, plan, num_spks
+    )
+    return torch.cat(list(flow(blocks, [separator])), 2).transpose(1, 2)
 
 
 def identity(mixture):
@@ -73,7 +76,7 @@ def test_chunks_in_one_call_are_as_long_as_the_plan_says():
 
 
 def test_nothing_in_gives_nothing_out():
-    assert list(separate_long([], identity, RATE, PLAN, 2)) == []
+    assert list(flow([], [ChunkSeparator(identity, RATE, PLAN, 2)])) == []
 
 
 @pytest.mark.parametrize("chunk, overlap", [(100, 50), (100, 0)])

@@ -243,8 +243,8 @@ def test_separate_streaming(packed, packed_causal, tmp_path, capsys):
         (["--model", "./nowhere"], 1, "no model folder nowhere"),
         (["--jobs", "2", "--model", "./nowhere"], 1, "no model folder"),
         (["--model", "nowhere"], 1, "no model folder nowhere: give one made"),
-        (["--chunk", "4", "--overlap", "2"], 2, "less than half of --chunk"),
-        (["--overlap", "0"], 2, "--overlap must be more than 0"),
+        (["--chunk", "4", "--overlap", "2"], 2, "less than half of chunk"),
+        (["--overlap", "0"], 2, "overlap is more than 0"),
         (["--jobs", "0"], 2, "--jobs must be 1 or more"),
         (["--streaming", "--chunk", "20"], 2, "streaming leaves no chunk"),
     ],
@@ -262,10 +262,10 @@ def test_bad_options_are_named(
 def test_without_a_model_the_message_says_what_to_give(
     tmp_path, capsys, monkeypatch
 ):
-    from speechbrain_flashformer.inference import interface
+    from speechbrain_flashformer.inference import folders
 
     monkeypatch.setattr(
-        interface, "__file__", str(tmp_path / "inference" / "interface.py")
+        folders, "__file__", str(tmp_path / "inference" / "folders.py")
     )
     path = speak(tmp_path / "a.wav")
     assert run("separate", path, "-o", tmp_path / "out") == 1

@@ -12,8 +12,8 @@ import torch
 from speechbrain_flashformer.training.data import (
     EpochSampler,
     choose_cut,
+    dataio_prep,
     load_dataset,
-    load_datasets,
     training_loader_options,
 )
 
@@ -87,7 +87,7 @@ def test_only_training_items_are_cut(csv_file, hparams, limit, longest):
         "limit_training_signal_len": limit,
         "training_signal_len": 1000,
     }
-    sizes = [len(part[0]["mix_sig"]) for part in load_datasets(hparams)]
+    sizes = [len(part[0]["mix_sig"]) for part in dataio_prep(hparams)]
     assert sizes == [longest, 4000, 4000]
 
 

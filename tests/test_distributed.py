@@ -182,7 +182,7 @@ def test_two_processes_are_one_with_twice_the_batch(folder, processes):
         for name in ("pit_si_snr_loss_2", "pit_si_snr_loss_4")
     ]
     assert saved[0] == saved[1] != []
-    assert not list(folder.rglob("*.growing"))
+    assert not list(folder.rglob("*.running"))
 
 
 def test_a_process_without_anything_to_learn_does_not_stop_the_other(processes):

@@ -27,6 +27,7 @@ PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
     RECIPE / "README.md",
+    ROOT / "recipes" / "Pretrained" / "README.md",
     ROOT / "speechbrain_flashformer" / "pretrained" / "README.md",
 ]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

@@ -1,7 +1,6 @@
 """The score of a model on sets, and on mixtures made of speakers' folders."""
 
 import csv
-import importlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +10,7 @@ import soundfile
 import torch
 
 from speechbrain_flashformer import FlashFormer
-from speechbrain_flashformer.inference.interface import built_in_model
+from speechbrain_flashformer.inference.folders import built_in_model
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -19,6 +18,11 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 @pytest.fixture(scope="module")
 def bench(load_benchmark):
     return load_benchmark("evaluate_model")
+
+
+@pytest.fixture(scope="module")
+def conditions(bench, load_benchmark):
+    return load_benchmark("conditions")
 
 
 class Model:
@@ -116,7 +120,26 @@ def test_turns_in_the_wrong_output_are_counted(bench, tmp_path):
         model = Model(None)
         model.separate_audio = lambda *_, out=out: out.T[None]
         row = bench.score(model, tmp_path / "set")
-        assert row == {"mixtures": 1, "wrong turns (%)": 25 * wrong}
+        assert row == {
+            "mixtures": 1,
+            "wrong turns (%)": 25 * wrong,
+            # One chunk, in one order.
+            "wrong turns, oracle (%)": 0,
+        }
+
+
+def test_the_oracle_knows_the_sources_but_not_their_order(bench):
+    sources = torch.randn(2, 9500)
+    plan = bench.ChunkPlan(2000, 500, align=1)
+    oracle = bench.Oracle(sources, plan, np.random.default_rng(0))
+    orders = set()
+    for start in range(0, 9000, 1500):
+        (told,) = oracle(torch.zeros(1, 2000))
+        true = sources[:, start : start + 2000]
+        leaky = true + 0.1 * true.flip(0)
+        orders.add(torch.equal(told, leaky))
+        assert torch.equal(told, leaky) or torch.equal(told, leaky.flip(0))
+    assert orders == {True, False}
 
 
 @pytest.mark.parametrize("word", ["cv=nowhere", "cv"])
@@ -151,30 +174,15 @@ def test_a_set_that_cannot_be_scored_is_named(
         bench.score(Model(None), tmp_path)
 
 
-def test_prompts_are_sorted_by_who_speaks(bench, tmp_path):
-    sounds = tmp_path / "sounds"
-    for name in ("en_f_Ann/digits/1", "es_f_Ann/1", "fr/silence/2", "fr/3"):
-        path = sounds / f"{name}.wav"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, np.ones(80), 8000)
-    soundfile.write(sounds / "fr/tt-monkeys.wav", np.ones(80), 8000)
-    importlib.import_module("prompt_speakers").main(sounds, tmp_path / "out")
-    found = sorted((tmp_path / "out").rglob("*.wav"))
-    names = [path.relative_to(tmp_path / "out").as_posix() for path in found]
-    assert names == [
-        "Ann/en_f_Ann_digits_1.wav",
-        "Ann/es_f_Ann_1.wav",
-        "fr/fr_3.wav",
-    ]
-
-
 def test_recordings_that_are_too_short_are_told(bench, tmp_path):
     soundfile.write(tmp_path / "a.wav", np.ones(8000), 8000)
     with pytest.raises(FileNotFoundError, match="no recording of 3 s"):
         bench.score(Model(None), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["lesions", "robustness", "evaluate_model"])
+@pytest.mark.parametrize(
+    "name", ["ablation_at_inference", "robustness", "evaluate_model"]
+)
 def test_the_page_says_what_the_figures_say(name):
     page = (BENCHMARKS.parent / "docs" / "experiments.md").read_text()
     with (BENCHMARKS / "results" / f"{name}.csv").open(newline="") as file:
@@ -199,30 +207,123 @@ def test_the_card_says_what_the_figures_say():
         assert f"| {' | '.join(figures)} |" in card
 
 
-def test_a_window_is_never_widened(bench):
+# --- mixtures that are heard otherwise ---------------------------------------
+
+
+@pytest.fixture
+def signals():
+    """A mixture and its two sources, [T, 3], 2.5 s."""
+    generator = torch.Generator().manual_seed(0)
+    sources = torch.randn(20000, 2, generator=generator)
+    return torch.cat([sources.sum(1, keepdim=True), sources], 1)
+
+
+def test_who_leaves_the_mixture_gains_nothing(bench, conditions, signals):
+    """The same is heard and scored, whatever is done to it."""
+    idle = Model(lambda mixture: mixture[..., None].expand(-1, -1, 2))
+    for name, change, arrange in conditions.CONDITIONS:
+        gain = bench.gain(idle, signals, change, arrange)
+        assert gain == pytest.approx(0, abs=1e-3), name
+
+
+def test_what_is_heard(conditions, signals):
+    heard = {
+        name: change(8000, signals) for name, change, _ in conditions.CONDITIONS
+    }
+    alone = heard["as is"]
+    assert torch.equal(alone, signals)
+    late = heard["after 3 s of silence"]
+    assert not late[:24000].any() and torch.equal(late[24000:], signals)
+    click = heard["after a click"]
+    assert torch.equal(click[800:], signals) and click.count_nonzero() == (
+        signals.count_nonzero() + 1
+    )
+    assert click[400, 0] == 10 * signals[:, 0].abs().max()
+    for name, most in (("noise at 20 dB", -20), ("noise at 10 dB", -10)):
+        noise = (heard[name] - signals)[:, 0]
+        ratio = noise.square().mean() / signals[:, 0].square().mean()
+        assert 10 * ratio.log10() == pytest.approx(most, abs=0.2)
+        assert torch.equal(heard[name][:, 1:], signals[:, 1:])
+    clipped = heard["clipped"][:, 0].abs().max()
+    assert clipped == pytest.approx(2 * signals[:, 0].std().item())
+    assert torch.equal(heard["upside down"], -signals)
+    one = heard["one speaker upside down"]
+    assert torch.equal(one[:, 1:], signals[:, 1:] * torch.tensor([-1, 1]))
+    rest = signals[:, 0] - signals[:, 1:].sum(1)  # noise stays
+    torch.testing.assert_close(one[:, 0] - one[:, 1:].sum(1), rest)
+    power = torch.fft.rfft(heard["through a telephone"], dim=0).abs().square()
+    hertz = torch.linspace(0, 8000 / 2, len(power))
+    assert (power[hertz < 100].mean(0) < 0.01 * power.mean(0)).all()
+    assert (power[hertz > 3900].mean(0) < 0.05 * power.mean(0)).all()
+
+
+def test_an_order_for_each_second_mends_what_is_exchanged(conditions, signals):
+    sources = signals[None, :, 1:]
+    # Right for a second, exchanged for the next.
+    confused = torch.cat([sources[:, :8000], sources[:, 8000:].flip(2)], 1)
+    arranged = conditions.in_order_of_each(1, 8000, sources, confused)
+    torch.testing.assert_close(arranged, sources)
+    whole = conditions.in_one_order(8000, sources, confused)
+    assert not torch.allclose(whole, sources)
+
+
+def test_one_row_for_each_condition(
+    bench, conditions, packed_once, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench, "HEARD_OTHERWISE", 1)
+    monkeypatch.setattr(bench, "find_sets", lambda *_: [("noise", None)])
+    monkeypatch.setattr(
+        bench,
+        "load_mixtures",
+        lambda *_: iter([list(torch.randn(3, 9000))] * 2),
+    )
+    scored, gain = [], bench.gain
+    monkeypatch.setattr(
+        bench, "gain", lambda *words: scored.append(words) or gain(*words)
+    )
+    bench.main([str(packed_once), "noise", "--table", "robustness"])
+    assert len(scored) == len(conditions.CONDITIONS)
+    lines = (tmp_path / "robustness.csv").read_text().splitlines()
+    assert lines[0] == "condition,noise"
+    assert len(lines) == 1 + len(conditions.CONDITIONS)
+
+
+# --- ablation at inference ---------------------------------------------------
+
+
+def test_a_window_is_never_widened(conditions):
     masknet = FlashFormer(16, d_model=16, num_layers=1, nhead=2, window=(3, -1))
-    importlib.import_module("lesions").narrow(masknet, 12)
+    conditions.narrow(masknet, 12)
     assert masknet.layers[0].attention.window == (3, 12)
 
 
-def test_a_causal_model_is_refused(bench, packed_causal):
-    lesions = importlib.import_module("lesions")
-    with pytest.raises(ValueError, match="is causal"):
-        lesions.main(packed_causal, [])
+def test_a_causal_model_is_refused(bench, packed_causal, tmp_path):
+    (tmp_path / "mix").mkdir()
+    words = [packed_causal, f"set={tmp_path}", "--table"]
+    with pytest.raises(SystemExit, match="is causal"):
+        bench.main([*map(str, words), "ablation_at_inference"])
 
 
-def test_every_lesion_is_felt(bench):
-    lesions = importlib.import_module("lesions").lesions(token_rate=125)
-    torch.manual_seed(0)
-    features = torch.rand(1, 16, 2400)  # 300 tokens
-    masks = []
-    for change in lesions.values():
-        torch.manual_seed(1)
-        masknet = FlashFormer(
-            16, d_model=16, num_layers=1, nhead=2, d_ffn=16, d_frame=16
-        )
-        change(masknet)
-        with torch.no_grad():
-            masks.append(masknet(features))
-    for mask in masks[1:]:
-        assert (mask - masks[0]).abs().max() > 1e-4 * masks[0].abs().max()
+def test_every_ablation_is_felt(bench, packed_once, tmp_path, monkeypatch):
+    """A row each, and each with other sources."""
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    rng = np.random.default_rng(1)
+    write_set(tmp_path / "set", 0.1 * rng.normal(size=(2, 8000)).astype("f4"))
+    heard, real = [], bench.score_mixtures
+
+    def listen(model, mixtures):
+        mixtures = list(mixtures)
+        heard.append(model.separate_batch(mixtures[0][0][None]))
+        return real(model, mixtures)
+
+    monkeypatch.setattr(bench, "score_mixtures", listen)
+    words = [packed_once, f"noise={tmp_path / 'set'}", "--table"]
+    bench.main([*map(str, words), "ablation_at_inference"])
+    with (tmp_path / "ablation_at_inference.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(heard) == len(rows) == 10
+    assert (rows[0]["condition"], list(rows[0])[1]) == ("none", "noise")
+    # The model sees 20 tokens of 8 ms to each side: 0.25 s cut off nothing.
+    cut = [not torch.equal(sources, heard[0]) for sources in heard]
+    assert cut == [False, True, *[False] * 3, *[True] * 5]

@@ -10,10 +10,8 @@ import torch
 from speechbrain.inference.separation import SepformerSeparation
 from torchaudio.functional import resample
 
-from speechbrain_flashformer.inference.interface import (
-    FlashFormerSeparation,
-    SeparationOptions,
-)
+from speechbrain_flashformer.inference import FlashFormerSeparation
+from speechbrain_flashformer.inference.options import SeparationOptions
 
 
 @pytest.fixture(scope="module")

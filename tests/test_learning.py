@@ -21,6 +21,11 @@ def bench(load_benchmark):
 
 
 @pytest.fixture(scope="module")
+def training(bench, load_benchmark):
+    return load_benchmark("training")
+
+
+@pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
     """Few generated voices where the command keeps its own, many ones."""
     folder = tmp_path_factory.mktemp("scratch")
@@ -79,6 +84,32 @@ def test_it_trains_measures_and_does_nothing_twice(
     again = rows(tmp_path / "out.csv")
     assert again[:2] == made and len(again) == 3
     assert again[2]["training"] != again[0]["training"]
+
+
+def test_a_row_of_another_version_is_another_run(
+    bench, command, tmp_path, monkeypatch, capsys
+):
+    line = f"{TINY}:batch=2 --examples 4 --points 1"
+    command(line)
+    monkeypatch.setattr(bench, "VERSION", bench.VERSION + 1)
+    command(line)
+    made = rows(tmp_path / "out.csv")
+    versions = [int(row["version"]) for row in made]
+    assert versions == [bench.VERSION - 1, bench.VERSION]
+    capsys.readouterr()
+    command(line)
+    assert "done before" in capsys.readouterr().out
+    # One of before there were versions is left alone.
+    header, row, _ = (tmp_path / "out.csv").read_text().splitlines()
+    place = header.split(",").index("version")
+    old = [x.split(",") for x in (header, row)]
+    for cells in old:
+        del cells[place]
+    text = "".join(",".join(cells) + "\n" for cells in old)
+    (tmp_path / "out.csv").write_text(text)
+    with pytest.raises(SystemExit, match="give another --out"):
+        command(line)
+    assert (tmp_path / "out.csv").read_text() == text
 
 
 def test_training_for_minutes_ends_with_them(bench, command, tmp_path):
@@ -358,7 +389,7 @@ def test_streams_of_an_early_split_are_alike_but_not_the_same(bench):
 
 
 def test_stages_are_trained_and_the_last_is_scored(
-    bench, command, tmp_path, monkeypatch
+    bench, training, command, tmp_path, monkeypatch
 ):
     """The loss of each stage is a number here; what is seen of its gradient."""
     seen = {}
@@ -386,10 +417,10 @@ def test_stages_are_trained_and_the_last_is_scored(
         seen["gradient"] = seen["model"].stages.grad.clone()
 
     monkeypatch.setattr(bench, "build_separator", build)
-    monkeypatch.setattr(bench, "LOSSES", {"si-snr": loss})
+    monkeypatch.setattr(training, "LOSSES", {"si-snr": loss})
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     command("tiny:crop=2000:optimizer=adamw --examples 8 --points 1")
-    weight = bench.STAGE_WEIGHT / 2
+    weight = training.STAGE_WEIGHT / 2
     expected = torch.tensor([1, weight, weight])
     torch.testing.assert_close(seen["gradient"], expected)
     (row,) = rows(tmp_path / "out.csv")
@@ -419,17 +450,19 @@ def test_a_crop_grows(bench, command, monkeypatch):
     assert heard == [1000, 1571, 2143, 2714, 3000]
 
 
-def test_a_batch_shrinks(bench, command, monkeypatch):
+def test_a_batch_shrinks(training, command, monkeypatch):
     batches = []
-    real = bench.PaddedBatch
+    real = training.PaddedBatch
     monkeypatch.setattr(
-        bench, "PaddedBatch", lambda x: batches.append(len(x)) or real(x)
+        training, "PaddedBatch", lambda x: batches.append(len(x)) or real(x)
     )
     command(f"{TINY}:batch=(4,1) --examples 20 --points 1")
     assert batches == [4, 3, 2, 2, 2] + [1] * 7
 
 
-def test_levels_come_to_be_as_they_were_drawn(bench, command, monkeypatch):
+def test_levels_come_to_be_as_they_were_drawn(
+    bench, training, command, monkeypatch
+):
     heard = []
     real = bench.DynamicMixtures.__getitem__
     monkeypatch.setattr(
@@ -438,9 +471,9 @@ def test_levels_come_to_be_as_they_were_drawn(bench, command, monkeypatch):
         lambda mixtures, n: heard.append(real(mixtures, n)) or dict(heard[-1]),
     )
     batches = []
-    batch = bench.PaddedBatch
+    batch = training.PaddedBatch
     monkeypatch.setattr(
-        bench,
+        training,
         "PaddedBatch",
         lambda items: batches.append(items) or batch(items),
     )

@@ -11,10 +11,10 @@ from speechbrain_flashformer.nnet.attention import attend
 from speechbrain_flashformer.nnet.macs import count_macs
 from speechbrain_flashformer.training.metrics import (
     best_order,
+    padding_mask,
     reorder,
     sdr,
     si_snr,
-    valid_samples,
 )
 
 
@@ -36,7 +36,7 @@ def test_relative_lengths_are_rounded_to_whole_samples():
     """In float32 most lengths over T times T are not whole again."""
     samples = torch.arange(1, 1001)
     lengths = samples / 1001
-    marked = valid_samples(torch.zeros(1000, 1001), lengths)
+    marked = padding_mask(torch.zeros(1000, 1001), lengths)
     assert torch.equal(marked.sum((1, 2)).long(), samples)
 
 

@@ -8,19 +8,37 @@ from speechbrain.dataio.batch import PaddedBatch
 from torch.utils.data import DataLoader
 from torchaudio.functional import resample
 
-from speechbrain_flashformer.training import mixing
+from speechbrain_flashformer.training import mixing, recordings
 from speechbrain_flashformer.training.data import EpochSampler
-from speechbrain_flashformer.training.mixing import (
-    DynamicMixtures,
-    colour,
-    find_recordings,
-    load_mixtures,
+from speechbrain_flashformer.training.effects import (
+    Absence,
+    BandLimit,
+    Noise,
+    PolarityFlip,
+    RandomEQ,
+    Reverberation,
+    Silence,
+    TurnTaking,
     random_noise,
     reverberate,
 )
+from speechbrain_flashformer.training.losses import (
+    pit_si_snr_loss,
+    pit_snr_loss,
+)
+from speechbrain_flashformer.training.mixing import (
+    DynamicMixtures,
+    dynamic_mix_data_prep,
+)
+from speechbrain_flashformer.training.recordings import find_recordings
 
 # Samples of a tone that are near 0 one after another, fewer than this.
 CROSSING = 40
+
+EVERY = [
+    effect(0.5)
+    for effect in (TurnTaking, Silence, RandomEQ, Reverberation, BandLimit)
+] + [Noise(0.5), PolarityFlip(0.5)]
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +57,21 @@ def speech(tmp_path_factory):
     return folder
 
 
-def mixtures(speech, **options):
+def mixtures(speech, *effects, speaker="folder", **options):
     arguments = {"num_spks": 2, "sample_rate": 8000, "samples": 8000, "seed": 1}
-    return DynamicMixtures(find_recordings(speech), **{**arguments, **options})
+    return DynamicMixtures(
+        find_recordings(speech, speaker),
+        **{**arguments, **options},
+        effects=effects,
+    )
+
+
+def write_noise(folder, samples=16000, rate=8000):
+    """Three recordings of noise, of a speaker each."""
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        noise = 0.1 * rng.normal(size=samples)
+        soundfile.write(folder / f"{name}.wav", noise, rate)
 
 
 def loudest_to_noise_db(mixture, sources):
@@ -143,10 +173,14 @@ def test_a_recording_cut_short_is_named(speech, tmp_path):
         [made[n] for n in range(50)]
 
 
-def test_noise_that_cannot_be_used_is_named_at_the_start(speech, tmp_path):
+def test_noise_that_cannot_be_used_is_named_at_the_start(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no wav or flac file in"):
+        Noise(0.5, folder=str(tmp_path))
     soundfile.write(tmp_path / "hall.wav", np.ones((80, 2)), 8000)
     with pytest.raises(ValueError, match=r"hall.wav has 2 channels"):
-        mixtures(speech, noise=[tmp_path / "hall.wav"])
+        Noise(0.5, folder=str(tmp_path))
+    # What nobody hears is not read.
+    assert Noise(0.0, folder=str(tmp_path)).recordings is None
 
 
 @pytest.mark.parametrize("row", ["a.wav,", ",me", "a.wav"])
@@ -187,11 +221,10 @@ def test_samples_that_are_not_finite_are_named(speech, tmp_path, value):
         signal = np.full(4000, 0.1, np.float32)
         signal[2000:] = value
         soundfile.write(tmp_path / f"{name}.wav", signal, 8000, subtype="FLOAT")
-    recordings = find_recordings(tmp_path, "file")
     with pytest.raises(ValueError, match=r"/[ab].wav has samples that are not"):
-        DynamicMixtures(recordings, 2, 8000, 4000, 1)[0]
-    noisy = mixtures(speech, noise=[tmp_path / "a.wav"], noise_share=1.0)
-    with pytest.raises(ValueError, match=r"/a.wav has samples that are not"):
+        mixtures(tmp_path, speaker="file", samples=4000)[0]
+    noisy = mixtures(speech, Noise(1.0, folder=tmp_path))
+    with pytest.raises(ValueError, match=r"/[ab].wav has samples that are not"):
         noisy[0]
 
 
@@ -287,9 +320,8 @@ def test_one_name_in_two_corpora_is_two_people(speech):
 
 
 def test_in_a_share_one_speaker_is_alone(speech):
-    dataset = mixtures(
-        speech, num_spks=3, absent_share=0.5, colour_db=6, telephone_share=0.5
-    )
+    effects = Absence(0.5), RandomEQ(1.0), BandLimit(0.5)
+    dataset = mixtures(speech, *effects, num_spks=3)
     alone = 0
     for n in range(100):
         item = dataset[n]
@@ -323,16 +355,7 @@ def test_number_and_seed_say_all(speech):
     "workers, method", [(1, "fork"), (2, "fork"), (2, "spawn")]
 )
 def test_workers_make_no_difference(speech, workers, method):
-    dataset = mixtures(
-        speech,
-        join_share=0.5,
-        silence_share=0.5,
-        noise_share=0.5,
-        room_share=0.5,
-        colour_db=6,
-        telephone_share=0.5,
-        flip_share=0.5,
-    )
+    dataset = mixtures(speech, *EVERY, concatenation_share=0.5)
     sampler = EpochSampler(6)
     sampler.set_epoch(3)
 
@@ -412,7 +435,7 @@ def test_short_recordings_stand_anywhere(speech):
 
 
 def test_turns_leave_a_speaker_silent_for_a_part(speech):
-    whole, turns = mixtures(speech), mixtures(speech, turn_share=1.0)
+    whole, turns = mixtures(speech), mixtures(speech, TurnTaking(1.0))
     spoken = []
     for n in range(40):
         assert len(turns[n]["mix_sig"]) == len(whole[n]["mix_sig"])
@@ -423,7 +446,7 @@ def test_turns_leave_a_speaker_silent_for_a_part(speech):
 
 def test_joined_recordings_are_of_one_speaker_and_go_on(speech):
     # The recordings have 1 to 3 s; each speaker is one tone.
-    joined = mixtures(speech, samples=64000, join_share=1.0)
+    joined = mixtures(speech, samples=64000, concatenation_share=1.0)
     several = 0
     for n in range(20):
         item = joined[n]
@@ -449,7 +472,7 @@ def test_joined_recordings_come_to_one_level(tmp_path):
         path.parent.mkdir(exist_ok=True)
         noise = 0.1 ** (1 + take) * rng.normal(size=4000)
         soundfile.write(path, noise, 8000, "FLOAT")
-    joined = mixtures(tmp_path, samples=32000, join_share=1.0)
+    joined = mixtures(tmp_path, samples=32000, concatenation_share=1.0)
     for n in range(5):
         source = joined[n]["s1_sig"].numpy()
         (ends,) = np.nonzero(np.diff(source == 0))
@@ -460,7 +483,7 @@ def test_joined_recordings_come_to_one_level(tmp_path):
 
 def test_a_share_is_joined_the_rest_is_as_it_was(speech):
     alone = mixtures(speech, samples=64000)
-    some = mixtures(speech, samples=64000, join_share=0.5)
+    some = mixtures(speech, samples=64000, concatenation_share=0.5)
     items = [some[n] for n in range(60)]
     joined = [len(item["mix_sig"]) == 64000 for item in items]
     assert 15 < sum(joined) < 45
@@ -474,7 +497,7 @@ def test_a_share_is_joined_the_rest_is_as_it_was(speech):
 
 
 def test_a_mixture_may_stand_in_silence(speech):
-    quiet = mixtures(speech, silence_share=1.0)
+    quiet = mixtures(speech, Silence(1.0))
     shares, starts, levels = [], [], []
     for n in range(40):
         item = quiet[n]
@@ -495,9 +518,7 @@ def test_no_turn_is_silent(tmp_path):
     for name in "abc":
         late = rng.normal(size=16000) * (np.arange(16000) > 9000)
         soundfile.write(tmp_path / f"{name}.wav", 0.1 * late, 8000)
-    turns = DynamicMixtures(
-        find_recordings(tmp_path, "file"), 2, 8000, 16000, 1, turn_share=1.0
-    )
+    turns = mixtures(tmp_path, TurnTaking(1.0), speaker="file", samples=16000)
     for n in range(50):
         assert turns[n]["s1_sig"].any() and turns[n]["s2_sig"].any()
 
@@ -525,7 +546,7 @@ def test_no_speed_makes_a_huge_filter(tmp_path, monkeypatch, rate):
         ratios.append((old, new))
         return resample(signal, old, new)
 
-    monkeypatch.setattr("speechbrain_flashformer.training.mixing.resample", spy)
+    monkeypatch.setattr(recordings, "resample", spy)
     for s in range(2):
         (tmp_path / f"{s}").mkdir()
         tone = np.sin(2 * np.pi * 400 * (s + 1) * np.arange(2 * rate) / rate)
@@ -550,8 +571,8 @@ def test_speed_moves_the_pitch(speech):
 def test_noise_leaves_the_sources_clean(speech, tmp_path):
     hum = np.sign(np.sin(2 * np.pi * 50 * np.arange(4000) / 8000))
     soundfile.write(tmp_path / "hum.wav", 0.1 * hum, 8000)
-    for noise in ((), [tmp_path / "hum.wav"]):
-        dataset = mixtures(speech, noise=noise, noise_share=1.0)
+    for folder in ("", str(tmp_path)):
+        dataset = mixtures(speech, Noise(1.0, folder=folder))
         snrs = []
         for n in range(50):
             item = dataset[n]
@@ -575,34 +596,42 @@ def test_room_adds_a_tail_after_the_sound():
     assert abs(10 * np.log10(early / late) - 20) < 4
 
 
-def test_colour_keeps_the_length():
+def equalised(signal, rng):
+    """A signal [T] through a filter; it keeps the energy."""
+    silence = np.zeros(len(signal))
+    return RandomEQ(1.0)(np.stack([signal, silence, silence]), rng, 8000)[0]
+
+
+def test_equalisation_keeps_the_length_and_the_level():
     rng = np.random.default_rng(0)
     for length in (1, 40, 65, 8000):
-        assert len(colour(np.ones(length), 10, rng)) == length
+        heard = equalised(np.ones(length), rng)
+        assert heard.shape == (length,)
+        assert heard @ heard == pytest.approx(length)
 
 
-def test_colour_stays_within_its_range():
+def test_equalisation_stays_within_its_range():
     rng = np.random.default_rng(0)
     click = np.zeros(4000)
     click[2000] = 1
-    gains = [
-        20 * np.log10(np.abs(np.fft.rfft(colour(click, 6, rng))))
-        for _ in range(20)
-    ]
-    assert np.max(gains) < 6.5 and np.min(gains) > -6.5
+    gains = np.array(
+        [
+            20 * np.log10(np.abs(np.fft.rfft(equalised(click, rng))))
+            for _ in range(20)
+        ]
+    )
+    # Twice the range, as the level is that of before.
+    assert np.ptp(gains, axis=1).max() < 12.5
     assert np.std(gains) > 1
 
 
 @pytest.mark.parametrize("rate, above", [(8000, 3960), (16000, 5500)])
 def test_a_telephone_passes_speech_and_little_else(tmp_path, rate, above):
-    rng = np.random.default_rng(0)
-    for name in "abc":
-        noise = 0.1 * rng.normal(size=4 * rate)
-        soundfile.write(tmp_path / f"{name}.wav", noise, rate)
-    called = DynamicMixtures(
-        find_recordings(tmp_path, "file"),
-        *(2, rate, 4 * rate, 1),
-        telephone_share=1.0,
+    write_noise(tmp_path, 4 * rate, rate)
+    called = mixtures(
+        tmp_path,
+        BandLimit(1.0),
+        **{"speaker": "file", "sample_rate": rate, "samples": 4 * rate},
     )
     hertz = np.fft.rfftfreq(4 * rate, 1 / rate)
     edges = []
@@ -630,22 +659,19 @@ def is_without_lows(source):
 
 
 @pytest.mark.parametrize(
-    "option, is_changed",
-    [("room_share", has_a_tail), ("telephone_share", is_without_lows)],
+    "effect, is_changed",
+    [(Reverberation, has_a_tail), (BandLimit, is_without_lows)],
 )
 def test_a_share_is_in_one_room_or_through_one_telephone(
-    tmp_path, option, is_changed
+    tmp_path, effect, is_changed
 ):
     rng = np.random.default_rng(0)
     for name in "abc":
         burst = 0.1 * rng.normal(size=4000) * (np.arange(4000) < 2000)
         soundfile.write(tmp_path / f"{name}.wav", burst, 8000)
-    recordings = find_recordings(tmp_path, "file")
     heard = {}
     for share in (0.0, 0.5, 1.0):
-        made = DynamicMixtures(
-            recordings, 2, 8000, 4000, seed=1, **{option: share}
-        )
+        made = mixtures(tmp_path, effect(share), speaker="file", samples=4000)
         items = [made[n] for n in range(40)]
         heard[share] = [
             (is_changed(item["s1_sig"]), is_changed(item["s2_sig"]))
@@ -658,35 +684,30 @@ def test_a_share_is_in_one_room_or_through_one_telephone(
 
 
 def test_each_source_has_a_microphone_of_its_own(tmp_path):
-    rng = np.random.default_rng(0)
-    for name in "abc":
-        noise = 0.1 * rng.normal(size=16000)
-        soundfile.write(tmp_path / f"{name}.wav", noise, 8000)
-    recordings = find_recordings(tmp_path, "file")
+    write_noise(tmp_path)
 
     def response(source):
         """Of eight bands, dB."""
         power = np.abs(np.fft.rfft(source.numpy())[:8000]) ** 2
         return 10 * np.log10(power.reshape(8, 1000).mean(1))
 
-    for most_db in (0, 10):
-        made = DynamicMixtures(
-            recordings, 2, 8000, 16000, seed=1, colour_db=most_db
-        )
+    for share in (0, 1):
+        equalise = RandomEQ(share, range_db=10)
+        made = mixtures(tmp_path, equalise, speaker="file", samples=16000)
         for n in range(5):
             one, two = (response(made[n][f"s{i}_sig"]) for i in (1, 2))
-            assert (np.ptp(one) > 2) == (most_db > 0)
-            assert (np.std(one - two) > 1) == (most_db > 0)
+            assert (np.ptp(one) > 2) == (share > 0)
+            assert (np.std(one - two) > 1) == (share > 0)
 
 
-def test_a_mixture_may_be_upside_down(tmp_path):
+def test_a_mixture_may_have_the_other_polarity(tmp_path):
     rng = np.random.default_rng(0)
     for name in "abc":
         pulses = 0.1 * rng.exponential(size=4000)  # rises more than it falls
         soundfile.write(tmp_path / f"{name}.wav", pulses - 0.1, 8000)
     ways = []
-    flipped = DynamicMixtures(
-        find_recordings(tmp_path, "file"), 2, 8000, 4000, 1, flip_share=0.5
+    flipped = mixtures(
+        tmp_path, PolarityFlip(0.5), speaker="file", samples=4000
     )
     for n in range(60):
         item = flipped[n]
@@ -711,18 +732,8 @@ def test_noise_is_of_many_colours():
 # --- in a recipe -------------------------------------------------------------
 
 
-def test_hparams_say_what_is_mixed(speech, tmp_path):
-    soundfile.write(tmp_path / "hum.wav", np.ones(80), 8000)
-    shares = {
-        f"dm_{name}": n / 10
-        for n, name in enumerate(
-            "same_corpus_share absent_share join_share turn_share "
-            "silence_share noise_share room_share colour_db telephone_share "
-            "flip_share".split(),
-            1,
-        )
-    }
-    hparams = {
+def hparams_of(speech, **options):
+    return {
         "base_folder_dm": str(speech),
         "dm_speaker": r"_(id\d)",
         "num_spks": 3,
@@ -731,26 +742,58 @@ def test_hparams_say_what_is_mixed(speech, tmp_path):
         "seed": 17,
         "use_speedperturb": True,
         "speed_changes": [100, 105, 95],
-        "dm_noise_folder": str(tmp_path),
-        "dm_noise_snr": [1, 2],
-        **shares,
+        "dm_same_corpus_share": 0.1,
+        "dm_concatenation_share": 0.2,
+        "dm_effects": {},
+        "loss": pit_si_snr_loss,
+        **options,
     }
-    made = load_mixtures(hparams)
-    for name, share in shares.items():
-        assert getattr(made, name.removeprefix("dm_")) == share
+
+
+def test_hparams_say_what_is_mixed(speech):
+    effects = {"noise": Noise(0.5), "any name": PolarityFlip(0.5)}
+    made = dynamic_mix_data_prep(hparams_of(speech, dm_effects=effects))
+    assert made.effects == list(effects.values())
+    assert (made.same_corpus_share, made.concatenation_share) == (0.1, 0.2)
     assert (made.num_spks, made.sample_rate) == (3, 16000)
     assert (made.samples, made.seed, made.speeds) == (4321, 17, (95, 105))
-    assert made.noise == [tmp_path / "hum.wav"] and made.noise_snr == [1, 2]
-    assert len(made.paths) == 12 and len(made.spoken) == 4
-    plain = load_mixtures(
-        hparams | {"use_speedperturb": False, "dm_noise_folder": ""}
+    assert len(made.reader.paths) == 12 and len(made.spoken) == 4
+    plain = dynamic_mix_data_prep(hparams_of(speech, use_speedperturb=False))
+    assert plain.speeds == (100, 100)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_absence_needs_a_loss_that_knows_silence(speech, share):
+    effects = {"absence": Absence(share)}
+    dynamic_mix_data_prep(
+        hparams_of(speech, dm_effects=effects, loss=pit_snr_loss)
     )
-    assert plain.speeds == (100, 100) and plain.noise == []
+    hparams = hparams_of(speech, dm_effects=effects)
+    if share:
+        with pytest.raises(ValueError, match="Absence needs .*pit_snr_loss"):
+            dynamic_mix_data_prep(hparams)
+    else:
+        dynamic_mix_data_prep(hparams)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_shares_are_checked_at_the_start(speech, share):
+    with pytest.raises(ValueError, match="share of Noise must be from 0 to 1"):
+        mixtures(speech, Noise(share))
+    with pytest.raises(ValueError, match="share of concatenation must be"):
+        mixtures(speech, concatenation_share=share)
+
+
+def test_numbers_of_effects_are_checked():
+    with pytest.raises(ValueError, match="snr_db of Noise must be the least"):
+        Noise(0.5, snr_db=(35, 5))
+    with pytest.raises(ValueError, match="range_db of RandomEQ must be above"):
+        RandomEQ(0.5, range_db=0)
 
 
 def test_hparams_without_a_folder_are_refused():
     with pytest.raises(ValueError, match="give their folder as base_folder_dm"):
-        load_mixtures({"base_folder_dm": ""})
+        dynamic_mix_data_prep({"base_folder_dm": ""})
 
 
 def test_noise_is_any_part_of_a_recording_at_the_rate_of_the_mixture(
@@ -760,7 +803,7 @@ def test_noise_is_any_part_of_a_recording_at_the_rate_of_the_mixture(
     time = np.arange(8 * 16000) / 16000
     hertz = np.where(time < 4, 500, 1500)
     soundfile.write(tmp_path / "a.wav", np.sin(2 * np.pi * hertz * time), 16000)
-    noisy = mixtures(speech, noise=[tmp_path / "a.wav"], noise_share=1.0)
+    noisy = mixtures(speech, Noise(1.0, folder=tmp_path))
     heard = set()
     for n in range(20):
         item = noisy[n]
@@ -771,11 +814,72 @@ def test_noise_is_any_part_of_a_recording_at_the_rate_of_the_mixture(
 
 def test_noise_is_as_loud_as_asked(speech):
     quiet, loud = (
-        mixtures(speech, noise_share=1.0, noise_snr=(snr, snr))
-        for snr in (30, -5)
+        mixtures(speech, Noise(1.0, snr_db=(snr, snr))) for snr in (30, -5)
     )
     for dataset, snr in ((quiet, 30), (loud, -5)):
         item = dataset[3]
         sources = [item["s1_sig"], item["s2_sig"]]
         ratio = loudest_to_noise_db(item["mix_sig"], sources)
         assert ratio == pytest.approx(snr, abs=0.1)
+
+
+# --- effects together --------------------------------------------------------
+
+
+def test_effects_are_applied_in_their_order(speech):
+    """Noise before a band is limited to it, noise after it is not."""
+    lows = []
+    for effects in (
+        (Noise(1.0, snr_db=(0, 0)), BandLimit(1.0)),
+        (BandLimit(1.0), Noise(1.0, snr_db=(0, 0))),
+    ):
+        item = mixtures(speech, *effects)[0]
+        noise = item["mix_sig"] - item["s1_sig"] - item["s2_sig"]
+        power = np.abs(np.fft.rfft(noise.numpy())) ** 2
+        lows.append(power[:40].sum() / power.sum())
+    assert lows[0] < 0.1 * lows[1]
+
+
+def test_an_effect_of_no_mixture_changes_nothing(speech):
+    plain = mixtures(speech)
+    other = mixtures(speech, *(type(x)(0.0) for x in EVERY))
+    for n in range(5):
+        assert torch.equal(plain[n]["mix_sig"], other[n]["mix_sig"])
+
+
+@pytest.mark.parametrize("effect", EVERY[:-2], ids=lambda x: type(x).__name__)
+def test_effects_keep_the_level_of_each_source(tmp_path, effect):
+    write_noise(tmp_path, 8000)
+    options = {"speaker": "file", "seed": 3}
+    plain = mixtures(tmp_path, **options)
+    changed = mixtures(tmp_path, type(effect)(1.0), **options)
+
+    def level(source):
+        heard = np.flatnonzero(source.abs() > 1e-3 * source.abs().max())
+        power = source[heard[0] : heard[-1] + 1].square().mean()
+        return 10 * power.log10().item()
+
+    for n in range(10):
+        for name in ("s1_sig", "s2_sig"):
+            before, after = plain[n][name], changed[n][name]
+            assert not torch.equal(before, after)
+            assert level(after) == pytest.approx(level(before), abs=0.5)
+
+
+def test_a_speaker_without_a_pause_to_lose_is_left_as_it_was():
+    """Two that speak one after the other: no piece has only one of them."""
+    rng = np.random.default_rng(0)
+    signals = np.zeros((3, 1000), np.float32)
+    signals[0, :10], signals[1, 990:] = 1, 1
+    heard = Silence(1.0)(signals, rng, 8000)
+    assert heard[0].any() and heard[1].any()
+
+
+def test_silent_sources_and_no_noise_stay_so():
+    rng = np.random.default_rng(0)
+    for effect in EVERY:
+        signals = np.zeros((4, 1000), np.float32)
+        signals[1] = rng.normal(size=1000)
+        heard = effect(signals, rng, 8000)
+        assert heard[1].any() and not heard[0].any() and not heard[2].any()
+        assert heard[3].any() == isinstance(effect, Noise)

@@ -148,7 +148,8 @@ def test_train_with_dynamic_mixing_then_pack_and_separate(data, tmp_path):
     options = ["--data_folder", data]
     options += ["--dynamic_mixing", True, "--base_folder_dm", part / "s1"]
     # Files are called NAME_SPEAKER_OTHER.wav.
-    options += ["--dm_speaker", "_([^_]+)_", "--dm_noise_share", 0.5]
+    options += ["--dm_speaker", "_([^_]+)_", "--dm_effects"]
+    options += ["{noise: {share: 0.5}}"]
     train("flashformer-demo", output, *options, "--N_epochs", 2)
     assert list(epochs(output)) == [1, 2]
 

@@ -17,8 +17,8 @@ from speechbrain_flashformer.training.metrics import (
 )
 from speechbrain_flashformer.training.scores import (
     ResultsWriter,
-    badness,
     quick_scores,
+    sort_key,
     write_example,
     write_results,
 )
@@ -36,14 +36,14 @@ def read(path):
 
 
 def test_rows_are_those_of_one_after_another_and_grow_on_disk(tmp_path):
-    writer = ResultsWriter(tmp_path / "growing", 8000, ["stoi"])
+    writer = ResultsWriter(tmp_path / "running", 8000, ["stoi"])
     given = []
     for index in range(30):
         mixture, targets, estimates = signals(8000, 0.05 * (index + 1))
         row = {"snt_id": f"x{index:02}", "si-snr": 1.0, "si-snr_i": -index}
         given.append((targets, mixture, estimates))
         writer.add(row, mixture, targets, estimates)
-    assert read(tmp_path / "growing"), "nothing there before the end"
+    assert read(tmp_path / "running"), "nothing there before the end"
     rows = writer.close()
     assert [row["snt_id"] for row in rows] == [f"x{i:02}" for i in range(30)]
     for row, (targets, mixture, estimates) in zip(rows, given):
@@ -59,14 +59,14 @@ def test_rows_are_those_of_one_after_another_and_grow_on_disk(tmp_path):
 
 
 def test_what_is_no_number_is_the_worst(tmp_path):
-    writer = ResultsWriter(tmp_path / "growing", 8000)
+    writer = ResultsWriter(tmp_path / "running", 8000)
     for index, gain in enumerate([3.0, float("nan"), -1.0, 2.0, 5.0, 4.0]):
         row = {"snt_id": index, "si-snr": gain, "si-snr_i": gain}
         writer.add(row, *signals(2000))
     rows = writer.close()
     worst = [row["snt_id"] for row, _ in writer.worst]
     assert worst == [1, 2, 3, 0, 5]
-    assert worst == [r["snt_id"] for r in sorted(rows, key=badness)[:5]]
+    assert worst == [r["snt_id"] for r in sorted(rows, key=sort_key)[:5]]
 
 
 def test_scoring_takes_no_more_threads_than_torch_may(tmp_path, monkeypatch):
@@ -80,7 +80,7 @@ def test_scoring_takes_no_more_threads_than_torch_may(tmp_path, monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        writer = ResultsWriter(tmp_path / "growing", 8000)
+        writer = ResultsWriter(tmp_path / "running", 8000)
         for index in range(20):
             row = {"snt_id": index, "si-snr": 0.0, "si-snr_i": 0.0}
             writer.add(row, *signals(100))
@@ -92,7 +92,7 @@ def test_scoring_takes_no_more_threads_than_torch_may(tmp_path, monkeypatch):
 
 
 def test_a_mixture_that_cannot_be_scored_is_named(tmp_path):
-    writer = ResultsWriter(tmp_path / "growing", 8000)
+    writer = ResultsWriter(tmp_path / "running", 8000)
     mixture, targets, estimates = signals(2000)
     row = {"snt_id": "x7", "si-snr": 0.0, "si-snr_i": 0.0}
     writer.add(row, mixture, targets, estimates[:, :1000])

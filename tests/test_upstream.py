@@ -64,9 +64,9 @@ def test_resetting_as_speechbrain_does_leaves_a_network_that_learns(
 
 def test_every_setting_is_read_where_the_recipe_says():
     script = (RECIPE / "train.py").read_text()
-    package = {p.stem: p.read_text() for p in PACKAGE.glob("*.py")}
+    package = {p.stem: p.read_text() for p in PACKAGE.rglob("*.py")}
     (said,) = re.findall(r"# Where the package.*?\n\n", script, re.S)
-    # "# data.load_datasets: hparams.train_data, ...", over several lines.
+    # "# data.dataio_prep: hparams.train_data, ...", over several lines.
     said = said.replace("\n#", " ")
     rooms = re.findall(r"(\w+)\.\w+: ((?:hparams\.\w+(?:,\s+)?)+)", said)
     assert sum(listed.count("hparams.") for _, listed in rooms) == said.count(
@@ -115,7 +115,7 @@ def test_recipe_table_lists_every_yaml_with_flags_and_files_that_exist():
 def test_public_functions_say_what_they_do():
     """As SpeechBrain's own check: a docstring wherever a name is public."""
     missing = []
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         lines = path.read_text().splitlines()
         for i, line in enumerate(lines):
             match = re.match(r"\s*(?:def|class) ([a-zA-Z]\w*)[(:]", line)

@@ -3,6 +3,9 @@
 import itertools
 import json
 import re
+import signal
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -97,7 +100,7 @@ def test_a_seed_says_who_says_what(tmp_path, monkeypatch):
         return noise(lines)
 
     said, made = [], []
-    monkeypatch.setattr(voices, "_speak_all", listen)
+    monkeypatch.setattr(voices, "speak_all", listen)
     for n, (seed, train) in enumerate(((0, 3), (0, 5), (1, 3))):
         folder = make_voices(
             tmp_path / str(n), 2, (train, 2, 2), seed, progressbar=False
@@ -148,7 +151,7 @@ def test_an_interrupted_set_is_never_taken_for_a_finished_one(
         raise KeyboardInterrupt
 
     folder = tmp_path / "voices"
-    monkeypatch.setattr(voices, "_speak_all", noise)
+    monkeypatch.setattr(voices, "speak_all", noise)
     with monkeypatch.context() as patch:
         patch.setattr(voices, "_write_mixture", fail)
         with pytest.raises(KeyboardInterrupt):
@@ -163,6 +166,31 @@ def test_an_interrupted_set_is_never_taken_for_a_finished_one(
     assert [path.name for path in tmp_path.iterdir()] == ["voices"]
 
 
+def test_what_a_killed_process_left_is_removed_by_the_next(
+    tmp_path, monkeypatch
+):
+    """But not what another one is writing."""
+    code = """
+import os, pathlib, signal, sys
+from speechbrain_flashformer.training import voices
+def kill(lines, *_):
+    os.kill(os.getpid(), signal.SIGKILL)
+voices.speak_all = kill
+voices.make_voices(sys.argv[1], 2, (1, 1, 1), progressbar=False)
+"""
+    folder = tmp_path / "voices"
+    killed = subprocess.run([sys.executable, "-c", code, str(folder)])
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith("voices.") and left.suffix == ".partial"
+    monkeypatch.setattr(voices, "speak_all", noise)
+    with voices._made_beside(folder) as beside:
+        assert list(tmp_path.iterdir()) == [beside]
+        make_voices(folder, 2, (1, 1, 1), progressbar=False)
+        assert set(tmp_path.iterdir()) == {beside, folder}
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_two_that_make_one_set_at_once_leave_it_whole(tmp_path, monkeypatch):
     met = threading.Barrier(2, timeout=60)
 
@@ -170,7 +198,7 @@ def test_two_that_make_one_set_at_once_leave_it_whole(tmp_path, monkeypatch):
         met.wait()
         return [np.ones(800) for _ in lines]
 
-    monkeypatch.setattr(voices, "_speak_all", together)
+    monkeypatch.setattr(voices, "speak_all", together)
     folder = tmp_path / "voices"
     with ThreadPoolExecutor(2) as pool:
         options = {"sizes": (1, 1, 1), "utterances": 1, "progressbar": False}

@@ -2,26 +2,20 @@
 
 The page needs no network: scripts, styles and fonts come from this machine,
 and gradio's telemetry, share links and run history are off.
-
-Axes: C channels, n samples, K frequencies, L frames.
 """
 
 import os
 import tempfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-
-from speechbrain_flashformer.inference.audio import AudioReader
+from speechbrain_flashformer.cli.messages import UsageError
+from speechbrain_flashformer.cli.models import add_model_options, load_separator
 
 FONTS = ("system-ui", "sans-serif")  # those of the machine: no download
 # Seconds that uploads and results stay, and between looks at them.
-KEPT, SWEEP = 3600, 60
-COLUMNS = 1200  # of a spectrogram, about
-DYNAMIC_RANGE_DB = 70
-INK = "0.5"
+KEEP_SECONDS, SWEEP_SECONDS = 3600, 60
 
 # No waveform: a browser would decode the whole recording for it.
 PLAYER = {
@@ -43,6 +37,44 @@ them alone. Recordings of up to {minutes:g} minutes and {megabytes} MB: wav,
 flac, ogg or mp3. The model hears what is below {top:g} kHz. Recordings stay on
 the machine that serves this page, and there for an hour at most.
 """
+
+
+def _add_options(add):
+    add_model_options(add)
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen at (default 127.0.0.1: this machine alone). "
+        "Any other lets in whoever reaches it: there is no password",
+    )
+    add("--port", type=int, help="default: the first free one from 7860")
+    add(
+        "--max-minutes",
+        type=float,
+        default=60,
+        metavar="MINUTES",
+        help="longest recording that the page takes (default 60)",
+    )
+    add(
+        "--max-mb",
+        type=int,
+        default=500,
+        metavar="MB",
+        help="largest file that the page takes (default 500)",
+    )
+
+
+def _app(parsed):
+    if parsed.max_minutes <= 0 or parsed.max_mb < 1:
+        raise UsageError(
+            "--max-minutes must be more than 0, --max-mb 1 or more"
+        )
+    model = load_separator(parsed.model, parsed.device, parsed.trust)
+    limits = parsed.max_minutes, parsed.max_mb
+    with serve(model, parsed.host, parsed.port, *limits) as url:
+        print(url, flush=True)
+        while True:
+            time.sleep(1)
 
 
 @contextmanager
@@ -126,6 +158,8 @@ def _environment(**values):
 
 def _build_page(model, folder, max_minutes, max_mb):
     """The page as ``gradio.Blocks``; what it makes goes into the folder."""
+    from speechbrain_flashformer.cli.spectrogram import draw_spectrograms
+
     gradio = _gradio()
     num_spks, rate = model.hparams.num_spks, model.hparams.sample_rate
 
@@ -157,7 +191,9 @@ def _build_page(model, folder, max_minutes, max_mb):
             ) from error
 
     with gradio.Blocks(
-        title="FlashFormer", analytics_enabled=False, delete_cache=(SWEEP, KEPT)
+        title="FlashFormer",
+        analytics_enabled=False,
+        delete_cache=(SWEEP_SECONDS, KEEP_SECONDS),
     ) as page:
         gradio.Markdown(
             INTRODUCTION.format(
@@ -223,6 +259,8 @@ def _clock(seconds):
 
 def _check_length(path, max_minutes):
     """Raise a ValueError if a recording is longer than the page takes."""
+    from speechbrain_flashformer.inference.audio import AudioReader
+
     reader = AudioReader(path)
     minutes = reader.frames / reader.sample_rate / 60
     if minutes > max_minutes:
@@ -233,103 +271,11 @@ def _check_length(path, max_minutes):
         )
 
 
-def draw_spectrograms(paths, folder, model_rate):
-    """Draw recordings on one scale of levels, up to what the model hears.
-
-    Arguments
-    ---------
-    paths : list of Path
-        Audio files of any length; the first one sets the scale.
-    folder : str or Path
-        Gets a PNG for each.
-    model_rate : int
-        Hz.
-
-    Returns
-    -------
-    list of str
-        The PNG files.
-
-    Example
-    -------
-    >>> import soundfile
-    >>> folder = getfixture("tmp_path")
-    >>> soundfile.write(folder / "a.wav", torch.randn(8000).numpy(), 8000)
-    >>> [picture] = draw_spectrograms([folder / "a.wav"], folder, 8000)
-    >>> Path(picture).name
-    'a_spectrogram.png'
-    """
-    from matplotlib.figure import Figure
-
-    drawn, loudest = [], None
-    for i, path in enumerate(paths):
-        reader = AudioReader(path)
-        top = min(model_rate, reader.sample_rate) / 2
-        level = spectrogram(reader, top)
-        if loudest is None:
-            loudest = level.max()
-        figure = Figure(figsize=(11 if i == 0 else 5.5, 2.2), layout="tight")
-        axes = figure.subplots()
-        axes.imshow(
-            level,
-            origin="lower",
-            aspect="auto",
-            extent=(0, reader.frames / reader.sample_rate, 0, top / 1000),
-            vmin=loudest - DYNAMIC_RANGE_DB,
-            vmax=loudest,
-            cmap="magma",
-        )
-        axes.set(xlabel="seconds", ylabel="kHz")
-        # Grey on nothing is readable on a light and on a dark page.
-        axes.tick_params(colors=INK, labelsize=8)
-        for text in (axes.xaxis.label, axes.yaxis.label):
-            text.set(color=INK, size=8)
-        drawn.append(str(Path(folder) / f"{Path(path).stem}_spectrogram.png"))
-        figure.savefig(drawn[-1], dpi=120, transparent=True)
-    return drawn
-
-
-def spectrogram(reader, top):
-    """Level in dB of each frequency up to ``top`` Hz, [K, L].
-
-    Arguments
-    ---------
-    reader : AudioReader
-        The recording, read in blocks; its channels are averaged.
-    top : float
-        Hz, at most half the sampling rate.
-
-    Returns
-    -------
-    torch.Tensor
-        [K, L]; of long recordings about 1200 columns, each the mean power of
-        its part.
-
-    Example
-    -------
-    >>> import soundfile
-    >>> path = getfixture("tmp_path") / "a.wav"
-    >>> soundfile.write(path, torch.randn(8000).numpy(), 8000)
-    >>> spectrogram(AudioReader(path), top=4000).shape
-    torch.Size([129, 126])
-    """
-    size = max(16, round(0.032 * reader.sample_rate))
-    window = torch.hann_window(size)
-    bins = 1 + round(top / reader.sample_rate * size)
-    columns = []
-    for block in reader.blocks():
-        sound = F.pad(block.mean(0), (size // 2, size - size // 2))
-        frames = torch.stft(
-            sound,
-            size,
-            size // 4,
-            window=window,
-            center=False,
-            return_complex=True,
-        )
-        power = frames[:bins].abs().square()
-        share = COLUMNS * block.shape[1] / reader.frames
-        if power.shape[1] > share:
-            power = F.adaptive_avg_pool1d(power, max(1, round(share)))
-        columns.append(power)
-    return 10 * torch.cat(columns, 1).clamp(min=1e-12).log10()
+COMMANDS = (
+    (
+        "app",
+        _app,
+        _add_options,
+        "serve a page to try a model in a browser (needs the extra app)",
+    ),
+)

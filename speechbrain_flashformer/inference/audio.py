@@ -12,13 +12,9 @@ from pathlib import Path
 
 import soundfile
 import torch
-from torchaudio.transforms import Resample
 
-from speechbrain_flashformer.inference.containers import (
-    REMEDY,
-    find_streams,
-    open_sound,
-)
+from speechbrain_flashformer.inference.containers import REMEDY, find_streams
+from speechbrain_flashformer.inference.view import open_sound
 
 # Of the RMS: so little of an offset changes the sources by less than -30 dB.
 LEAST_OFFSET = 0.03
@@ -198,9 +194,9 @@ def plan_hearing(blocks, each, name):
     ):
         loudest = power.argmax().item()
         warnings.warn(
-            f"the channels of {name} cancel each other (is one upside down?): "
-            f"channel {loudest + 1}, the loudest, is separated instead of "
-            "their mean",
+            f"the channels of {name} cancel each other (is the polarity of "
+            f"one inverted?): channel {loudest + 1}, the loudest, is separated "
+            "instead of their mean",
             stacklevel=2,
         )
 
@@ -260,6 +256,8 @@ class Resampler:
         self.latency = 0.0
         if self.old == self.new:
             return
+        from torchaudio.transforms import Resample  # for those who need it
+
         # Made once, and as the function would make it in float32.
         if self.old * self.new > LARGEST_FILTER:
             raise ValueError(
@@ -276,35 +274,23 @@ class Resampler:
         self.latency = (self.reach + 1) / old + 1 / new
 
     def feed(self, block):
-        """Take samples [C, n], return those that are ready, [C, m]."""
+        """Take samples [*, n], return those that are ready, [*, m]."""
         if self.old == self.new:
             return block
         if self.buffer is not None:
-            block = torch.cat([self.buffer, block], 1)
+            block = torch.cat([self.buffer, block], -1)
         self.buffer = block
-        ready = max(0, block.shape[1] - self.reach) * self.new // self.old
+        ready = max(0, block.shape[-1] - self.reach) * self.new // self.old
         if ready <= self.given:
-            return block[:, :0]
-        out = self.resample(block)[:, self.given : ready]
+            return block[..., :0]
+        out = self.resample(block.contiguous())[..., self.given : ready]
         over = max(0, ready // self.new - self.periods)
-        self.buffer = block[:, over * self.old :]
+        self.buffer = block[..., over * self.old :]
         self.given = ready - over * self.new
         return out
 
     def flush(self):
-        """Return the rest, [C, m]."""
+        """Return the rest, [*, m]."""
         if self.buffer is None:
             return torch.zeros(1, 0)
-        return self.resample(self.buffer)[:, self.given :]
-
-
-def resample_blocks(blocks, old, new):
-    """Resample blocks [C, n] from rate ``old`` to ``new``, both in Hz."""
-    if old == new:
-        yield from blocks
-        return
-    resampler = Resampler(old, new)
-    for block in blocks:
-        yield resampler.feed(block)
-    if resampler.buffer is not None:
-        yield resampler.flush()
+        return self.resample(self.buffer.contiguous())[..., self.given :]

@@ -16,72 +16,6 @@ from speechbrain_flashformer.inference.speakers import SpeakerOrder
 FADE = 0.05
 
 
-def separate_long(blocks, separate, sample_rate, plan, num_spks):
-    """Separate a recording that comes in blocks.
-
-    A recording no longer than one chunk is separated whole.
-
-    Arguments
-    ---------
-    blocks : iterable of torch.Tensor
-        The mixture in order, each [C, n]; channels are recordings apart.
-    separate : callable
-        [B, T] -> [B, T, S], a network.
-    sample_rate : int
-        Hz.
-    plan : ChunkPlan
-        Lengths of chunk and overlap, and chunks per call.
-    num_spks : int
-        S.
-
-    Yields
-    ------
-    torch.Tensor
-        The sources in order, each [C, n, S]; as long as the blocks in all.
-
-    Example
-    -------
-    >>> mixture = torch.randn(1, 80000)
-    >>> twice = lambda x: torch.stack([x, x], 2)
-    >>> plan = ChunkPlan(chunk=16000, overlap=4000)
-    >>> parts = separate_long(mixture.split(999, 1), twice, 8000, plan, 2)
-    >>> torch.equal(torch.cat(list(parts), 1), twice(mixture))
-    True
-    """
-    orders = None
-    held = None  # the last estimates, [C, overlap, S], not given out yet
-    fade = _fade_in(plan.overlap, min(round(FADE * sample_rate), plan.overlap))
-    for start, chunks, is_last in _batches(blocks, plan):
-        C = chunks.shape[1]
-        estimates = separate(chunks.flatten(0, 1)).unflatten(0, (-1, C))
-        for k, estimate in enumerate(estimates):
-            last = is_last and k == len(estimates) - 1
-            if orders is None:
-                orders = [SpeakerOrder(num_spks, sample_rate) for _ in range(C)]
-            # The last chunk begins early, to be as long as the others.
-            fresh = estimate[:, start[k] :]
-            arranged = []
-            for c, (order, mine) in enumerate(zip(orders, fresh)):
-                index = order.arrange(
-                    None if held is None else held[c].T,
-                    mine.T,
-                    arranged[0].T if c else None,
-                )
-                arranged.append(mine[:, index])
-            fresh = torch.stack(arranged)
-            if held is None:
-                merged = fresh
-            else:
-                shared = held + (fresh[:, : plan.overlap] - held) * fade
-                merged = torch.cat([shared, fresh[:, plan.overlap :]], 1)
-            if last:
-                yield merged
-            else:
-                split = merged.shape[1] - plan.overlap
-                yield merged[:, :split]
-                held = merged[:, split:]
-
-
 class ChunkPlan:
     """How a recording is cut: chunks of equal length that overlap.
 
@@ -110,37 +44,111 @@ class ChunkPlan:
         self.align, self.batch = align, batch
 
 
-def _batches(blocks, plan):
-    """Cut blocks into chunks.
+class ChunkSeparator:
+    """Separates a recording of any length that comes in blocks.
 
-    Yields (where each chunk's news begin, chunks [B, C, T], whether these end
-    the recording). News are what follows the estimates given out so far.
+    A recording no longer than one chunk is separated whole.
+
+    Arguments
+    ---------
+    network : callable
+        [B, T] -> [B, S, T].
+    sample_rate : int
+        Hz.
+    plan : ChunkPlan
+        Lengths of chunk and overlap, and chunks per call.
+    num_spks : int
+        S.
+
+    Example
+    -------
+    >>> mixture = torch.randn(1, 80000)
+    >>> twice = lambda x: torch.stack([x, x], 1)
+    >>> plan = ChunkPlan(chunk=16000, overlap=4000)
+    >>> separator = ChunkSeparator(twice, 8000, plan, 2)
+    >>> parts = [separator.feed(block) for block in mixture.split(999, 1)]
+    >>> parts.append(separator.flush())
+    >>> torch.equal(torch.cat(parts, 2), twice(mixture))
+    True
     """
-    waiting, pieces, size = [], [], 0
-    offset = 0  # of the next chunk among the samples kept
-    for block in blocks:
-        pieces.append(block)
-        size += block.shape[1]
+
+    def __init__(self, network, sample_rate, plan, num_spks):
+        self.network, self.sample_rate = network, sample_rate
+        self.plan, self.num_spks = plan, num_spks
+        self.pieces, self.size = [], 0  # samples not cut yet
+        self.offset = 0  # of the next chunk among them
+        self.waiting = []  # chunks until there are enough for a call
+        self.orders = None
+        self.held = None  # the last estimates, [C, S, overlap]
+        fade = min(round(FADE * sample_rate), plan.overlap)
+        self.fade = _fade_in(plan.overlap, fade)
+
+    def feed(self, block):
+        """Take samples [C, n], return sources that are ready, [C, S, m]."""
+        ready = [block.new_zeros(len(block), self.num_spks, 0)]
+        self.pieces.append(block)
+        self.size += block.shape[1]
+        plan = self.plan
         # One sample more, or it could be the last chunk of all.
-        while size > offset + plan.chunk:
-            kept = torch.cat(pieces, 1)[:, offset:]
-            waiting.append(kept[:, : plan.chunk])
-            pieces, size, offset = [kept], kept.shape[1], plan.hop
-            if len(waiting) == plan.batch:
-                yield [0] * plan.batch, torch.stack(waiting), False
-                waiting = []
-    if waiting:
-        yield [0] * len(waiting), torch.stack(waiting), False
-    if size:
-        missing = max(0, offset + plan.chunk - size)
-        early = min(-(-missing // plan.align) * plan.align, offset)
-        last = torch.cat(pieces, 1)[:, offset - early :]
-        yield [early], last[None], True
+        while self.size > self.offset + plan.chunk:
+            kept = torch.cat(self.pieces, 1)[:, self.offset :]
+            self.waiting.append(kept[:, : plan.chunk])
+            self.pieces, self.size = [kept], kept.shape[1]
+            self.offset = plan.hop
+            if len(self.waiting) == plan.batch:
+                ready += self._run_waiting()
+        return torch.cat(ready, 2)
+
+    def flush(self):
+        """Return the rest, [C, S, m]."""
+        ready = self._run_waiting()
+        # The last chunk begins early, to be as long as the others.
+        plan, missing = self.plan, self.offset + self.plan.chunk - self.size
+        early = -(-max(0, missing) // plan.align) * plan.align
+        early = min(early, self.offset)
+        last = torch.cat(self.pieces, 1)[:, self.offset - early :]
+        if self.held is None and len(last) == 1:
+            return self.network(last)  # whole, with nothing to compare it with
+        ready.append(self._join(self.network(last)[..., early:]))
+        return torch.cat([*ready, self.held], 2)
+
+    def _run_waiting(self):
+        """Sources of the chunks that wait, those that are ready."""
+        if not self.waiting:
+            return []
+        chunks, self.waiting = torch.stack(self.waiting), []
+        estimates = self.network(chunks.flatten(0, 1))
+        return [self._join(x) for x in estimates.split(chunks.shape[1])]
+
+    def _join(self, fresh):
+        """What a chunk adds, but for its own overlap, which is held back.
+
+        fresh [C, S, T], from where the samples held begin.
+        """
+        if self.orders is None:
+            self.orders = [
+                SpeakerOrder(self.num_spks, self.sample_rate) for _ in fresh
+            ]
+        held, overlap, arranged = self.held, self.plan.overlap, []
+        for c, (order, mine) in enumerate(zip(self.orders, fresh)):
+            index = order.arrange(
+                None if held is None else held[c],
+                mine,
+                arranged[0] if c else None,
+            )
+            arranged.append(mine[index])
+        joined = torch.stack(arranged)
+        if held is not None:
+            shared = held + (joined[..., :overlap] - held) * self.fade
+            joined = torch.cat([shared, joined[..., overlap:]], 2)
+        split = max(0, joined.shape[2] - overlap)
+        self.held = joined[..., split:]
+        return joined[..., :split]
 
 
 def _fade_in(overlap, fade):
-    """Weights of the newer chunk over an overlap, [overlap, 1]."""
+    """Weights of the newer chunk over an overlap, [overlap]."""
     ramp = (torch.arange(fade) + 0.5) / fade
     before = (overlap - fade) // 2
     after = overlap - fade - before
-    return torch.cat([torch.zeros(before), ramp, torch.ones(after)])[:, None]
+    return torch.cat([torch.zeros(before), ramp, torch.ones(after)])

@@ -4,7 +4,6 @@ Either for mixtures of any length, or for one block of a stream.
 """
 
 import logging
-import os
 import warnings
 from contextlib import contextmanager
 from copy import deepcopy
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from speechbrain_flashformer.inference.files import written_beside
 from speechbrain_flashformer.nnet.separator import MODULES, separate, unwrapped
 from speechbrain_flashformer.nnet.streaming import (
     StreamingSeparator,
@@ -228,18 +228,13 @@ def _write(program, path, model, properties, check):
     onnx.helper.set_model_props(
         graph, {name: str(value) for name, value in properties.items()}
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with written_beside(path) as partial_path:
         onnx.save(graph, str(partial_path))
         check(
             onnxruntime.InferenceSession(
                 str(partial_path), providers=["CPUExecutionProvider"]
             )
         )
-        os.replace(partial_path, path)
-    finally:
-        partial_path.unlink(missing_ok=True)
     return path
 
 

@@ -1,27 +1,65 @@
-"""The files of one recording's sources, all of them or none.
+"""Files that are written beside and renamed when whole; those of the sources.
 
-They are written beside and renamed when whole, so that no file is ever half
-there.
-
-Axes: n samples, S sources.
+Axes: C channels, S speakers, n samples.
 """
 
 import os
 import shutil
 import uuid
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import soundfile
 
-from speechbrain_flashformer.inference.containers import native_name
+from speechbrain_flashformer.inference.options import SUBTYPES
+from speechbrain_flashformer.inference.view import native_name
 
 BYTES = {"FLOAT": 4, "PCM_16": 2, "PCM_24": 3}  # per sample
-SUBTYPES = {"float": "FLOAT", "pcm16": "PCM_16", "pcm24": "PCM_24"}
 SOFTWARE = "speechbrain_flashformer"  # tells sources from recordings
 WAV_LIMIT = 2**32 - 2**16  # bytes; longer ones are written as RF64
 LOUDEST = 0.99  # peak of a recording that would have clipped
 NORMAL_PEAK = 0.9
+
+
+@contextmanager
+def written_beside(path):
+    """Write a file or a folder so that it is never half there.
+
+    Arguments
+    ---------
+    path : str or Path
+        What is to be written; a file or a folder there is replaced.
+
+    Yields
+    ------
+    Path
+        Where to write it. It is renamed at the end and, after an exception,
+        removed; what was to be replaced is then as it was.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "deep" / "a.txt"
+    >>> with written_beside(path) as partial:
+    ...     _ = partial.write_text("all of it")
+    >>> [file.name for file in path.parent.iterdir()]
+    ['a.txt']
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    old = partial.with_suffix(".old")
+    try:
+        yield partial
+        # A file is replaced at once, a folder is not.
+        if path.is_dir():
+            os.replace(path, old)
+        os.replace(partial, path)
+    finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        for folder in (partial, old):
+            shutil.rmtree(folder, ignore_errors=True)
+        partial.unlink(missing_ok=True)
 
 
 def was_separated(path):
@@ -50,7 +88,7 @@ def clean_up(folder, pid):
     """
     unfinished = [
         *folder.glob(f"{_prefix(pid)}*.partial"),
-        *folder.glob(f"{_prefix(pid)}*.partial2"),
+        *folder.glob(f".{_prefix(pid)}*.partial"),  # being rewritten
     ]
     for kept in folder.glob(f"{_prefix(pid)}*-old"):
         for old in kept.iterdir():
@@ -75,7 +113,7 @@ class SourceWriter:
     Arguments
     ---------
     paths : list of Path
-        S files, which must not exist unless overwrite.
+        C S files, which must not exist unless overwrite.
     sample_rate : int
         Hz.
     frames : int, optional
@@ -92,7 +130,7 @@ class SourceWriter:
     >>> import torch
     >>> folder = getfixture("tmp_path")
     >>> with SourceWriter([folder / "s1.wav"], 8000, frames=100) as writer:
-    ...     writer.write(torch.zeros(100, 1))
+    ...     writer.write(torch.zeros(1, 1, 100))
     >>> [path.name for path in folder.iterdir()]
     ['s1.wav']
     """
@@ -152,11 +190,11 @@ class SourceWriter:
         return self
 
     def write(self, sources):
-        """Append sources [n, S]."""
+        """Append sources [C, S, n] to the C S files."""
         if sources.numel():
             self.peak = max(self.peak, sources.abs().max().item())
-        self.written += len(sources)
-        for file, source in zip(self.files, sources.T):
+        self.written += sources.shape[-1]
+        for file, source in zip(self.files, sources.flatten(0, 1)):
             self._write(file, source.contiguous().numpy())
 
     def __exit__(self, kind, value, traceback):
@@ -202,17 +240,13 @@ class SourceWriter:
 
     def _rewrite(self, path):
         """Give a finished float file its gain and its subtype."""
-        second = path.with_name(path.name + "2")
-        try:
-            with (
-                soundfile.SoundFile(native_name(path)) as old,
-                self._open(second, self.subtype) as new,
-            ):
-                for block in old.blocks(2**20, dtype="float32"):
-                    self._write(new, block * self.gain)
-            os.replace(second, path)
-        finally:
-            second.unlink(missing_ok=True)
+        with (
+            written_beside(path) as second,
+            soundfile.SoundFile(native_name(path)) as old,
+            self._open(second, self.subtype) as new,
+        ):
+            for block in old.blocks(2**20, dtype="float32"):
+                self._write(new, block * self.gain)
 
     def _open(self, path, subtype):
         # RF64 has no limit, but fewer programs read it: what may become too

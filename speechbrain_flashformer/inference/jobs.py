@@ -36,7 +36,8 @@ def run_jobs(tasks, jobs, load, run, on_death):
     load : callable
         Called once in each worker, without arguments.
     run : callable
-        ``run(task)``, in a worker; load, run, tasks and results are pickled.
+        ``run(loaded, task)``, in a worker, with what ``load`` gave; load, run,
+        tasks and results are pickled.
     on_death : callable
         ``on_death(task, pid, exit_status)`` gives the result of a task whose
         worker died; called too for one that was terminated.
@@ -99,10 +100,10 @@ def _work(connection, load, run):
     # Ctrl-C goes to all processes; the parent says when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     exit_on_sigterm()
-    load()
+    loaded = load()
     while True:
         try:
             task = connection.recv()
         except EOFError:
             return
-        connection.send(run(task))
+        connection.send(run(loaded, task))

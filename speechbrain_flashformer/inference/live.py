@@ -79,7 +79,7 @@ def separate_live(model, reader, block, sink=None, writer=None, warn=None):
                 data = load.encode(sources, reader.encoding)
             start = perf_counter()
             if writer:
-                writer.write(sources)
+                writer.write(part.transpose(1, 2))
             try:
                 while sink and data:
                     data = data[sink.write(data) :]

@@ -1,30 +1,24 @@
-"""Model folders: found, checked, built, and given their weights strictly.
+"""Model folders: checked, built, and given their weights strictly.
 
 A folder holds hyperparams.yaml and one checkpoint for each of ``MODULES``.
 Unless the caller trusts it, its yaml may only ask for what ``flashformer
 pack`` writes.
 """
 
-import filecmp
 import io
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from hyperpyyaml import load_hyperpyyaml
 from ruamel.yaml import YAML, Loader
 from ruamel.yaml.nodes import MappingNode
-from speechbrain.utils.fetching import (
-    FetchConfig,
-    FetchFrom,
-    FetchSource,
-    LocalStrategy,
-    fetch,
-    link_with_strategy,
-)
-from speechbrain.utils.parameter_transfer import Pretrainer
 
+from speechbrain_flashformer.inference.folders import YAML_FILE, find_file
+from speechbrain_flashformer.inference.recordings import Recordings
 from speechbrain_flashformer.inference.trust import (
+    WITHOUT_SPEECHBRAIN,
     PackedLoader,
     refusal,
     untrusted,
@@ -37,8 +31,6 @@ from speechbrain_flashformer.inference.weights import (
 )
 from speechbrain_flashformer.nnet.separator import MODULES, encoder_frame
 
-HUB = "hf:"
-YAML_FILE = "hyperparams.yaml"
 # Where older yamls look for what is in nnet now.
 MOVED = {
     r"(!\w+:speechbrain_flashformer\.)(filterbank|streaming)\.": r"\1nnet.\2.",
@@ -52,10 +44,11 @@ def load_model(
     overrides=None,
     overrides_must_match=True,
     savedir=None,
-    local_strategy=LocalStrategy.SYMLINK,
+    local_strategy=None,
     fetch_config=None,
     trust=False,
     download_only=False,
+    without_speechbrain=False,
 ):
     """Build a packed model on the CPU and give it its weights.
 
@@ -69,6 +62,9 @@ def load_model(
         As in ``find_file``.
     trust : bool
         Whether the yaml may call anything.
+    without_speechbrain : bool
+        Take modules on torch alone in the place of SpeechBrain's that do the
+        same; with trust it means nothing.
 
     Returns
     -------
@@ -85,7 +81,7 @@ def load_model(
 
     Example
     -------
-    >>> from speechbrain_flashformer.inference.interface import built_in_model
+    >>> from speechbrain_flashformer.inference.folders import built_in_model
     >>> load_model(built_in_model())["sample_rate"]
     8000
     """
@@ -95,102 +91,43 @@ def load_model(
 
     path = _find(hparams_file)
     hparams = build_model(
-        read_yaml(path), path, overrides, overrides_must_match, trust
+        read_yaml(path),
+        path,
+        overrides,
+        overrides_must_match,
+        trust,
+        without_speechbrain,
     )
     hparams["savedir"] = savedir
     pretrainer = hparams["pretrainer"]
-    for name in pretrainer.loadables:
-        if name not in pretrainer.paths and pretrainer.is_loadable(name):
-            found = _find(f"{name}.ckpt").absolute()
-            pretrainer.add_paths({name: found.as_posix()})
-    # A model of one's own may take weights from elsewhere: its yaml says so.
+    found = {
+        name: _find(f"{name}.ckpt")
+        for name in pretrainer.loadables
+        if not trust
+        or name not in pretrainer.paths
+        and pretrainer.is_loadable(name)
+    }
+    if trust:
+        _load_as_told(pretrainer, found, fetch_config, download_only)
+    elif not download_only:
+        for name, path in found.items():
+            load_weights(pretrainer.loadables[name], path)
+    return hparams
+
+
+def _load_as_told(pretrainer, found, fetch_config, download_only):
+    """Load weights from where a trusted yaml says, else as they were found."""
+    from speechbrain.utils.fetching import FetchConfig
+
+    pretrainer.add_paths(
+        {name: path.absolute().as_posix() for name, path in found.items()}
+    )
     pretrainer.set_collect_in(None)
     pretrainer.collect_files(fetch_config=fetch_config or FetchConfig())
     if not download_only:
         hooks = dict.fromkeys(pretrainer.loadables, load_weights)
         pretrainer.add_custom_hooks({**hooks, **pretrainer.custom_hooks})
         pretrainer.load_collected()
-    return hparams
-
-
-def find_file(
-    name,
-    source,
-    savedir=None,
-    local_strategy=LocalStrategy.SYMLINK,
-    fetch_config=None,
-):
-    """The path of one file of a model, fetched if the model is on a hub.
-
-    Arguments
-    ---------
-    name : str
-        Of the file.
-    source : str or Path
-        A folder, or ``hf:OWNER/NAME``.
-    savedir : str or Path, optional
-        Gets the file when it is fetched; what is in a folder stays there. A
-        link is replaced, a file is not.
-    local_strategy : LocalStrategy
-        Whether savedir gets a link or a copy.
-    fetch_config : FetchConfig, optional
-        Of SpeechBrain's ``fetch``: revision, token, network and others.
-
-    Returns
-    -------
-    Path
-
-    Raises
-    ------
-    FileNotFoundError
-        When there is no such folder, model or file.
-    FileExistsError
-        When savedir has another file of that name.
-    ValueError
-        When source is no name of a model.
-    """
-    if not str(source).startswith(HUB):
-        folder = Path(source)
-        if folder.is_file():
-            raise NotADirectoryError(
-                f"{folder} is a file: give the model folder that it is in"
-            )
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"no model folder {folder}: give one made by 'flashformer "
-                f"pack', or a model on a hub as {HUB}OWNER/NAME"
-            )
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"no {name} in {folder}: is it a folder made by 'flashformer "
-                "pack'?"
-            )
-        return folder / name
-    owner_name = str(source).removeprefix(HUB)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", owner_name):
-        raise ValueError(
-            f"{source} is no model on a hub: give it as {HUB}OWNER/NAME"
-        )
-    remote = FetchSource(FetchFrom.HUGGING_FACE, owner_name)
-    try:
-        path = fetch(name, remote, fetch_config=fetch_config or FetchConfig())
-    # Offline, unknown, private: the hub has an exception for each.
-    except Exception as error:
-        raise FileNotFoundError(
-            f"cannot fetch {name} of {source}: {one_line(error)}"
-        ) from error
-    if savedir is None:
-        return path
-    kept = Path(savedir) / name
-    if kept.is_file() and not kept.is_symlink():
-        if not filecmp.cmp(path, kept, shallow=False):
-            raise FileExistsError(
-                f"{kept} is another file and is not replaced: choose another "
-                "savedir"
-            )
-        return kept
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    return link_with_strategy(path, kept, local_strategy)
 
 
 def read_yaml(path):
@@ -214,7 +151,12 @@ def read_yaml(path):
 
 
 def build_model(
-    text, path, overrides=None, overrides_must_match=True, trust=False
+    text,
+    path,
+    overrides=None,
+    overrides_must_match=True,
+    trust=False,
+    without_speechbrain=False,
 ):
     """What a model's yaml describes, with random weights.
 
@@ -226,8 +168,8 @@ def build_model(
         Where it is from, for messages and what it includes.
     overrides, overrides_must_match
         As in ``load_hyperpyyaml``.
-    trust : bool
-        Whether it may call anything.
+    trust, without_speechbrain : bool
+        As in ``load_model``.
 
     Returns
     -------
@@ -240,6 +182,9 @@ def build_model(
     """
     if not trust and (odd := untrusted(compose_yaml(text, path))):
         raise ValueError(refusal(odd, path))
+    if without_speechbrain and not trust:
+        for old, new in WITHOUT_SPEECHBRAIN.items():
+            text = re.sub(rf"{re.escape(old)}(?=\s)", new, text)
     stream = io.StringIO(text)
     stream.name = str(path)  # what !include: is relative to
     try:
@@ -291,7 +236,7 @@ def _check_keys(hparams, path):
                 f"{path}: {key} is a whole number from 1, not {value!r}"
             )
     modules, pretrainer = hparams["modules"], hparams["pretrainer"]
-    if not isinstance(pretrainer, Pretrainer):
+    if not isinstance(getattr(pretrainer, "loadables", None), dict):
         raise ValueError(f"{path}: pretrainer is no Pretrainer: {MEND}")
     for name in MODULES:
         module = modules.get(name) if isinstance(modules, dict) else None
@@ -337,3 +282,34 @@ def _check_fit(hparams, path):
     ):
         if one != other:
             raise ValueError(f"{path}: {what} are {one} and {other}: {MEND}")
+
+
+class RecordingSeparator(Recordings):
+    """A packed model without SpeechBrain around it: the command line's.
+
+    It separates as ``FlashFormerSeparation`` does. SpeechBrain, whose import
+    takes longer than separating a short recording, is imported only when the
+    model's yaml asks for it.
+
+    Arguments
+    ---------
+    source : str or Path
+        A packed folder, or ``hf:OWNER/NAME``.
+    device : str
+        Where it runs.
+    trust : bool
+        Whether the model's yaml may call anything.
+
+    Example
+    -------
+    >>> from speechbrain_flashformer.inference.folders import built_in_model
+    >>> model = RecordingSeparator(built_in_model())
+    >>> model.separate_audio(torch.randn(8000)).shape
+    torch.Size([1, 8000, 2])
+    """
+
+    def __init__(self, source, device="cpu", trust=False):
+        hparams = load_model(source, trust=trust, without_speechbrain=True)
+        self.hparams = SimpleNamespace(**hparams)
+        self.mods = torch.nn.ModuleDict(hparams["modules"]).to(device).eval()
+        self.mods.requires_grad_(False)

@@ -1,8 +1,6 @@
 """From a training run to a folder that needs nothing else, and back."""
 
 import csv
-import os
-import shutil
 from io import StringIO
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_flashformer import __version__
+from speechbrain_flashformer.inference.files import written_beside
 from speechbrain_flashformer.inference.models import (
     build_model,
     compose_yaml,
@@ -21,7 +20,6 @@ from speechbrain_flashformer.inference.models import (
 from speechbrain_flashformer.inference.trust import untrusted
 from speechbrain_flashformer.inference.weights import (
     fit_weights,
-    mismatched,
     one_line,
     read_weights,
 )
@@ -150,10 +148,8 @@ def pack(run, out, half=False, overwrite=False):
     odd = untrusted(compose_yaml(hyperparams, source))
     modules = None if odd else build_model(hyperparams, source)["modules"]
     best = _best_checkpoints(run / "save", tree.get("avg_checkpoints", 1))
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    old = partial.with_suffix(".old")
-    partial.mkdir(parents=True)
-    try:
+    with written_beside(out) as partial:
+        partial.mkdir()
         (partial / "hyperparams.yaml").write_text(hyperparams, "utf-8")
         parameters = 0
         for name in MODULES:
@@ -176,14 +172,6 @@ def pack(run, out, half=False, overwrite=False):
             argument=", trust=True" if odd else "",
         )
         (partial / "README.md").write_text(card, encoding="utf-8")
-        if out.exists():
-            os.replace(out, old)
-        os.replace(partial, out)
-    finally:
-        if old.exists() and not out.exists():
-            os.replace(old, out)
-        for folder in (partial, old):
-            shutil.rmtree(folder, ignore_errors=True)
     return out
 
 
@@ -211,14 +199,12 @@ def start_from(folder, modules):
                 f"no {path} to start from: give a folder made by 'flashformer "
                 "pack'"
             )
-        state = read_weights(path)
-        if wrong := mismatched(state, modules[name]):
-            raise ValueError(
-                f"{path} does not fit the {name} of the yaml in {len(wrong)} "
-                f"weights, such as {wrong[0]}: take over the numbers of the "
-                "hyperparams.yaml beside it"
-            )
-        fit_weights(modules[name], state, path)
+        fit_weights(
+            modules[name],
+            read_weights(path),
+            path,
+            "take over the numbers of the hyperparams.yaml beside it",
+        )
 
 
 def _best_checkpoints(save, count):

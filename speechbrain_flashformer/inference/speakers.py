@@ -7,7 +7,6 @@ from itertools import permutations
 
 import torch
 from torch.nn.functional import avg_pool1d
-from torchaudio.functional import melscale_fbanks
 
 ENVELOPE_FRAME = 0.032  # seconds
 
@@ -152,6 +151,8 @@ class VoiceProfile:
     ALONE, FLOOR = 4.0, 1e-4
 
     def __init__(self, num_spks, sample_rate):
+        from torchaudio.functional import melscale_fbanks  # takes its time
+
         self.size = round(self.WINDOW * sample_rate)
         self.window = torch.hann_window(self.size)
         self.mel = melscale_fbanks(

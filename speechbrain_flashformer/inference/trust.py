@@ -13,15 +13,21 @@ from ruamel.yaml.nodes import MappingNode
 from speechbrain_flashformer.nnet.separator import MODULES
 
 PRETRAINER = "speechbrain.utils.parameter_transfer.Pretrainer"
+# Stands for it where SpeechBrain is not imported.
+LOADABLES = "types.SimpleNamespace"
 DUAL_PATH = "speechbrain.lobes.models.dual_path"
+PLAIN_PATH = "speechbrain_flashformer.nnet.plain"
 RESEPFORMER = "speechbrain.lobes.models.resepformer"
 # Networks that do nothing with their arguments but build layers.
 CLASSES = {
     PRETRAINER,
+    LOADABLES,
     "speechbrain_flashformer.FlashFormer",
     "speechbrain_flashformer.nnet.flashformer.FlashFormer",
     "speechbrain_flashformer.nnet.filterbank.Encoder",
     "speechbrain_flashformer.nnet.filterbank.Decoder",
+    f"{PLAIN_PATH}.Encoder",
+    f"{PLAIN_PATH}.Decoder",
     f"{DUAL_PATH}.Encoder",
     f"{DUAL_PATH}.Decoder",
     f"{DUAL_PATH}.Dual_Path_Model",
@@ -36,6 +42,12 @@ CLASSES = {
     f"{RESEPFORMER}.MemLSTM",
 }
 REFERENCES = {f"<{name}>" for name in (*MODULES, "modules")}
+# Tag -> what does the same on torch alone.
+WITHOUT_SPEECHBRAIN = {
+    f"!new:{DUAL_PATH}.Encoder": f"!new:{PLAIN_PATH}.Encoder",
+    f"!new:{DUAL_PATH}.Decoder": f"!new:{PLAIN_PATH}.Decoder",
+    f"!new:{PRETRAINER}": f"!new:{LOADABLES}",
+}
 PLAIN = {
     f"tag:yaml.org,2002:{kind}"
     for kind in ("map", "seq", "str", "int", "float", "bool", "null")
@@ -115,7 +127,7 @@ def _odd_nodes(root):
         text = value if isinstance(value, str) else ""
         if tag.startswith("!new:"):
             fine = tag.removeprefix("!new:") in CLASSES
-            if tag == f"!new:{PRETRAINER}":
+            if tag in (f"!new:{PRETRAINER}", f"!new:{LOADABLES}"):
                 # Its paths and hooks would fetch and call.
                 keys = isinstance(node, MappingNode) and [
                     key.value for key, _ in value

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 MEND = "copy it again from where it is whole, or pack its training again"
+OF_ONE_MODEL = "give both of the same model"
 
 
 def load_weights(module, path):
@@ -51,9 +52,9 @@ def read_weights(path):
     return state
 
 
-def fit_weights(module, state, path):
-    """Give a module a state dict that was read from a path."""
-    name, own = Path(path).stem, module.state_dict()
+def fit_weights(module, state, path, mend=OF_ONE_MODEL):
+    """Give a module a state dict that was read from a path, all or none."""
+    own = module.state_dict()
     wrong = mismatched(state, module) or [
         key
         for key, value in state.items()
@@ -63,14 +64,13 @@ def fit_weights(module, state, path):
     ]
     if wrong:
         raise ValueError(
-            f"{path} does not fit the {name} of its hyperparams.yaml in "
-            f"{len(wrong)} weights, such as {wrong[0]}: give both of the same "
-            "model"
+            f"{path} does not fit the {Path(path).stem} of the yaml in "
+            f"{len(wrong)} weights, such as {wrong[0]}: {mend}"
         )
     try:
-        module.load_state_dict(state)
-        loaded = module.state_dict().items()
-        broken = [key for key, value in loaded if not value.isfinite().all()]
+        # As they will be: what is finite here may be too large for a half.
+        state = {key: value.to(own[key]) for key, value in state.items()}
+        broken = [key for key, value in state.items() if not _is_finite(value)]
     # Quantized, without storage, and what else a tensor can be.
     except Exception as error:
         raise ValueError(f"{path}: {one_line(error)}: {MEND}") from error
@@ -79,6 +79,11 @@ def fit_weights(module, state, path):
             f"{path} has weights that are not finite, such as {broken[0]}: "
             "pack another checkpoint"
         )
+    module.load_state_dict(state)
+
+
+def _is_finite(value):
+    return value.isfinite().all().item()
 
 
 def mismatched(state, module):

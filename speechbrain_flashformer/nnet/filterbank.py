@@ -13,7 +13,8 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from speechbrain.lobes.models import dual_path
+
+from speechbrain_flashformer.nnet import plain
 
 
 def fourier_filters(channels, kernel_size):
@@ -80,7 +81,7 @@ class _Analysis(nn.Conv1d):
             self.weight.copy_(filters)
 
 
-class Encoder(dual_path.Encoder):
+class Encoder(plain.Encoder):
     """SpeechBrain's encoder, which begins as a Fourier transform.
 
     Arguments
@@ -114,7 +115,7 @@ class Encoder(dual_path.Encoder):
         )
 
 
-class Decoder(dual_path.Decoder):
+class Decoder(plain.Decoder):
     """SpeechBrain's decoder, which begins as the way back from ``Encoder``.
 
     Takes what ``torch.nn.ConvTranspose1d`` takes; ``in_channels`` as

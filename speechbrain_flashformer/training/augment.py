@@ -60,15 +60,13 @@ def augment(batch, hparams):
 
 def _shift(signals, lengths, hparams):
     """Roll each source [1 + S, B, T] inside its length, and the mixture."""
-    signals = signals.clone()
-    samples = (lengths * signals.shape[2]).round().long().tolist()
-    for b, n in enumerate(samples):
-        mixture, sources = signals[0, b, :n], signals[1:, b, :n]
-        rest = mixture - sources.sum(0)
-        for source in sources:
-            shift = torch.randint(
-                hparams.min_shift, hparams.max_shift + 1, ()
-            ).item()
-            source.copy_(source.roll(shift))
-        mixture.copy_(rest + sources.sum(0))
-    return signals
+    mixture, sources = signals[0], signals[1:]
+    S, B, T = sources.shape
+    shifts = torch.randint(hparams.min_shift, hparams.max_shift + 1, (S, B, 1))
+    samples = (lengths * T).round().long().clamp(min=1)[:, None]
+    place = torch.arange(T, device=signals.device)
+    index = (place - shifts.to(signals.device)) % samples
+    index = torch.where(place < samples, index, place)
+    moved = sources.gather(2, index)
+    rest = mixture - sources.sum(0)
+    return torch.cat([(rest + moved.sum(0))[None], moved])

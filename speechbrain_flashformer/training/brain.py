@@ -1,13 +1,10 @@
 """The training loop of separation, on SpeechBrain's own hooks."""
 
-import inspect
 import math
-import shutil
 from pathlib import Path
 
 import speechbrain as sb
 import torch
-from speechbrain.nnet.schedulers import ReduceLROnPlateau
 from speechbrain.utils.distributed import ddp_barrier, run_on_main
 from speechbrain.utils.logger import get_logger
 from torch.distributed import get_rank, get_world_size, is_initialized
@@ -16,26 +13,26 @@ from speechbrain_flashformer.nnet.separator import MODULES, separate
 from speechbrain_flashformer.training.augment import augment
 from speechbrain_flashformer.training.checkpoints import (
     RandomState,
+    all_gather,
     averaged_weights,
-    gather,
 )
 from speechbrain_flashformer.training.losses import fixes_level
 from speechbrain_flashformer.training.optim import matrix_groups
+from speechbrain_flashformer.training.schedules import LearningRate
 from speechbrain_flashformer.training.scores import (
+    AUDIO_FOLDERS,
+    RUNNING,
     WORST,
     ResultsWriter,
-    badness,
     quick_scores,
+    remove_running,
+    replace_audio,
+    sort_key,
     write_example,
     write_results,
 )
 
 logger = get_logger(__name__)
-
-# Audio of the first and of the worst mixtures of a test.
-AUDIO_FOLDERS = ("audio_results", "audio_worst")
-# What ends so is of a test that goes on.
-GROWING = ".growing"
 
 
 class Separation(sb.Brain):
@@ -59,7 +56,11 @@ class Separation(sb.Brain):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.schedule = _schedule_kind(self.hparams.lr_scheduler)
+        self.learning_rate = LearningRate(
+            self.hparams.lr_scheduler,
+            getattr(self.hparams, "warmup_steps", 0),
+            getattr(self.hparams, "lr", None),
+        )
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable(
                 "random", RandomState(), optional_load=True
@@ -67,28 +68,36 @@ class Separation(sb.Brain):
 
     def compute_forward(self, batch, stage):
         """Estimated sources, [B, T, S]."""
-        padded = bool((batch.mix_sig.lengths < 1).any())
         # Brain itself moves no batch; each stage comes by here.
-        mixture, lengths = batch.to(self.device).mix_sig
+        mixture, lengths = self.to_device(batch).mix_sig
         return separate(
             mixture,
             self.modules["encoder"],
             self.modules["masknet"],
             self.modules["decoder"],
-            lengths if padded else None,
+            lengths if batch.padded else None,
         )
 
+    def to_device(self, batch):
+        """Move a batch to the device, and remember if it is ``padded``.
+
+        Asked on the device, that would have to wait for it.
+        """
+        if not hasattr(batch, "padded"):
+            batch.padded = bool((batch.mix_sig.lengths < 1).any())
+        return batch.to(self.device)
+
     def compute_objectives(self, predictions, batch, stage):
-        """The loss; beyond training, also the scores of each item."""
+        """In training the loss, else the negative SI-SNR of the scores."""
         targets, lengths = self.targets(batch), batch.mix_sig.lengths
         # In half precision the energies of a few seconds overflow.
         with torch.autocast(self.device_type, enabled=False):
             predictions = predictions.float()
-            loss = self.hparams.loss(targets, predictions, lengths)
             if stage == sb.Stage.TRAIN:
+                loss = self.hparams.loss(targets, predictions, lengths)
                 return self.threshold_by_loss(loss)
-            self.score(batch, predictions, targets, lengths, stage)
-        return loss.mean()
+            rows = self.score(batch, predictions, targets, lengths, stage)
+        return -torch.tensor([row["si-snr"] for row in rows]).mean()
 
     def targets(self, batch):
         """The clean sources, [B, T, S]."""
@@ -104,23 +113,23 @@ class Separation(sb.Brain):
         keep = loss < getattr(self.hparams, "loss_upper_lim", math.inf)
         if self.hparams.threshold_byloss:
             keep &= loss > self.hparams.threshold
-        # A loss that is no number is for Brain to see and to count.
-        keep |= ~loss.isfinite()
+        # A loss that is not finite stays so, times 0: Brain is to count it.
         return (loss * keep).sum() / keep.sum().clamp(min=1)
 
     def score(self, batch, predictions, targets, lengths, stage):
-        """Keep the scores of a batch; in the test, its first audio too."""
+        """Rows of a batch, which are kept; in the test, its first audio too."""
         rows, signals = quick_scores(
             batch.id, batch.mix_sig.data, targets, predictions, lengths
         )
         if stage == sb.Stage.VALID:
             self.rows += rows
-            return
+            return rows
         for row, parts in zip(rows, signals):
             self.results.add(row, *parts)
             if self.audio_to_save > 0:
                 self.audio_to_save -= 1
                 self.save_audio(AUDIO_FOLDERS[0], row["snt_id"], parts)
+        return rows
 
     # --- data ---------------------------------------------------------------
 
@@ -163,54 +172,34 @@ class Separation(sb.Brain):
 
     def on_fit_batch_start(self, batch, should_step):
         """Change the batch; set the learning rate of this step."""
-        batch.to(self.device)
+        self.to_device(batch)
         self.batch_ids = batch.id
         augment(batch, self.hparams)
-        if not should_step:
-            return
-        step = self.optimizer_step + 1
-        warmup = getattr(self.hparams, "warmup_steps", 0)
-        if self.schedule == "step":
-            self.hparams.lr_scheduler(self.optimizer, step)
-        elif self.schedule == "own steps":
-            self.hparams.lr_scheduler(self.optimizer)
-        elif step <= warmup:
-            self._set_lr(self.hparams.lr * step / warmup)
-        # A schedule may end before a training that was made longer.
-        self._set_lr(max(0.0, self.optimizer.param_groups[0]["lr"]))
-
-    def _set_lr(self, lr):
-        for optimizer in self.optimizers_dict.values():
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-
-    def _end_epoch_lr(self, epoch, loss):
-        """Step a schedule by epochs; the learning rate of this epoch."""
-        lr = self.optimizer.param_groups[0]["lr"]
-        if self.schedule == "plateau":
-            # It counts a bad epoch once for each optimizer that it is given.
-            _, next_lr = self.hparams.lr_scheduler(
-                [self.optimizer], epoch, loss
+        if should_step:
+            self.learning_rate.begin_step(
+                list(self.optimizers_dict.values()), self.optimizer_step + 1
             )
-        elif self.schedule == "epoch":
-            _, next_lr = self.hparams.lr_scheduler(epoch)
-        elif self.schedule == "loss":
-            _, next_lr = self.hparams.lr_scheduler(loss)
-        else:
-            return lr
-        self._set_lr(next_lr)
-        return lr
 
     def check_loss_isfinite(self, loss):
         """Tell which batch is not finite; Brain counts, and loses patience."""
-        if not loss.isfinite():
-            logger.warning(
-                "Loss of %s is not finite: its step is left out (%d in this "
-                "epoch)",
-                ", ".join(self.batch_ids),
-                self.nonfinite_count + 1,
-            )
+        if loss.isfinite():
+            return
+        logger.warning(
+            "Loss of %s is not finite: its step is left out (%d in this epoch)",
+            ", ".join(self.batch_ids),
+            self.nonfinite_count + 1,
+        )
         super().check_loss_isfinite(loss)
+
+    def check_gradients(self):
+        """Brain's check, which waits for the device once per weight.
+
+        Here once, where all are finite.
+        """
+        gradients = [p.grad for p in self.modules.parameters()]
+        gradients = [x for x in gradients if x is not None]
+        if not torch.nn.utils.get_total_norm(gradients).isfinite():
+            super().check_gradients()
 
     def _should_save_intra_epoch_ckpt(self, *args):
         """Brain's decision, but never with gradients half gathered."""
@@ -223,7 +212,8 @@ class Separation(sb.Brain):
         """Forget the scores of the stage before."""
         self.rows = []
         if stage == sb.Stage.TEST:
-            run_on_main(remove_growing, [self.hparams.output_folder])
+            folder = Path(self.hparams.output_folder)
+            run_on_main(remove_running, [folder])
             rank = get_rank() if is_initialized() else 0
             ranks = get_world_size() if is_initialized() else 1
             # The first mixtures of all are the first of every process.
@@ -232,7 +222,7 @@ class Separation(sb.Brain):
             if not self.hparams.save_audio:
                 self.audio_to_save = 0
             self.results = ResultsWriter(
-                self._growing_results(rank),
+                folder / f"test_results.{rank}{RUNNING}",
                 self.hparams.sample_rate,
                 self.more_metrics,
             )
@@ -245,8 +235,7 @@ class Separation(sb.Brain):
                 "nonfinite": self.nonfinite_count,
             }
         elif stage == sb.Stage.VALID:
-            rows = [row for rows in gather(self.rows) for row in rows]
-            self._end_validation(rows, epoch)
+            self._end_validation(sum(all_gather(self.rows), []), epoch)
         else:
             self.save_results()
 
@@ -259,7 +248,9 @@ class Separation(sb.Brain):
         )
         stats = {"si-snr": -loss, "si-snr_i": gain}
         loss = -loss if math.isfinite(loss) else math.inf
-        lr = self._end_epoch_lr(epoch, loss)
+        lr = self.learning_rate.end_epoch(
+            list(self.optimizers_dict.values()), epoch, loss
+        )
         self.log(
             stats_meta={"epoch": epoch, "lr": lr},
             train_stats=self.train_stats,
@@ -320,8 +311,8 @@ class Separation(sb.Brain):
 
     def save_results(self):
         """Write ``test_results.csv`` and the audio of the worst mixtures."""
-        rows = [row for rows in gather(self.results.close()) for row in rows]
-        worst = [row["snt_id"] for row in sorted(rows, key=badness)[:WORST]]
+        rows = sum(all_gather(self.results.close()), [])
+        worst = [row["snt_id"] for row in sorted(rows, key=sort_key)[:WORST]]
         for row, parts in self.results.worst:
             if row["snt_id"] in worst and self.hparams.save_audio:
                 self.save_audio(AUDIO_FOLDERS[1], row["snt_id"], parts)
@@ -344,52 +335,8 @@ class Separation(sb.Brain):
     def save_audio(self, folder, name, signals):
         """Write the mixture, sources and estimates of one mixture."""
         write_example(
-            Path(self.hparams.output_folder, folder + GROWING),
+            Path(self.hparams.output_folder, folder + RUNNING),
             name,
             *signals,
             self.hparams.sample_rate,
         )
-
-    def _growing_results(self, rank):
-        folder = Path(self.hparams.output_folder)
-        return folder / f"test_results.{rank}{GROWING}"
-
-
-def remove_growing(folder):
-    """Remove what a test that did not end has left in an output folder."""
-    for path in Path(folder).glob(f"*{GROWING}"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def replace_audio(folder):
-    """Put the audio of a test that has ended in place of the one before.
-
-    A test that saved none leaves what there is.
-    """
-    for name in AUDIO_FOLDERS:
-        old, new = Path(folder, name), Path(folder, name + GROWING)
-        if new.exists():
-            if old.exists():
-                old.rename(old.with_name(f"{name}.old{GROWING}"))
-            new.rename(old)
-    remove_growing(folder)
-
-
-def _schedule_kind(schedule):
-    """How a schedule of SpeechBrain's wants to be called."""
-    if isinstance(schedule, ReduceLROnPlateau):
-        return "plateau"
-    kinds = {
-        ("opt", "num_updates"): "step",
-        ("opt",): "own steps",
-        ("current_epoch",): "epoch",
-        ("metric_value",): "loss",
-    }
-    takes = tuple(inspect.signature(schedule).parameters)
-    if takes not in kinds:
-        raise TypeError(
-            f"lr_scheduler {type(schedule).__name__} is called with {takes}: "
-            "take one of speechbrain.nnet.schedulers that is called with an "
-            "optimizer, an epoch or a loss"
-        )
-    return kinds[takes]

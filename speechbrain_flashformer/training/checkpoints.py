@@ -104,7 +104,7 @@ class RandomState:
             device = torch.accelerator.current_accelerator()
             module = torch.get_device_module(device)
             state[device.type] = module.get_rng_state()
-        states = gather(state)
+        states = all_gather(state)
         if if_main_process():
             torch.save(states, path)
 
@@ -127,7 +127,7 @@ class RandomState:
 register_checkpoint_hooks(RandomState, save_on_main_only=False)
 
 
-def gather(thing):
+def all_gather(thing):
     """A list of what each process has, in every one of them."""
     if not is_initialized():
         return [thing]

@@ -68,7 +68,7 @@ def read_table(path):
         ) from error
 
 
-def load_datasets(hparams):
+def dataio_prep(hparams):
     """Build the training, validation and test sets.
 
     Arguments
@@ -215,7 +215,7 @@ def training_loader_options(hparams, dataset, size):
         ``sample_rate``, ``limit_training_signal_len`` and
         ``training_signal_len``.
     dataset : EpochDataset
-        The training set that ``load_datasets`` made.
+        The training set that ``dataio_prep`` made.
     size : int
         Items in an epoch.
 

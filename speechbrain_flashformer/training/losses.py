@@ -13,8 +13,8 @@ from speechbrain_flashformer.training.metrics import (
     assignment,
     best_order,
     check_shapes,
+    padding_mask,
     reorder,
-    valid_samples,
 )
 
 # A source with less than this share of the energy of all counts as silent.
@@ -84,8 +84,8 @@ def pit_snr_loss(targets, predictions, lengths=None, limit_db=30.0):
     tensor([-30.])
     """
     check_shapes(targets, predictions)
-    keep = valid_samples(targets, lengths)
-    targets, predictions = targets.float() * keep, predictions.float() * keep
+    mask = padding_mask(targets, lengths)
+    targets, predictions = targets.float() * mask, predictions.float() * mask
     energy = targets.square().sum(1)
     whole = energy.sum(1, keepdim=True)
     reference = torch.where(energy > SILENT * whole, energy, whole)

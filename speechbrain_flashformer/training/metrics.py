@@ -19,8 +19,8 @@ from scipy.fft import next_fast_len
 EPS = 1e-8
 
 
-def valid_samples(signal, lengths=None):
-    """Mark the samples that count.
+def padding_mask(signal, lengths=None):
+    """Mark the samples that count, those that are no padding.
 
     Arguments
     ---------
@@ -36,7 +36,7 @@ def valid_samples(signal, lengths=None):
 
     Example
     -------
-    >>> valid_samples(torch.zeros(2, 4), torch.tensor([1.0, 0.5]))[1, :, 0]
+    >>> padding_mask(torch.zeros(2, 4), torch.tensor([1.0, 0.5]))[1, :, 0]
     tensor([1., 1., 0., 0.])
     """
     B, T = signal.shape[:2]
@@ -70,20 +70,21 @@ def si_snr(targets, predictions, lengths=None):
     >>> (si_snr(x, 3 * x) > 60).all()
     tensor(True)
     """
-    keep = valid_samples(targets, lengths)
-    count = keep.sum(1, keepdim=True).clamp(min=1)
-
-    def _centred(x):
-        x = x.float() * keep
-        return (x - x.sum(1, keepdim=True) / count) * keep
-
-    targets, predictions = _centred(targets), _centred(predictions)
+    targets, predictions = _centred(lengths, targets, predictions)
     energy = targets.square().sum(1, keepdim=True)
     gain = (targets * predictions).sum(1, keepdim=True) / (energy + EPS)
     wanted = gain * targets
     noise = predictions - wanted
     ratio = wanted.square().sum(1) / (noise.square().sum(1) + EPS)
     return 10 * torch.log10(ratio + EPS)
+
+
+def _centred(lengths, *signals):
+    """Signals [B, T, S] without their mean, 0 in the padding."""
+    mask = padding_mask(signals[0], lengths)
+    count = mask.sum(1, keepdim=True).clamp(min=1)
+    signals = [x.float() * mask for x in signals]
+    return [(x - x.sum(1, keepdim=True) / count) * mask for x in signals]
 
 
 def best_order(targets, predictions, lengths=None):
@@ -111,14 +112,17 @@ def best_order(targets, predictions, lengths=None):
     tensor([[1, 0]])
     """
     check_shapes(targets, predictions)
-    S = targets.shape[2]
-    # Column j: every source against estimate j.
-    pairs = torch.stack(
-        [si_snr(targets, predictions[..., [j] * S], lengths) for j in range(S)],
-        dim=2,
-    )
-    order = assignment(pairs)
-    return pairs.gather(2, order[:, :, None]).squeeze(2), order
+    with torch.no_grad():
+        # All pairs by one product. It is exact enough to choose by, up to some
+        # 60 dB; the gradient needs one order.
+        clean, separated = _centred(lengths, targets, predictions)
+        products = clean.mT @ separated
+        energy = clean.square().sum(1)[:, :, None]
+        outputs = separated.square().sum(1)[:, None]
+        wanted = products.square() / (energy + EPS)
+        noise = (outputs - wanted).clamp(min=0)
+        order = assignment((wanted + EPS).log() - (noise + EPS).log())
+    return si_snr(targets, reorder(predictions, order), lengths), order
 
 
 def check_shapes(targets, predictions):

@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 
 from speechbrain_flashformer.training.metrics import (
     best_order,
+    padding_mask,
     perceptual,
     reorder,
     sdr,
@@ -32,6 +34,10 @@ SUMMARY = {
 }
 COLUMNS = ["snt_id", "sdr", "sdr_i", "si-snr", "si-snr_i"]
 WORST = 5
+# Audio of the first and of the worst mixtures of a test.
+AUDIO_FOLDERS = ("audio_results", "audio_worst")
+# Suffix of the outputs of a test that is still running.
+RUNNING = ".running"
 # What some file system has in no name, and the longest that all can have with
 # what is put behind it, bytes.
 NOT_IN_NAMES, LONGEST_NAME = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]'), 200
@@ -58,7 +64,7 @@ def quick_scores(names, mixture, targets, predictions, lengths):
     tuple
         Rows (dict) with ``snt_id``, ``si-snr``, ``si-snr_i`` in dB,
         ``level_db``, how much louder the estimates are, and ``polarity``, -1
-        where they are upside down; and for each item its signals (mixture
+        where theirs is inverted; and for each item its signals (mixture
         [T], targets [S, T], estimates [S, T] in the order of the targets), cut
         to length.
     """
@@ -66,21 +72,23 @@ def quick_scores(names, mixture, targets, predictions, lengths):
     predictions = reorder(predictions, order)
     mixtures = mixture.unsqueeze(2).expand_as(targets)
     gains = scores - si_snr(targets, mixtures, lengths)
-    samples = (lengths * targets.shape[1]).round().long().tolist()
+    mask = padding_mask(targets, lengths)
+    clean, separated = targets * mask, predictions * mask
+    power = separated.square().sum(1) / clean.square().sum(1)
+    columns = {
+        "si-snr": scores.mean(1),
+        "si-snr_i": gains.mean(1),
+        "level_db": 10 * torch.log10(power).mean(1),
+        "polarity": (clean * separated).sum((1, 2)).sign(),
+    }
+    # The device is waited for once.
+    values = torch.stack([mask.sum((1, 2)), *columns.values()], 1).tolist()
     rows, signals = [], []
-    for b, (name, n) in enumerate(zip(names, samples)):
-        clean, separated = (x[b, :n].T for x in (targets, predictions))
-        power = separated.square().mean(1) / clean.square().mean(1)
-        rows.append(
-            {
-                "snt_id": name,
-                "si-snr": scores[b].mean().item(),
-                "si-snr_i": gains[b].mean().item(),
-                "level_db": 10 * torch.log10(power).mean().item(),
-                "polarity": (clean * separated).sum().sign().item(),
-            }
-        )
-        signals.append((mixture[b, :n], clean, separated))
+    for b, (name, (samples, *numbers)) in enumerate(zip(names, values)):
+        rows.append({"snt_id": name, **dict(zip(columns, numbers))})
+        n = int(samples)
+        parts = (x[b, :n].T for x in (targets, predictions))
+        signals.append((mixture[b, :n], *parts))
     return rows, signals
 
 
@@ -117,7 +125,7 @@ class ResultsWriter:
         """Score one mixture: [T], [S, T] and [S, T], any device."""
         signals = [x.cpu() for x in (mixture, targets, predictions)]
         self.worst.append((row, signals))
-        self.worst.sort(key=lambda item: badness(item[0]))
+        self.worst.sort(key=lambda item: sort_key(item[0]))
         del self.worst[WORST:]
         score = self.pool.submit(self._score, row, *signals)
         self.waiting.append((row["snt_id"], score))
@@ -153,8 +161,8 @@ class ResultsWriter:
         self.file.flush()
 
 
-def badness(row):
-    """What sorts rows from the worst: no number, then the least SI-SNRi."""
+def sort_key(row):
+    """Sorts rows from the worst: no number, then the lowest SI-SNRi."""
     return (not math.isnan(row["si-snr_i"]), row["si-snr_i"])
 
 
@@ -255,3 +263,23 @@ def write_example(folder, name, mixture, targets, predictions, sample_rate):
             (signal * scale).cpu().numpy(),
             sample_rate,
         )
+
+
+def remove_running(folder):
+    """Remove what a test that did not end has left in an output folder."""
+    for path in Path(folder).glob(f"*{RUNNING}"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def replace_audio(folder):
+    """Put the audio of a test that has ended in place of the one before.
+
+    A test that saved none leaves what there is.
+    """
+    for name in AUDIO_FOLDERS:
+        old, new = Path(folder, name), Path(folder, name + RUNNING)
+        if new.exists():
+            if old.exists():
+                old.rename(old.with_name(f"{name}.old{RUNNING}"))
+            new.rename(old)
+    remove_running(folder)

@@ -9,25 +9,23 @@ Needs the extra ``demo`` (espeakng-loader carries eSpeak NG in a wheel).
 """
 
 import contextlib
-import ctypes
 import json
 import os
-import subprocess
-import sys
+import shutil
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import soundfile
-from scipy.signal import resample
 from tqdm import tqdm
 
+from speechbrain_flashformer.training.espeak import espeakng_loader, speak_all
+
 try:
-    import espeakng_loader
+    import fcntl
 except ImportError:
-    espeakng_loader = None
+    fcntl = None
 
 PARTS = ("tr", "cv", "tt")
 MARKER = "voices.json"
@@ -38,24 +36,14 @@ VERSION = 1
 LEVEL_RANGE_DB = 2.5
 PEAK = 0.9
 
-# A voice keeps some state of what was said before it in the same process, so
-# the sentences are dealt to this many fresh processes whatever the machine.
-PROCESSES = 4
-
 PEOPLE = "abcd"
 
 # Whispers and effects that no one would call a voice.
 NOT_VOICES = ("whisper", "robo", "robot", "demonic", "storm", "tweaky")
-ACCENTS = (
-    "en-us",
-    "en-us-nyc",
-    "en",
-    "en-gb-x-rp",
-    "en-gb-scotland",
-    "en-gb-x-gbclan",
-    "en-gb-x-gbcwmd",
-    "en-029",
-)
+ACCENTS = """
+    en-us en-us-nyc en en-gb-x-rp en-gb-scotland en-gb-x-gbclan
+    en-gb-x-gbcwmd en-029
+""".split()
 
 WHO = (
     "the old captain|my neighbour|a young teacher|her brother|nobody here|"
@@ -156,10 +144,8 @@ def make_voices(
     if _is_made(folder, description):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent
-    ) as beside:
-        made = Path(beside, "set")
+    with _made_beside(folder) as beside:
+        made = beside / "set"
         _write_set(made, description, progressbar)
         (made / MARKER).write_text(json.dumps(description))
         try:
@@ -171,6 +157,49 @@ def make_voices(
             if not _is_made(folder, description):
                 raise
     return folder
+
+
+@contextlib.contextmanager
+def _made_beside(folder):
+    """A new folder, locked and removed at the end; or by the next that begins.
+
+    A process that is killed loses its lock, but cannot remove the folder.
+    """
+    with contextlib.ExitStack() as stack:
+        # One at a time, so that none removes what another has not locked yet.
+        with _locked(folder.parent):
+            for left in folder.parent.glob(f"{folder.name}.*.partial"):
+                with contextlib.suppress(OSError), _locked(left, wait=False):
+                    shutil.rmtree(left)
+            beside = stack.enter_context(
+                tempfile.TemporaryDirectory(
+                    prefix=f"{folder.name}.",
+                    suffix=".partial",
+                    dir=folder.parent,
+                )
+            )
+            stack.enter_context(_locked(beside))
+        yield Path(beside)
+
+
+@contextlib.contextmanager
+def _locked(folder, wait=True):
+    """Hold the lock of a folder; an OSError if another does, and no wait."""
+    if fcntl is None:  # Windows: nothing is ever taken for left behind
+        if not wait:
+            raise OSError
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:  # taken, or a file system without locks
+            if not wait:
+                raise
+        yield
+    finally:
+        os.close(handle)
 
 
 def _is_made(folder, description):
@@ -211,7 +240,7 @@ def _write_set(folder, description, progressbar):
         dynamic_ncols=True,
     ) as bar:
         pools = {part: {} for part in PARTS}
-        spoken = _speak_all(lines, sample_rate, folder.parent, bar)
+        spoken = speak_all(lines, sample_rate, folder.parent, bar)
         for line, signal in zip(lines, spoken):
             pool = pools[line["part"]].setdefault(line["tract"], [])
             pool.append((line["id"], signal))
@@ -293,105 +322,3 @@ def _write_lines(part, families, utterances, rng):
                     }
                 )
     return lines
-
-
-def _speak_all(lines, sample_rate, folder, bar):
-    """Have all lines spoken, in fresh processes; their signals, in order."""
-    size = -(-len(lines) // PROCESSES)
-    shares = [lines[i : i + size] for i in range(0, len(lines), size)]
-    files = [folder / f"spoken{i}.npz" for i in range(len(shares))]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        running = [
-            pool.submit(_speak_share, share, sample_rate, file, bar)
-            for share, file in zip(shares, files)
-        ]
-        return [signal for share in running for signal in share.result()]
-
-
-def _speak_share(lines, sample_rate, file, bar):
-    """Run ``main`` of this module in a process of its own."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", __name__, str(file), str(sample_rate)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    # A process that died at once cannot be written to; its exit code tells.
-    with contextlib.suppress(OSError):
-        process.stdin.write(json.dumps(lines))
-        process.stdin.close()
-    for _ in process.stdout:
-        bar.update(1)
-    if process.wait():
-        raise RuntimeError("eSpeak NG failed; its message stands above")
-    with np.load(file) as spoken:
-        signals = [spoken[str(i)] for i in range(len(lines))]
-    file.unlink()
-    return signals
-
-
-def main():
-    """Speak the lines on standard input into an npz file (one process)."""
-    file, sample_rate = sys.argv[1], int(sys.argv[2])
-    speaker = _Speaker()
-    spoken = {}
-    for index, line in enumerate(json.load(sys.stdin)):
-        spoken[str(index)] = speaker.say(line, sample_rate)
-        print(index, flush=True)
-    np.savez(file, **spoken)
-
-
-class _Speaker:
-    """eSpeak NG through ctypes (the calls of its speak_lib.h)."""
-
-    RETRIEVAL, UTF8 = 1, 1
-    PARAMETERS = {"rate": 1, "pitch": 3, "range": 4}
-
-    def __init__(self):
-        data = espeakng_loader.get_data_path()
-        self.lib = ctypes.CDLL(espeakng_loader.get_library_path())
-        self.rate = self.lib.espeak_Initialize(
-            self.RETRIEVAL, 0, data.encode(), 0
-        )
-        if self.rate <= 0:
-            raise RuntimeError(f"eSpeak NG does not start with {data}")
-        # Some voices breathe at random.
-        self.lib.espeak_ng_SetRandSeed(ctypes.c_long(1))
-        self.pieces = []
-        callback = ctypes.CFUNCTYPE(
-            ctypes.c_int,
-            ctypes.POINTER(ctypes.c_short),
-            ctypes.c_int,
-            ctypes.c_void_p,
-        )
-        # Kept, or it would be freed while the library still calls it.
-        self.callback = callback(self._collect)
-        self.lib.espeak_SetSynthCallback(self.callback)
-
-    def _collect(self, samples, count, _events):
-        if count > 0:
-            self.pieces.append(ctypes.string_at(samples, 2 * count))
-        return 0
-
-    def say(self, line, sample_rate):
-        """Speak a line; float32 samples without the silence around them."""
-        if self.lib.espeak_SetVoiceByName(line["voice"].encode()):
-            raise RuntimeError(f"eSpeak NG has no voice {line['voice']}")
-        for name, number in self.PARAMETERS.items():
-            self.lib.espeak_SetParameter(number, line[name], 0)
-        self.pieces.clear()
-        text = line["text"].encode()
-        self.lib.espeak_Synth(
-            text, len(text) + 1, 0, 1, 0, self.UTF8, None, None
-        )
-        self.lib.espeak_Synchronize()
-        signal = np.frombuffer(b"".join(self.pieces), np.int16) / 32768
-        loud = np.flatnonzero(np.abs(signal) > 0.006)
-        if not len(loud):
-            raise RuntimeError(f"eSpeak NG said nothing: {line}")
-        signal = signal[loud[0] : loud[-1] + 1].astype(np.float32)
-        return resample(signal, round(len(signal) * sample_rate / self.rate))
-
-
-if __name__ == "__main__":
-    main()

@@ -3,11 +3,12 @@
 A layout is recognised by what is there, never by a path's name.
 """
 
+import itertools
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from speechbrain_flashformer.training.data import read_table
+from data_csv import Part, read_csvs, refuse_more
 
 
 @dataclass(frozen=True)
@@ -20,70 +21,44 @@ class Layout:
     """
 
     title: str
-    train: tuple
-    valid: str
-    test: str
     mixtures: tuple
-    sources: str
+    sources: str = "s*"
     noise: str = ""
+    train: tuple = ("tr",)
+    valid: str = "cv"
+    test: str = "tt"
 
 
 LAYOUTS = {
-    "wsj0-mix": Layout("WSJ0-mix", ("tr",), "cv", "tt", ("mix",), "s*"),
+    "wsj0-mix": Layout("WSJ0-mix", ("mix",)),
     "wham": Layout(
-        "WHAM!",
-        ("tr",),
-        "cv",
-        "tt",
-        ("mix_both", "mix_clean", "mix_single"),
-        "s*",
-        "noise",
+        "WHAM!", ("mix_both", "mix_clean", "mix_single"), noise="noise"
     ),
     # As SpeechBrain trains on it: noise and rooms in, both to be removed.
     "whamr": Layout(
         "WHAMR!",
-        ("tr",),
-        "cv",
-        "tt",
-        (
-            "mix_both_reverb",
-            "mix_clean_reverb",
-            "mix_single_reverb",
-            "mix_both_anechoic",
-            "mix_clean_anechoic",
-            "mix_single_anechoic",
+        tuple(
+            f"mix_{what}_{room}"
+            for room in ("reverb", "anechoic")
+            for what in ("both", "clean", "single")
         ),
         "s*_anechoic",
         "noise",
     ),
     "librimix": Layout(
         "LibriMix",
-        ("train-360", "train-100"),
-        "dev",
-        "test",
         ("mix_clean", "mix_both", "mix_single"),
-        "s*",
-        "noise",
+        noise="noise",
+        train=("train-360", "train-100"),
+        valid="dev",
+        test="test",
     ),
     "custom": Layout(
-        "custom", ("train",), "valid", "test", ("mixture",), "source*"
+        "custom", ("mixture",), "source*", "", ("train",), "valid", "test"
     ),
 }
 
 CSV_PARTS = ("train.csv", "valid.csv", "test.csv")
-
-
-@dataclass
-class Part:
-    """One part of a data set.
-
-    ``rows`` are sorted by ``ID``; each has the paths ``mix``, ``s1``, ``s2``,
-    ... and perhaps ``noise``. ``problems`` says what is wrong with the part.
-    """
-
-    name: str
-    rows: list
-    problems: list = field(default_factory=list)
 
 
 def find_mixtures(
@@ -158,7 +133,7 @@ def find_mixtures(
         )
     roots = (datapath / f"wav{fs // 1000}k" / mode, datapath)
     if parts and str(parts[0]).endswith(".csv"):
-        return _read_csvs([datapath / part for part in parts], datapath, n_spks)
+        return read_csvs([datapath / part for part in parts], datapath, n_spks)
     if layout != "csv":
         train = parts[0] if parts else None
         root, known = _recognise(roots, layout, train, mixture)
@@ -167,7 +142,7 @@ def find_mixtures(
             return _list_folders(root, known, *options)
     files = _find_csvs(datapath, roots, mixture)
     if files and layout in ("auto", "csv", "librimix"):
-        return _read_csvs(files, datapath, n_spks)
+        return read_csvs(files, datapath, n_spks)
     raise FileNotFoundError(_what_is_there(datapath, roots[0]))
 
 
@@ -227,14 +202,13 @@ def _list_folders(root, layout, n_spks, parts, mixture, sources):
     for part in parts:
         more = root / part / sources.replace("*", str(n_spks + 1))
         if more.is_dir() and not alone:
-            _refuse_more(more, n_spks)
-    noisy = layout.noise and "clean" not in mixture
+            refuse_more(more, n_spks)
     found = []
     for part in parts:
-        extra = {}
-        if noisy and (root / part / layout.noise).is_dir():
-            extra = {"noise": layout.noise}
-        found.append(_list_part(root / part, columns | extra))
+        noise = {}
+        if "clean" not in mixture and layout.noise in os.listdir(root / part):
+            noise["noise"] = layout.noise
+        found.append(_list_part(root / part, columns | noise))
     text = (
         f"{layout.title} in {root}: mixtures in {mixture}, sources in {sources}"
     )
@@ -287,13 +261,6 @@ def _check_folders(folders, n_spks):
         )
 
 
-def _refuse_more(what, n_spks):
-    raise ValueError(
-        f"{what} exists, but num_spks is {n_spks}: the mixtures would hold a "
-        "voice that is no target"
-    )
-
-
 def _names(folder):
     there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else ()
     # One may be no UTF-8, and could not be printed.
@@ -327,79 +294,16 @@ def _what_is_there(datapath, root):
 
 def _find_csvs(datapath, roots, mixture):
     """Those of the data folder, or LibriMix's metadata; or None."""
+    libri = LAYOUTS["librimix"]
+    mixture = mixture or libri.mixtures[0]
     own = [datapath / name for name in CSV_PARTS]
     if all(path.is_file() for path in own):
         return own
-    libri = LAYOUTS["librimix"]
-    mixture = mixture or libri.mixtures[0]
-    for root in roots:
-        for train in libri.train:
-            files = [
-                root / "metadata" / f"mixture_{part}_{mixture}.csv"
-                for part in (train, libri.valid, libri.test)
-            ]
-            if files[0].is_file():
-                return files
+    for root, train in itertools.product(roots, libri.train):
+        files = [
+            root / "metadata" / f"mixture_{part}_{mixture}.csv"
+            for part in (train, libri.valid, libri.test)
+        ]
+        if files[0].is_file():
+            return files
     return None
-
-
-def _read_csvs(files, datapath, n_spks):
-    missing = [str(path) for path in files if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(f"no file {', '.join(missing)}")
-    text = f"CSV files: {', '.join(map(str, files))}"
-    return text, [_read_csv(path, datapath, n_spks) for path in files]
-
-
-def _read_csv(path, datapath, n_spks):
-    """Rows of a CSV file with SpeechBrain's columns, or with LibriMix's."""
-    header, lines = read_table(path)
-    if "mixture_path" in header:
-        name, source, noise = "mixture_ID", "source_{}_path", "noise_path"
-        columns = {"ID": name, "mix": "mixture_path"}
-    else:
-        name, source, noise = "ID", "s{}_wav", "noise_wav"
-        columns = {"ID": name, "mix": "mix_wav"}
-    for i in range(1, n_spks + 1):
-        columns[f"s{i}"] = source.format(i)
-    missing = [column for column in columns.values() if column not in header]
-    if missing:
-        raise ValueError(
-            f"{path} has no column {', '.join(missing)} ({n_spks} speakers); "
-            f"it has: {', '.join(header) or 'none'}"
-        )
-    more = source.format(n_spks + 1)
-    if more in header and any(line[more] for line in lines.values()):
-        _refuse_more(f"column {more} of {path}", n_spks)
-    if not lines:
-        raise ValueError(f"{path} has no rows")
-    if noise in header and all(line[noise] for line in lines.values()):
-        columns["noise"] = noise
-
-    part, taken = Part(path.stem, []), set()
-    for number, line in lines.items():
-        row = {column: line[name] for column, name in columns.items()}
-        empty = [columns[column] for column in row if not row[column]]
-        if empty:
-            part.problems.append(f"{path}, line {number}: no {empty[0]}")
-        elif row["ID"] in taken:
-            part.problems.append(
-                f"{path}, line {number}: the ID {row['ID']} was there before"
-            )
-        else:
-            taken.add(row["ID"])
-            part.rows.append(_resolve(row, path.parent, datapath))
-    part.rows.sort(key=lambda row: row["ID"])
-    return part
-
-
-def _resolve(row, beside, datapath):
-    """Full paths: ``$data_root`` is the data folder, the rest is beside."""
-    found = {"ID": row["ID"]}
-    for column in list(row)[1:]:
-        place = row[column].removeprefix("$data_root")
-        if place == row[column]:
-            found[column] = os.path.join(beside, place)
-        else:
-            found[column] = os.path.join(datapath, place.lstrip("/\\"))
-    return found

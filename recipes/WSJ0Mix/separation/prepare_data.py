@@ -28,7 +28,7 @@ DATA_ROOT = "$data_root"  # stands for the data folder in the CSV files
 # What the files were when they were last read. Another version reads them all.
 CACHE, VERSION = "data_cache.json", 1
 
-TOLD = 10  # problems in the error message; the report has all
+SHOWN = 10  # problems in the error message; the report has all
 BLOCK = 2**20  # samples read at a time
 
 # A writer that could not know the length leaves a size like this, bytes.
@@ -99,10 +99,9 @@ def prepare_wsjmix(
                 f"{part} would be overwritten: choose another output_folder, "
                 "or set skip_prep: True to use it as it is"
             )
-    report = savepath / REPORT
     with _telling(savepath):
         savepath.mkdir(parents=True, exist_ok=True)
-        for path in (*outputs, report):
+        for path in (*outputs, report := savepath / REPORT):
             path.unlink(missing_ok=True)
 
     options = (layout, mode, parts, mixture, sources)
@@ -122,7 +121,7 @@ def prepare_wsjmix(
     if problems:
         raise ValueError(
             f"{len(problems)} problems in {datapath}:\n"
-            + "\n".join(problems[:TOLD])
+            + "\n".join(problems[:SHOWN])
             + f"\nall of them are in {report}"
         )
     for path, part in zip(outputs, found):
@@ -149,8 +148,7 @@ def _examine_all(parts, cache):
     """Path -> ``Facts``, or a problem in words; the cache is brought up."""
     known = _read_cache(cache)
     rows = [list(row.values())[1:] for part in parts for row in part]
-    facts = {}
-    pool = ThreadPoolExecutor()
+    facts, pool = {}, ThreadPoolExecutor()
     try:
         found = pool.map(partial(_examine_mixture, known=known), rows)
         # None: only where somebody looks.
@@ -213,8 +211,8 @@ def _examine(path, known):
         return f"cannot read {path} ({error.error_string}): copy it again"
     except OSError as error:
         return f"cannot read {path} ({error.strerror}): copy it again"
-    size, mtime = stat.st_size, stat.st_mtime_ns
-    return Facts(size, mtime, rate, channels, frames, finite, silent)
+    facts = (rate, channels, frames, finite, silent)
+    return Facts(stat.st_size, stat.st_mtime_ns, *facts)
 
 
 def _promised_size(path):

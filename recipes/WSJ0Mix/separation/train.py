@@ -23,7 +23,6 @@ from plot_results import check_can_plot, plot_evaluation, plot_results
 from prepare_data import prepare_wsjmix
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from speechbrain.nnet.schedulers import WarmCoolDecayLRSchedule
 from speechbrain.utils.distributed import (
     ddp_init_group,
     if_main_process,
@@ -42,12 +41,15 @@ from speechbrain_flashformer import hparams as model_yamls
 from speechbrain_flashformer.inference.pack import start_from
 from speechbrain_flashformer.training.brain import Separation
 from speechbrain_flashformer.training.data import (
-    load_datasets,
+    dataio_prep,
     training_loader_options,
 )
-from speechbrain_flashformer.training.losses import fixes_level
 from speechbrain_flashformer.training.metrics import check_perceptual
-from speechbrain_flashformer.training.mixing import load_mixtures
+from speechbrain_flashformer.training.mixing import dynamic_mix_data_prep
+from speechbrain_flashformer.training.schedules import (
+    steps_per_epoch,
+    stretch_schedule,
+)
 from speechbrain_flashformer.training.voices import make_voices
 
 logger = get_logger(__name__)
@@ -66,17 +68,14 @@ PATHS = (
 
 # Where the package reads what is not read here.
 #
-# data.load_datasets: hparams.train_data, hparams.valid_data,
+# data.dataio_prep: hparams.train_data, hparams.valid_data,
 #   hparams.test_data, hparams.limit_training_signal_len,
 #   hparams.training_signal_len
 # data.training_loader_options: hparams.dataloader_opts,
 #   hparams.dynamic_batching, hparams.max_batch_length, hparams.num_buckets
-# mixing.load_mixtures: hparams.base_folder_dm, hparams.dm_speaker,
-#   hparams.dm_same_corpus_share, hparams.dm_absent_share,
-#   hparams.dm_join_share, hparams.dm_turn_share, hparams.dm_silence_share,
-#   hparams.dm_noise_folder, hparams.dm_noise_share, hparams.dm_noise_snr,
-#   hparams.dm_room_share, hparams.dm_colour_db, hparams.dm_telephone_share,
-#   hparams.dm_flip_share
+# mixing.dynamic_mix_data_prep: hparams.base_folder_dm, hparams.dm_speaker,
+#   hparams.dm_same_corpus_share, hparams.dm_concatenation_share,
+#   hparams.dm_effects
 # augment.augment: hparams.use_speedperturb, hparams.speed_perturb,
 #   hparams.use_rand_shift, hparams.min_shift, hparams.max_shift,
 #   hparams.use_wavedrop, hparams.drop_freq, hparams.drop_chunk
@@ -106,14 +105,13 @@ def main():
 
     try:
         prepare(hparams, not run_opts.get("noprogressbar", False))
-        train_data, valid_data, test_data = load_datasets(hparams)
+        train_data, valid_data, test_data = dataio_prep(hparams)
         # Dynamic mixing: an epoch is as long as the data folder's.
         loader_opts = training_loader_options(
             hparams, train_data, len(train_data)
         )
         if hparams["dynamic_mixing"]:
-            check_absent(hparams)
-            train_data = load_mixtures(hparams)
+            train_data = dynamic_mix_data_prep(hparams)
     except (ImportError, OSError, ValueError) as error:
         logger.error(error)
         sys.exit(1)
@@ -197,7 +195,10 @@ def load_settings(hparams_file, overrides):
     # Building the rest makes folders.
     check_data_folder(YAML().load(text)["data_folder"])
     text.seek(0)
-    return load_hyperpyyaml(text)
+    try:
+        return load_hyperpyyaml(text)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{hparams_file}: {error}")
 
 
 def check_data_folder(folder):
@@ -222,15 +223,6 @@ def check_data_folder(folder):
         sys.exit(f"no data_folder {folder}: {remedy}")
     if not any(Path(folder).iterdir()):
         sys.exit(f"data_folder {folder} holds nothing: {remedy}")
-
-
-def check_absent(hparams):
-    """Raise when a loss is to learn from silence that it knows nothing of."""
-    if hparams["dm_absent_share"] and not fixes_level(hparams["loss"]):
-        raise ValueError(
-            "dm_absent_share needs a loss that is defined for silence: "
-            "speechbrain_flashformer.training.losses.pit_snr_loss"
-        )
 
 
 def prepare(hparams, progressbar):
@@ -284,26 +276,6 @@ def leave_group():
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
-
-
-def steps_per_epoch(loader, gathered):
-    """Optimizer steps that each process takes in an epoch."""
-    if len(loader) < gathered:
-        raise ValueError(
-            f"an epoch has {len(loader)} batches in each process, too few to "
-            f"gather {gathered} for a step: lower batch_size or "
-            "grad_accumulation_factor"
-        )
-    return len(loader) // gathered
-
-
-def stretch_schedule(schedule, steps):
-    """Let a warm-up and cool-down end where the training does."""
-    if isinstance(schedule, WarmCoolDecayLRSchedule):
-        share = schedule.cooldown / schedule.total_steps
-        schedule.total_steps = steps
-        schedule.cooldown = max(1, round(share * steps))
-        schedule.warmup = min(schedule.warmup, steps - schedule.cooldown)
 
 
 def default_precision(device):

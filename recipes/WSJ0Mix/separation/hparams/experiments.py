@@ -44,13 +44,12 @@ dm_noise_folder.
                 "data_options: {} # e.g. {mixture: mix_clean}, see README\n"
             ),
             # As loud as the corpus has it.
-            "dm_noise_snr": (
-                "dm_noise_snr: [-6, 3] # dB, loudest speaker to noise\n"
-            ),
-            "dm_noise_share": (
-                "dm_noise_share: 1.0 # share of the mixtures with noise in "
-                "them\n"
-            ),
+            "    noise": """\
+    noise: !new:speechbrain_flashformer.training.effects.Noise
+        share: 1.0
+        snr_db: [-6, 3] # loudest speaker to noise
+        folder: !ref <dm_noise_folder>
+""",
         },
     ),
     "flashformer-libri2mix": (
@@ -252,12 +251,14 @@ def _replace_banner(text, banner):
 
 
 def _replace_key(text, key, block):
-    """Put the text of a key of the first level in place of what is there.
+    """Put the text of a key, with its indent, in place of what is there.
 
     A text that begins with a comment takes the place of the comment above too.
     """
     above = r"(?:#.*\n)*" if block.startswith("#") else ""
-    there = re.compile(rf"^{above}{key}:.*\n(?:[ \t]+\S.*\n)*", re.MULTILINE)
+    indent = " " * (len(key) - len(key.lstrip()))
+    below = rf"(?:{indent}[ \t]+\S.*\n)*"
+    there = re.compile(rf"^{above}{key}:.*\n{below}", re.MULTILINE)
     text, count = there.subn(lambda _: block, text)
     if count != 1:
         raise ValueError(

@@ -1,37 +1,22 @@
-#!/usr/bin/env python3
-"""What a trained model makes of mixtures that are heard otherwise.
+"""What is done to a mixture, or taken from a network, before it is scored.
 
-> python benchmarks/robustness.py MODEL NAME=FOLDER [NAME=FOLDER ...]
-
-MODEL and sets are as for evaluate_model.py, of each set the first 50 mixtures.
-Each is separated as it is; after digital silence; after a click of ten times
-its peak, 50 ms before it; through a telephone's band, 300 to 3400 Hz; with
-white noise, 20 and 10 dB below the mixture; clipped at twice its deviation;
-upside down; with one of the speakers upside down. The last rows leave the
-mixture as it is and choose the order of the speakers anew for each second, or
-quarter of one, by the sources: what is lost by confusing who is who, and not by
-failing to separate them.
-Writes results/robustness.csv, a row for each: mean SI-SNRi in dB, of the time
-that the mixture takes.
+Axes: T samples, S speakers.
 """
 
-import itertools
-import statistics
-import tempfile
 from functools import partial
-from pathlib import Path
 
 import torch
-from evaluate_model import command, find_sets, load_mixtures
-from records import write_csv
 from scipy.signal import butter, sosfilt
+from variants import WITHOUT
 
-from speechbrain_flashformer.inference import FlashFormerSeparation
-from speechbrain_flashformer.training.metrics import best_order, reorder, si_snr
+from speechbrain_flashformer.nnet.separator import encoder_frame
+from speechbrain_flashformer.training.metrics import best_order, reorder
 
-OUT = Path(__file__).parent / "results" / "robustness.csv"
-MIXTURES = 50
 BAND = (300, 3400)  # Hz
+WINDOWS = (0.1, 0.25, 0.5, 1)  # seconds to each side
+
+
+# --- mixtures that are heard otherwise ---------------------------------------
 
 
 def after_silence(seconds, rate, signals):
@@ -122,35 +107,33 @@ CONDITIONS = (
 )
 
 
-def gain(model, signals, change, arrange):
-    """SI-SNRi of one mixture, in dB; signals [T, 1 + S]."""
-    rate, length = model.hparams.sample_rate, len(signals)
-    signals = change(rate, signals)
-    estimates = model.separate_batch(signals[None, :, 0])[:, -length:]
-    mixture, targets = signals[None, -length:].tensor_split((1,), 2)
-    estimates = arrange(rate, targets, estimates)
-    before = si_snr(targets, mixture.expand_as(targets))
-    return (best_order(targets, estimates)[0] - before).mean().item()
+# --- ablation at inference ---------------------------------------------------
 
 
-def main(source, sets):
-    """Score each condition on each set, write the rows."""
-    model = FlashFormerSeparation.from_hparams(source)
-    rows = [{"condition": name} for name, _, _ in CONDITIONS]
-    with tempfile.TemporaryDirectory() as scratch:
-        for title, folder in find_sets(sets, Path(scratch)):
-            mixtures = [
-                torch.stack(parts, 1)
-                for parts in itertools.islice(
-                    load_mixtures(model, folder), MIXTURES
-                )
-            ]
-            for row, (_, change, arrange) in zip(rows, CONDITIONS):
-                gains = [gain(model, x, change, arrange) for x in mixtures]
-                row[title] = round(statistics.mean(gains), 2)
-                print(title, row["condition"], row[title], flush=True)
-    write_csv(OUT, rows)
+def narrow(masknet, tokens):
+    """Let attention see at most so many tokens to each side."""
+    for layer in masknet.layers:
+        layer.attention.window = tuple(
+            tokens if side < 0 else min(side, tokens)
+            for side in layer.attention.window
+        )
 
 
-if __name__ == "__main__":
-    command(__doc__, main)
+def ablations(model):
+    """What is done to the masknet of a model, by name; nothing first.
+
+    Raises
+    ------
+    ValueError
+        When it is causal: its windows have no two sides.
+    """
+    masknet = model.mods.masknet
+    if masknet.causal:
+        raise ValueError("the model is causal: its windows have no two sides")
+    _, stride = encoder_frame(model.mods.encoder)
+    token_rate = model.hparams.sample_rate / (stride * masknet.token_stride)
+    found = {"none": lambda masknet: None}
+    for seconds in WINDOWS:
+        tokens = round(seconds * token_rate)
+        found[f"window of {seconds} s"] = partial(narrow, tokens=tokens)
+    return found | {f"without {name}": take for name, take in WITHOUT.items()}

@@ -1,15 +1,13 @@
-"""Speech of Debian's packages by speaker, and the list that takes it."""
+"""What the shipped model is made from: speech sorted by who speaks."""
 
 import numpy as np
+import packaged_speakers
+import pretrained_data
+import prompt_speakers
 import pytest
 import soundfile
 
 RATE = 16000
-
-
-@pytest.fixture
-def packaged(load_benchmark):
-    return load_benchmark("packaged_speakers")
 
 
 def write_clips(folder, count, name="{}.wav", hertz=300.0, seconds=0.5):
@@ -23,11 +21,11 @@ def write_clips(folder, count, name="{}.wav", hertz=300.0, seconds=0.5):
         soundfile.write(folder / name.format(i), clip, RATE)
 
 
-def test_clips_become_strings_of_their_speaker(packaged, tmp_path):
+def test_clips_become_strings_of_their_speaker(tmp_path):
     room = tmp_path / "x/usr/share/games/fillets-ng/sound/airplane/nl"
     write_clips(room, 60, "let-m-{:02}.wav", hertz=300)
     write_clips(room, 60, "let-v-{:02}.wav", hertz=700)
-    packaged.main(tmp_path / "x", tmp_path / "out")
+    packaged_speakers.main(tmp_path / "x", tmp_path / "out")
     for who, hertz in {"m": 300, "v": 700}.items():
         files = sorted((tmp_path / "out" / f"fillets-ng-nl-{who}").iterdir())
         assert len(files) >= 4
@@ -42,34 +40,48 @@ def test_clips_become_strings_of_their_speaker(packaged, tmp_path):
             assert np.mean(np.abs(signal) < 1e-3) < 0.4
 
 
-def test_who_is_not_known_or_says_little_is_left_out(packaged, tmp_path):
+def test_who_is_not_known_or_says_little_is_left_out(tmp_path):
     sounds = tmp_path / "usr/share/ktuberling/sounds"
     write_clips(sounds / "wa", 80)
     write_clips(sounds / "da", 80)
     write_clips(sounds / "sv", 20)
     write_clips(tmp_path / "usr/share/sounds", 80)
-    packaged.main(tmp_path, tmp_path / "out")
+    packaged_speakers.main(tmp_path, tmp_path / "out")
     written = [folder.name for folder in (tmp_path / "out").iterdir()]
     assert written == ["ktuberling-wa"]
 
 
-def test_a_folder_without_their_speech_is_named(packaged, tmp_path):
+def test_a_folder_without_their_speech_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="none of the packages"):
-        packaged.main(tmp_path, tmp_path / "out")
+        packaged_speakers.main(tmp_path, tmp_path / "out")
 
 
-def test_the_training_list_names_them_by_folder(load_benchmark, tmp_path):
-    data = load_benchmark("pretrained_data")
+def test_the_training_list_names_them_by_folder(tmp_path):
     write_clips(tmp_path / "klettres-nl", 2)
-    assert [path.parent.name for path in data.find_people(tmp_path)] == [
-        "klettres-nl",
-        "klettres-nl",
-    ]
+    found = pretrained_data.find_people(tmp_path)
+    assert [path.parent.name for path in found] == 2 * ["klettres-nl"]
     with pytest.raises(FileNotFoundError, match="SPEAKER/NUMBER.wav"):
-        data.find_people(tmp_path / "klettres-nl")
+        pretrained_data.find_people(tmp_path / "klettres-nl")
 
 
-def test_a_folder_that_is_there_is_not_added_to(packaged, tmp_path):
+def test_a_folder_that_is_there_is_not_added_to(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(FileExistsError, match="remove it"):
-        packaged.main(tmp_path, tmp_path / "out")
+        packaged_speakers.main(tmp_path, tmp_path / "out")
+
+
+def test_prompts_are_sorted_by_who_speaks(tmp_path):
+    sounds = tmp_path / "sounds"
+    for name in ("en_f_Ann/digits/1", "es_f_Ann/1", "fr/silence/2", "fr/3"):
+        path = sounds / f"{name}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, np.ones(80), 8000)
+    soundfile.write(sounds / "fr/tt-monkeys.wav", np.ones(80), 8000)
+    prompt_speakers.main(sounds, tmp_path / "out")
+    found = sorted((tmp_path / "out").rglob("*.wav"))
+    names = [path.relative_to(tmp_path / "out").as_posix() for path in found]
+    assert names == [
+        "Ann/en_f_Ann_digits_1.wav",
+        "Ann/es_f_Ann_1.wav",
+        "fr/fr_3.wav",
+    ]

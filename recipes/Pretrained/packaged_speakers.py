@@ -4,7 +4,7 @@
 > apt-get download festvox-ru fillets-ng-data-{cs,nl} kajongg klettres-data \
       ktuberling-data tuxpaint-stamps-default
 > for package in *.deb; do dpkg -x $package SOUNDS; done
-> python benchmarks/packaged_speakers.py SOUNDS OUT
+> python packaged_speakers.py SOUNDS OUT
 
 Two fish in Czech and Dutch, the sentences of a Russian voice, and names,
 syllables and animals, each language said by a person or two. Clips are strung

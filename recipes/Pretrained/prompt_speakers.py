@@ -4,8 +4,8 @@
 > apt-get download asterisk-core-sounds-{en,es,fr,it,ru}-wav \
       asterisk-prompt-{it-menardi-wav,fr-armelle,es-co}
 > for package in *.deb; do dpkg -x $package SOUNDS; done
-> python benchmarks/prompt_speakers.py SOUNDS/usr/share/asterisk/sounds OUT
-> python benchmarks/evaluate_model.py MODEL prompts=OUT
+> python prompt_speakers.py SOUNDS/usr/share/asterisk/sounds OUT
+> python ../../benchmarks/evaluate_model.py MODEL prompts=OUT
 
 Seven announcers, most of them women, in five languages; no speaker and no
 microphone of the training. For the test alone; licences: Creative Commons BY or

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make and list the speech that the shipped checkpoint is trained on.
 
-> python benchmarks/pretrained_data.py SPEECH OUT [VOICES [PEOPLE]]
+> python pretrained_data.py SPEECH OUT [VOICES [PEOPLE]]
 
 SPEECH holds picovoice-commands/ and picovoice-wakewords/ (Apache-2.0, from the
 speech-to-intent and wake-word benchmarks of Picovoice, as 8 kHz FLAC). Every
@@ -13,14 +13,14 @@ OUT/recordings.csv is then the ``base_folder_dm`` of the recipe. Needs
 praat-parselmouth.
 """
 
+import csv
 import sys
 from pathlib import Path
 
 import numpy as np
 import soundfile
-from records import write_csv
 
-from speechbrain_flashformer.training.mixing import Recording
+from speechbrain_flashformer.training.recordings import Recording
 from speechbrain_flashformer.training.voices import make_voices
 
 VOICES = 1000
@@ -73,9 +73,14 @@ def main(speech, out, more_voices=None, more_people=None):
         names = path.stem.partition("_")[2].split("-")
         rows.append((path, "-".join(sorted(names))))
     rows += [(path, path.parent.name) for path in people]
-    listed = [{"wav": path.resolve(), "speaker": who} for path, who in rows]
-    write_csv(out / "recordings.csv", listed)
-    print(f"{len(rows)} recordings in {out / 'recordings.csv'}")
+    listing = out / "recordings.csv"
+    partial = listing.with_suffix(".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("wav", "speaker"))
+        writer.writerows((path.resolve(), who) for path, who in rows)
+    partial.replace(listing)
+    print(f"{len(rows)} recordings in {listing}")
 
 
 def find_voices(folder):

@@ -1,0 +1,298 @@
+#!/usr/bin/env python3
+"""Time and memory of separation: whole, in a stream, and over the length.
+
+> python benchmarks/inference_speed.py whole MODEL
+> python benchmarks/inference_speed.py stream [--minutes 10]
+> python benchmarks/inference_speed.py length MODEL
+
+MODEL is a packed folder. Each writes results/inference_speed_WHAT.csv:
+
+* whole: seconds of computing per second of audio in torch, in onnxruntime, and
+  there in int8, medians of runs that take turns; and how far the outputs are
+  from those of torch (SI-SNR in dB; a model of 10 dB loses 0.2 dB to an error
+  at 23 dB).
+* stream: noise in blocks of 16 ms to hparams/flashformer-streaming.yaml (the
+  time does not depend on the weights), as fast as it goes: torch with one
+  thread and with two, onnxruntime with one, each in a process of its own. The
+  first then goes on for an hour in blocks of 1 s, for the memory. Load is time
+  over audio. Columns with ``cpu`` count the processor's time alone, which other
+  programs on the machine (``machine load``) change less. ``old stream over
+  new`` is what a block costs at the end beside one of a stream that just began.
+* length: real-time factor and extra peak memory of ``separate_to_files`` for 1
+  minute to 2 hours of noise, each in a process of its own.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from models import build_separator
+from records import megabytes, write_csv
+
+from speechbrain_flashformer.inference import FlashFormerSeparation
+from speechbrain_flashformer.inference.export import (
+    export_onnx,
+    export_streaming_onnx,
+)
+from speechbrain_flashformer.nnet.separator import MODULES
+from speechbrain_flashformer.training.metrics import si_snr
+
+RESULTS = Path(__file__).resolve().parent / "results"
+# Whole.
+SECONDS, THREADS, RUNS = (4, 20), (1, 2), 9
+# Of a stream.
+BLOCK = 0.016  # seconds
+BLOCKS_TO_COMPARE = 5000
+RUNTIMES = (("torch", 1), ("torch", 2), ("onnxruntime", 1))
+# Over the length.
+MINUTES = (1, 10, 60, 120)
+
+
+def main(words=None):
+    """Measure what is asked for, write the rows."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", choices=("whole", "stream", "length"))
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args(words)
+    if (options.model is None) != (options.what == "stream"):
+        parser.error("whole and length want a MODEL, stream takes none")
+    if options.job:
+        measure = {"stream": stream, "length": length}[options.what]
+        print(json.dumps(measure(*json.loads(options.job))))
+        return
+    if options.what == "whole":
+        rows = whole(options.model)
+    elif options.what == "stream":
+        rows = (
+            run_alone("stream", *each, options.minutes) for each in RUNTIMES
+        )
+    else:
+        rows = (run_alone("length", options.model, n) for n in MINUTES)
+    kept = []
+    for row in rows:
+        print(row, flush=True)
+        kept.append(row)
+    write_csv(RESULTS / f"inference_speed_{options.what}.csv", kept)
+
+
+def run_alone(what, *job):
+    """A row, measured in a process of its own."""
+    words = [what, *(["any"] if what == "length" else [])]
+    command = [sys.executable, __file__, *words, "--job", json.dumps(job)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# --- whole -------------------------------------------------------------------
+
+
+def whole(model):
+    """A row for each runtime, length and number of threads."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model = FlashFormerSeparation.from_hparams(model)
+    with tempfile.TemporaryDirectory() as folder:
+        plain = export_onnx(model, Path(folder) / "model.onnx")
+        small = Path(folder) / "int8.onnx"
+        quantize_dynamic(plain, small, weight_type=QuantType.QInt8)
+        for threads in THREADS:
+            torch.set_num_threads(threads)
+            runners = {
+                "torch": model.separate_batch,
+                "onnx": onnx_separator(plain, threads),
+                "onnx int8": onnx_separator(small, threads),
+            }
+            for seconds in SECONDS:
+                for name, row in time_in_turns(model, runners, seconds):
+                    start = {"threads": threads, "seconds": seconds}
+                    yield {**start, "runner": name, **row}
+
+
+def time_in_turns(model, runners, seconds):
+    """Name and figures of each runner."""
+    torch.manual_seed(0)
+    mixture = 0.1 * torch.randn(1, seconds * model.hparams.sample_rate)
+    times = {name: [] for name in runners}
+    for _ in range(RUNS):
+        for name, run in runners.items():
+            start = time.perf_counter()
+            run(mixture)
+            times[name].append(time.perf_counter() - start)
+    expected = model.separate_batch(mixture)
+    for name, run in runners.items():
+        rtf = statistics.median(times[name]) / seconds
+        likeness = si_snr(expected, run(mixture)).mean().item()
+        yield (
+            name,
+            {"rtf": f"{rtf:.5f}", "si-snr to torch": f"{likeness:.1f}"},
+        )
+
+
+def onnx_session(path, threads):
+    """A session of onnxruntime on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(
+        str(path), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def onnx_separator(path, threads):
+    """A session as a function [B, T] -> [B, T, S]."""
+    run = onnx_session(path, threads).run
+
+    def separate(mixture):
+        return torch.from_numpy(run(None, {"mixture": mixture.numpy()})[0])
+
+    return separate
+
+
+# --- a stream ----------------------------------------------------------------
+
+
+def stream(runtime, threads, minutes):
+    """Feed a stream; a row of figures."""
+    torch.set_num_threads(threads)
+    rate = 8000
+    model = FlashFormerSeparation(
+        dict(zip(MODULES, build_separator("streaming").eval().parts)),
+        {"num_spks": 2, "sample_rate": rate},
+    )
+    streams = torch_streams(model)
+    if runtime == "onnxruntime":
+        streams = onnx_streams(model, threads)
+    feed = next(streams)
+    block = 0.1 * torch.randn(1, round(BLOCK * rate))
+    for _ in range(300):
+        feed(block)
+    times, cpu = [], []
+    for _ in range(round(60 * minutes / BLOCK)):
+        start = time.perf_counter(), time.process_time()
+        feed(block)
+        times.append(time.perf_counter() - start[0])
+        cpu.append(time.process_time() - start[1])
+    # In turns: a machine's pace changes over minutes.
+    old, new = [], []
+    for each, spent in BLOCKS_TO_COMPARE * [(feed, old), (next(streams), new)]:
+        start = time.process_time()
+        each(block)
+        spent.append(time.process_time() - start)
+    return {
+        "runtime": runtime,
+        "threads": threads,
+        "minutes": minutes,
+        "latency without block (ms)": 1000 * model.stream_latency(),
+        "load": round(statistics.mean(times) / BLOCK, 4),
+        "cpu load": round(statistics.mean(cpu) / BLOCK, 4),
+        "median block (ms)": milliseconds(statistics.median(times)),
+        "cpu median (ms)": milliseconds(statistics.median(cpu)),
+        "99.9th percentile (ms)": milliseconds(percentile(times)),
+        "cpu 99.9th percentile (ms)": milliseconds(percentile(cpu)),
+        "old stream over new": round(
+            statistics.median(old) / statistics.median(new), 3
+        ),
+        "hour's memory (MB)": (
+            hour(feed, rate) if (runtime, threads) == RUNTIMES[0] else ""
+        ),
+        "machine load": round(os.getloadavg()[0], 1),
+    }
+
+
+def milliseconds(seconds):
+    """Rounded for the table."""
+    return round(1000 * seconds, 3)
+
+
+def percentile(times):
+    """What 99.9 % of the times are below."""
+    return statistics.quantiles(times, n=1000)[-1]
+
+
+def torch_streams(model):
+    """``feed`` of one new stream after another."""
+    while True:
+        yield model.make_stream().feed
+
+
+def onnx_streams(model, threads):
+    """``torch_streams`` in onnxruntime."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = export_streaming_onnx(model, Path(folder, "step.onnx"))
+        session = onnx_session(path, threads)
+    kinds = {"tensor(float)": torch.float32, "tensor(double)": torch.float64}
+    start = {
+        each.name: torch.zeros(
+            [1 if isinstance(size, str) else size for size in each.shape],
+            dtype=kinds.get(each.type, torch.int64),
+        ).numpy()
+        for each in session.get_inputs()[1:]
+    }
+    while True:
+        yield onnx_feed(session, dict(start))
+
+
+def onnx_feed(session, state):
+    """``feed`` of a stream that is in this state; changes it."""
+
+    def _feed(block):
+        _, *new = session.run(None, {"mixture": block.numpy(), **state})
+        state.update(zip(state, new))
+
+    return _feed
+
+
+def hour(feed, rate):
+    """Megabytes that the process grows by over an hour of audio."""
+    block = 0.1 * torch.randn(1, rate)
+    for _ in range(60):
+        feed(block)
+    before = megabytes("VmHWM")
+    for _ in range(3600):
+        feed(block)
+    return round(megabytes("VmHWM") - before, 1)
+
+
+# --- over the length ---------------------------------------------------------
+
+
+def length(model, minutes):
+    """Time and memory beyond those of the loaded model."""
+    model = FlashFormerSeparation.from_hparams(model)
+    rate = model.hparams.sample_rate
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "mixture.wav"
+        rng = np.random.default_rng(0)
+        with soundfile.SoundFile(path, "w", rate, 1, "PCM_16") as file:
+            for _ in range(minutes):
+                file.write(0.1 * rng.standard_normal(60 * rate))
+        model.separate_audio(torch.randn(1, rate))  # warm-up
+        before = megabytes("VmHWM")
+        start = time.perf_counter()
+        model.separate_to_files(path, folder)
+        seconds = time.perf_counter() - start
+    return {
+        "minutes": minutes,
+        "threads": torch.get_num_threads(),
+        "rtf": round(seconds / (60 * minutes), 5),
+        "extra peak memory (MB)": round(megabytes("VmHWM") - before),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+#!/usr/bin/env python3
+"""Make a packed model from others: averaged, or of another size.
+
+> python change_model.py average A B OUT --share 0.2
+> python change_model.py resize MODEL OUT --num_layers 12 --d_ffn 384
+
+average: SHARE (0 to 1) of the weights of B and the rest of A; one of the two
+began as the other. Card and numbers are those of B. Source: model soups
+(arXiv:2203.05482).
+
+resize: more layers and wider feed-forwards, to be trained on (``--start_from
+OUT --model "{num_layers: 12, d_ffn: 384}"``), or fewer of them. What is new
+adds nothing until it has learned to: a larger OUT separates as MODEL does. New
+layers stand after old ones, evenly, and are those that go when there are to be
+fewer again. A number not given stays; the card is that of MODEL. Source:
+Net2Net (arXiv:1511.05641), with zeros behind what is new in place of copies.
+"""
+
+import argparse
+import contextlib
+import io
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from hyperpyyaml import load_hyperpyyaml
+from ruamel.yaml import YAML
+
+from speechbrain_flashformer import FlashFormer
+from speechbrain_flashformer.inference import FlashFormerSeparation
+from speechbrain_flashformer.nnet.separator import MODULES
+
+SEED = 0
+# The last product of each part of a layer, added to what comes in.
+OUTS = ("attention.out", "fsmn.out", "ffn.out")
+
+
+@contextlib.contextmanager
+def copied_whole(folder, out):
+    """A copy of a folder beside ``out``, to change, which becomes ``out``.
+
+    Raises
+    ------
+    FileExistsError
+        When ``out`` is there.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists: remove it or name another")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield shutil.copytree(folder, partial)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+# --- average -----------------------------------------------------------------
+
+
+def average(a, b, out, share):
+    """Write OUT, all at once."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"--share is between 0 and 1, got {share}")
+    with copied_whole(b, out) as partial:
+        for name in MODULES:
+            first, second = (
+                torch.load(folder / f"{name}.ckpt", weights_only=True)
+                for folder in (a, b)
+            )
+            mean = average_states(first, second, share)
+            torch.save(mean, partial / f"{name}.ckpt")
+
+
+def average_states(first, second, share):
+    """State dict with a share of the second; types are the second's."""
+    shapes, others = (
+        {key: value.shape for key, value in state.items()}
+        for state in (first, second)
+    )
+    if shapes != others:
+        raise ValueError("the two models are not the same network")
+    return {
+        key: torch.lerp(first[key].float(), value.float(), share).to(value)
+        for key, value in second.items()
+    }
+
+
+# --- resize ------------------------------------------------------------------
+
+
+def resize(model, out, num_layers=None, d_ffn=None):
+    """Write OUT, all at once; a number not given stays."""
+    old = FlashFormerSeparation.from_hparams(model).mods.masknet
+    if not isinstance(old, FlashFormer):
+        raise ValueError(f"the masknet of {model} is no FlashFormer")
+    numbers = {"num_layers": num_layers, "d_ffn": d_ffn}
+    numbers = {key: n for key, n in numbers.items() if n is not None}
+    if any(n < 1 for n in numbers.values()):
+        raise ValueError("--num_layers and --d_ffn are numbers above 0")
+    hparams = (model / "hyperparams.yaml").read_text("utf-8")
+    hparams = with_numbers(hparams, numbers)
+    torch.manual_seed(SEED)
+    new = load_hyperpyyaml(hparams)["masknet"]
+    take_over(old, new)
+    with copied_whole(model, out) as partial:
+        (partial / "hyperparams.yaml").write_text(hparams, encoding="utf-8")
+        weights = partial / "masknet.ckpt"
+        kept = torch.load(weights, weights_only=True)["masks.weight"].dtype
+        state = new.state_dict()
+        torch.save({k: v.to(kept) for k, v in state.items()}, weights)
+
+
+def with_numbers(hparams, numbers):
+    """The text of a hyperparams.yaml with other numbers of the masknet."""
+    yaml, text = YAML(), io.StringIO()
+    yaml.indent(mapping=4, sequence=4, offset=2)
+    tree = yaml.load(hparams)
+    tree["masknet"].update(numbers)
+    yaml.dump(tree, text)
+    return text.getvalue()
+
+
+@torch.no_grad()
+def take_over(old, new):
+    """Let the masknet ``new`` do what ``old`` does, as far as it has room."""
+    rest = old.state_dict()
+    rest = {k: v for k, v in rest.items() if not k.startswith("layers.")}
+    new.load_state_dict(rest, strict=False)
+    for layer in new.layers:
+        for name in OUTS:
+            part = layer.get_submodule(name)
+            part.weight.zero_()
+            part.bias.zero_()
+    few, many = sorted((old.layers, new.layers), key=len)
+    for i in range(len(few)):
+        # Where a layer of the smaller network stands in the larger one.
+        place = i * len(many) // len(few)
+        mine, theirs = (i, place) if few is new.layers else (place, i)
+        take_over_layer(old.layers[theirs], new.layers[mine])
+
+
+def take_over_layer(old, new):
+    """What the feed-forward has more of than the old one adds nothing."""
+    widths = [layer.ffn.out.in_features for layer in (old, new)]
+    both, wide = min(widths), widths[1]
+    state = new.state_dict()
+    for key, value in old.state_dict().items():
+        if key.startswith("ffn.expand"):
+            # Gates, then values.
+            mine = state[key].unflatten(0, (2, wide))
+            mine[:, :both] = value.unflatten(0, (2, widths[0]))[:, :both]
+        elif key == "ffn.out.weight":
+            state[key][:, :both] = value[:, :both]
+        else:
+            state[key].copy_(value)
+
+
+def main(words=None):
+    """Run the command that the words name."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("average")
+    command.set_defaults(run=average)
+    for name in ("a", "b", "out"):
+        command.add_argument(name, type=Path)
+    command.add_argument("--share", type=float, required=True)
+    command = commands.add_parser("resize")
+    command.set_defaults(run=resize)
+    for name in ("model", "out"):
+        command.add_argument(name, type=Path)
+    for name in ("--num_layers", "--d_ffn"):
+        command.add_argument(name, type=int)
+    options = vars(parser.parse_args(words))
+    run = options.pop("run")
+    try:
+        run(**options)
+    except (OSError, ValueError) as error:
+        sys.exit(f"change_model.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

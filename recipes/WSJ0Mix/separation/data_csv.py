@@ -1,0 +1,91 @@
+"""CSV files that list mixtures: SpeechBrain's columns, or LibriMix's."""
+
+import os
+from dataclasses import dataclass, field
+
+from speechbrain_flashformer.training.data import read_table
+
+# Name, mixture, sources by their number, noise.
+COLUMNS = ("ID", "mix_wav", "s{}_wav", "noise_wav")
+LIBRI_COLUMNS = ("mixture_ID", "mixture_path", "source_{}_path", "noise_path")
+
+
+@dataclass
+class Part:
+    """One part of a data set.
+
+    ``rows`` are sorted by ``ID``; each has the paths ``mix``, ``s1``, ``s2``,
+    ... and perhaps ``noise``. ``problems`` says what is wrong with the part.
+    """
+
+    name: str
+    rows: list
+    problems: list = field(default_factory=list)
+
+
+def read_csvs(files, datapath, n_spks):
+    """What was taken, in words, and a ``Part`` for each file."""
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"no file {', '.join(missing)}")
+    text = f"CSV files: {', '.join(map(str, files))}"
+    return text, [_read_csv(path, datapath, n_spks) for path in files]
+
+
+def _read_csv(path, datapath, n_spks):
+    """Rows of a CSV file with SpeechBrain's columns, or with LibriMix's."""
+    header, lines = read_table(path)
+    libri = "mixture_path" in header
+    name, mix, source, noise = LIBRI_COLUMNS if libri else COLUMNS
+    columns = {"ID": name, "mix": mix}
+    for i in range(1, n_spks + 1):
+        columns[f"s{i}"] = source.format(i)
+    missing = [column for column in columns.values() if column not in header]
+    if missing:
+        raise ValueError(
+            f"{path} has no column {', '.join(missing)} ({n_spks} speakers); "
+            f"it has: {', '.join(header) or 'none'}"
+        )
+    more = source.format(n_spks + 1)
+    if more in header and any(line[more] for line in lines.values()):
+        refuse_more(f"column {more} of {path}", n_spks)
+    if not lines:
+        raise ValueError(f"{path} has no rows")
+    if noise in header and all(line[noise] for line in lines.values()):
+        columns["noise"] = noise
+
+    part, taken = Part(path.stem, []), set()
+    for number, line in lines.items():
+        row = {column: line[name] for column, name in columns.items()}
+        empty = [columns[column] for column in row if not row[column]]
+        if empty:
+            part.problems.append(f"{path}, line {number}: no {empty[0]}")
+        elif row["ID"] in taken:
+            part.problems.append(
+                f"{path}, line {number}: the ID {row['ID']} was there before"
+            )
+        else:
+            taken.add(row["ID"])
+            part.rows.append(_resolve(row, path.parent, datapath))
+    part.rows.sort(key=lambda row: row["ID"])
+    return part
+
+
+def _resolve(row, beside, datapath):
+    """Full paths: ``$data_root`` is the data folder, the rest is beside."""
+    found = {"ID": row["ID"]}
+    for column in list(row)[1:]:
+        place = row[column].removeprefix("$data_root")
+        if place == row[column]:
+            found[column] = os.path.join(beside, place)
+        else:
+            found[column] = os.path.join(datapath, place.lstrip("/\\"))
+    return found
+
+
+def refuse_more(what, n_spks):
+    """Raise the error of mixtures that hold more speakers than asked for."""
+    raise ValueError(
+        f"{what} exists, but num_spks is {n_spks}: the mixtures would hold a "
+        "voice that is no target"
+    )

@@ -1,0 +1,164 @@
+"""The command ``flashformer stream``."""
+
+import os
+import sys
+
+from speechbrain_flashformer.cli.messages import UsageError, tell
+from speechbrain_flashformer.cli.models import add_model_options, load_separator
+
+LONGEST_BLOCK = 60_000  # milliseconds
+
+STREAM = """\
+Separate live sound: raw PCM or a WAV stream on standard input, its sources on
+standard output as they come, as raw PCM: one channel for each speaker, at the
+rate and in the format of the input. Several channels are mixed to one. Ctrl-C
+or the end of the input ends it, and what was heard is finished first.
+"""
+
+STREAM_EXAMPLES = """\
+examples:
+  arecord -f S16_LE -r 8000 | flashformer stream --model MODEL \\
+      | aplay -f S16_LE -r 8000 -c 2
+  ffmpeg -i URL -f s16le -ac 1 -ar 48000 - \\
+      | flashformer stream --model MODEL --rate 48000 -o separated
+"""
+
+
+def _add_options(add):
+    add(
+        "-o",
+        "--out",
+        action="append",
+        metavar="DIR",
+        help="write DIR/stdin_s1.wav, ... at the end instead; -o - -o DIR "
+        "does both",
+    )
+    add_model_options(add)
+    add("--rate", type=int, metavar="HZ", help="of raw PCM (default: model's)")
+    add(
+        "--input-channels",
+        type=int,
+        metavar="N",
+        help="of raw PCM, interleaved (default 1)",
+    )
+    add(
+        "--format",
+        choices=("s16le", "f32le"),
+        help="of raw PCM: 16-bit integers (default) or 32-bit floats",
+    )
+    add(
+        "--block",
+        type=float,
+        default=16.0,
+        metavar="MS",
+        help="milliseconds that are heard at once (default 16): more latency, "
+        "less load",
+    )
+    add("--overwrite", action="store_true", help="replace existing files")
+
+
+def _stream(parsed):
+    folders = [out for out in parsed.out or ["-"] if out != "-"]
+    listened = not folders or "-" in parsed.out
+    counts = parsed.rate, parsed.input_channels
+    if len(folders) > 1:
+        raise UsageError("the sources can go to one folder only")
+    if not 0 < parsed.block <= LONGEST_BLOCK:
+        raise UsageError(
+            f"--block must be more than 0 and at most {LONGEST_BLOCK} ms"
+        )
+    if any(n is not None and n < 1 for n in counts):
+        raise UsageError("--rate and --input-channels must be 1 or more")
+    if sys.stdin is None or listened and sys.stdout is None:
+        raise UsageError("standard input or output is closed")
+    if sys.stdin.isatty():
+        raise UsageError("standard input is a terminal: pipe sound into it")
+    if listened and sys.stdout.isatty():
+        raise UsageError(
+            "standard output is a terminal: pipe it, or give -o DIR"
+        )
+    # More threads than one only wait for each other on blocks so short.
+    threads = None if "OMP_NUM_THREADS" in os.environ else 1
+    model = load_separator(parsed.model, parsed.device, parsed.trust, threads)
+    from speechbrain_flashformer.inference.files import SourceWriter
+    from speechbrain_flashformer.inference.live import PcmReader, separate_live
+
+    network_ms = 1000 * model.stream_latency()
+    with PcmReader(
+        _unbuffered(sys.stdin, "rb"),
+        parsed.rate or model.hparams.sample_rate,
+        parsed.input_channels or 1,
+        parsed.format or "s16le",
+    ) as reader:
+        if reader.wav:
+            _check_header(reader, parsed)
+        rate = reader.sample_rate
+        resampling_ms = 1000 * model.stream_latency(rate) - network_ms
+        tell(
+            f"{rate} Hz, {reader.encoding}, channels: {reader.channels}; "
+            f"latency {parsed.block + network_ms + resampling_ms:.1f} ms: "
+            f"block {parsed.block:g}, network {network_ms:.1f}, resampling "
+            f"{resampling_ms:.1f}"
+        )
+        writer = None
+        if folders:
+            paths = model.output_paths("stdin", folders[0])
+            writer = SourceWriter(paths, rate, overwrite=parsed.overwrite)
+        load = separate_live(
+            model,
+            reader,
+            parsed.block / 1000,
+            _unbuffered(sys.stdout, "wb") if listened else None,
+            writer,
+            lambda load: tell(
+                f"falls behind: load {load:.2f} (computing / audio); a longer "
+                "--block costs less"
+            ),
+        )
+    if load.heard:
+        tell(
+            f"{load.heard:.1f} s heard; load {load.spent / load.heard:.3f} "
+            f"(computing / audio); 99.9% of the blocks took "
+            f"{1000 * load.percentile(99.9):.1f} ms or less; "
+            f"{load.overruns} of {load.times.total()} took longer than they "
+            "last"
+        )
+    for count, what in (
+        (load.silenced, "samples are no sound and are taken as silence"),
+        (load.clipped, "samples are clipped: --format f32le does not"),
+        (reader.cut, "bytes at the end are no whole sample"),
+    ):
+        if count:
+            tell(f"{count} {what}")
+    return reader.status
+
+
+def _unbuffered(stream, mode):
+    # Else a read is None while nothing is there.
+    os.set_blocking(stream.fileno(), True)
+    return open(stream.fileno(), mode, buffering=0, closefd=False)
+
+
+def _check_header(reader, parsed):
+    """A WAV header and the options must say the same."""
+    for option, given, found in (
+        ("--rate", parsed.rate, reader.sample_rate),
+        ("--input-channels", parsed.input_channels, reader.channels),
+        ("--format", parsed.format, reader.encoding),
+    ):
+        if given not in (None, found):
+            raise ValueError(
+                f"{option} is {given}, but the WAV header says {found}"
+            )
+
+
+COMMANDS = (
+    (
+        "stream",
+        _stream,
+        _add_options,
+        "separate live sound on a pipe",
+        STREAM,
+        STREAM_EXAMPLES,
+    ),
+)

@@ -1,0 +1,131 @@
+"""Where files are: in the package, a folder, on a hub or at a URL."""
+
+import filecmp
+import re
+from pathlib import Path
+
+from speechbrain_flashformer.inference.weights import one_line
+
+HUB = "hf:"
+YAML_FILE = "hyperparams.yaml"
+
+
+def built_in_model():
+    """The folder of the model that comes with the package.
+
+    Raises
+    ------
+    FileNotFoundError
+        When this version has none.
+    """
+    folder = Path(__file__).parent.parent / "pretrained"
+    if not (folder / YAML_FILE).is_file():
+        raise FileNotFoundError(
+            "this version comes without a pretrained model: give one as "
+            "--model, a folder made by 'flashformer pack' or a model on a hub "
+            "as hf:OWNER/NAME"
+        )
+    return folder
+
+
+def find_file(
+    name,
+    source,
+    savedir=None,
+    local_strategy=None,
+    fetch_config=None,
+):
+    """The path of one file of a model, fetched if the model is on a hub.
+
+    Arguments
+    ---------
+    name : str
+        Of the file.
+    source : str or Path
+        A folder, or ``hf:OWNER/NAME``.
+    savedir : str or Path, optional
+        Gets the file when it is fetched; what is in a folder stays there. A
+        link is replaced, a file is not.
+    local_strategy : LocalStrategy, optional
+        Whether savedir gets a link, by default, or a copy.
+    fetch_config : FetchConfig, optional
+        Of SpeechBrain's ``fetch``: revision, token, network and others.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    FileNotFoundError
+        When there is no such folder, model or file.
+    FileExistsError
+        When savedir has another file of that name.
+    ValueError
+        When source is no name of a model.
+    """
+    if not str(source).startswith(HUB):
+        folder = Path(source)
+        if folder.is_file():
+            raise NotADirectoryError(
+                f"{folder} is a file: give the model folder that it is in"
+            )
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"no model folder {folder}: give one made by 'flashformer "
+                f"pack', or a model on a hub as {HUB}OWNER/NAME"
+            )
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"no {name} in {folder}: is it a folder made by 'flashformer "
+                "pack'?"
+            )
+        return folder / name
+    owner_name = str(source).removeprefix(HUB)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", owner_name):
+        raise ValueError(
+            f"{source} is no model on a hub: give it as {HUB}OWNER/NAME"
+        )
+    from speechbrain.utils import fetching
+
+    remote = fetching.FetchSource(fetching.FetchFrom.HUGGING_FACE, owner_name)
+    fetch_config = fetch_config or fetching.FetchConfig()
+    try:
+        path = fetching.fetch(name, remote, fetch_config=fetch_config)
+    # Offline, unknown, private: the hub has an exception for each.
+    except Exception as error:
+        raise FileNotFoundError(
+            f"cannot fetch {name} of {source}: {one_line(error)}"
+        ) from error
+    if savedir is None:
+        return path
+    kept = Path(savedir) / name
+    if kept.is_file() and not kept.is_symlink():
+        if not filecmp.cmp(path, kept, shallow=False):
+            raise FileExistsError(
+                f"{kept} is another file and is not replaced: choose another "
+                "savedir"
+            )
+        return kept
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    return fetching.link_with_strategy(
+        path, kept, local_strategy or fetching.LocalStrategy.SYMLINK
+    )
+
+
+def local_file(path, savedir=None):
+    """A path on this machine, fetched into savedir when it is a URL."""
+    if "://" not in str(path):
+        return path
+    if savedir is None:
+        raise ValueError(f"give a savedir for {path}, to keep the file in")
+    from speechbrain.utils.fetching import FetchConfig, LocalStrategy, fetch
+
+    source, name = str(path).rsplit("/", 1)
+    return fetch(
+        name,
+        source=source,
+        savedir=savedir,
+        local_strategy=LocalStrategy.SYMLINK,
+        fetch_config=FetchConfig(overwrite=True),
+    )

