@@ -135,13 +135,7 @@ def _separate(parsed):
             threads = max(1, (os.cpu_count() or 1) // parsed.jobs)
             arguments = parsed.model, parsed.device, parsed.trust, threads
             load = partial(load_separator, *arguments)
-            outcomes = run_jobs(
-                tasks,
-                parsed.jobs,
-                partial(load_separator, *arguments),
-                run,
-                clean_up,
-            )
+            outcomes = run_jobs(tasks, parsed.jobs, load, run, clean_up)
         with closing(outcomes):
             for (path, _, _), (written, failure) in outcomes:
                 if failure:
