@@ -21,6 +21,7 @@ from speechbrain_flashformer.inference.audio import (
 )
 from speechbrain_flashformer.inference.files import (
     SourceWriter,
+    written_beside,
 )
 from speechbrain_flashformer.inference.pipeline import flow
 

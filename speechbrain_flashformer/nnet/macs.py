@@ -51,9 +51,17 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Run an operator and count it."""
-        out = func(*args, **(kwargs or {}))
-        if formula := self.formulas.get(func._overloadpacket):
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        kwargs = kwargs or {}
+        formula = self.formulas.get(func._overloadpacket)
+        if formula is None and func.namespace == "aten":
+            # In inference mode they come whole: count what they are made of.
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        if formula:
+            self.flops += formula(*args, **kwargs, out_val=out)
         return out
 
 
