@@ -304,6 +304,18 @@ def test_long_recordings_keep_their_mean_power(tmp_path):
     assert power.mean().item() == pytest.approx(expected.item(), rel=0.03)
 
 
+def test_channels_that_cancel_are_in_the_picture(tmp_path):
+    noise = 0.1 * torch.randn(8000)
+    soundfile.write(tmp_path / "one.wav", noise.numpy(), 8000, "FLOAT")
+    both = torch.stack([noise, -noise], 1).numpy()
+    soundfile.write(tmp_path / "both.wav", both, 8000, "FLOAT")
+    one, both = (
+        spectrogram(AudioReader(tmp_path / f"{name}.wav"), 4000)
+        for name in ("one", "both")
+    )
+    torch.testing.assert_close(both, one, rtol=0, atol=0.5)
+
+
 def test_silence_has_a_picture(tmp_path):
     soundfile.write(tmp_path / "silence.wav", np.zeros(8000), 8000)
     (picture,) = draw_spectrograms([tmp_path / "silence.wav"], tmp_path, 8000)

@@ -21,6 +21,7 @@ from speechbrain_flashformer.inference.audio import (
 )
 from speechbrain_flashformer.inference.files import (
     SourceWriter,
+    written_beside,
 )
 from speechbrain_flashformer.inference.pipeline import flow
 
@@ -783,6 +784,36 @@ def test_the_longest_names_can_be_written(tmp_path):
     path = tmp_path / ("x" * 248 + "_s1.wav")
     write([path], torch.ones(10, 1))
     assert path.is_file()
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_written_beside_is_whole_or_not_there(
+    tmp_path, is_folder, fails
+):
+    def fill(path, text):
+        if is_folder:
+            path.mkdir()
+            path = path / "inside"
+        path.write_text(text)
+
+    def held(path):
+        return (path / "inside" if is_folder else path).read_text()
+
+    path = tmp_path / "new" / "a"
+    with written_beside(path) as partial:
+        fill(partial, "old")
+        assert not path.exists()
+    assert held(path) == "old"
+    if fails:
+        with pytest.raises(KeyboardInterrupt), written_beside(path) as partial:
+            fill(partial, "half")
+            raise KeyboardInterrupt
+    else:
+        with written_beside(path) as partial:
+            fill(partial, "new")
+    assert held(path) == ("old" if fails else "new")
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_unknown_subtype_is_refused(paths):

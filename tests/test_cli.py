@@ -100,12 +100,49 @@ def test_help_of_each_command():
         assert ended.value.code == 0
 
 
-def test_help_does_without_torch():
+# What each command does without: most of its start is what it imports.
+SPEECHBRAIN = ("speechbrain", "scipy", "requests", "huggingface_hub")
+COMPILER = ("torch._dynamo", "sympy")
+NOT_IMPORTED = {
+    "help": ("torch", "numpy", "soundfile", *SPEECHBRAIN),
+    "separate": (
+        "torchaudio",
+        "triton",
+        "matplotlib",
+        *SPEECHBRAIN,
+        *COMPILER,
+    ),
+    "info": ("torchaudio", "matplotlib", *SPEECHBRAIN, *COMPILER),
+}
+
+
+@pytest.mark.parametrize("command", NOT_IMPORTED)
+def test_a_command_imports_only_what_it_uses(tmp_path, packed, command):
+    path = speak(tmp_path / "a.wav", 5)
+    words = {
+        "help": ["--help"],
+        "separate": ["separate", path, "-o", tmp_path, "--model", packed],
+        "info": ["info", packed],
+    }[command]
     code = (
-        "import sys; from speechbrain_flashformer import cli; "
-        "cli._parser(); sys.exit('torch' in sys.modules)"
+        "import sys\n"
+        "from speechbrain_flashformer import cli\n"
+        "try:\n"
+        "    status = cli.main(sys.argv[1:])\n"
+        "except SystemExit as end:\n"
+        "    status = end.code\n"
+        "print(*sys.modules, sep='\\n', file=sys.stderr)\n"
+        "sys.exit(status)\n"
     )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    imported = set(done.stderr.split())
+    assert "speechbrain_flashformer.cli" in imported
+    assert not imported & set(NOT_IMPORTED[command])
 
 
 def test_no_command_is_an_error_of_use():

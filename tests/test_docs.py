@@ -132,7 +132,7 @@ def _flashformer(words):
         return
     if words[0] in ("separate", "pack", "export"):
         words.append("--overwrite")
-    assert cli.main(words) == cli.OK
+    assert cli.main(words) == 0
 
 
 def _train(words):

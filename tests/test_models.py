@@ -12,7 +12,10 @@ from speechbrain.utils.fetching import FetchConfig, LocalStrategy
 
 from speechbrain_flashformer import cli
 from speechbrain_flashformer.inference import FlashFormerSeparation
-from speechbrain_flashformer.inference.models import read_yaml
+from speechbrain_flashformer.inference.models import (
+    RecordingSeparator,
+    read_yaml,
+)
 from speechbrain_flashformer.inference.pack import pack
 from speechbrain_flashformer.inference.trust import untrusted
 from speechbrain_flashformer.inference.weights import load_weights
@@ -360,6 +363,48 @@ def test_an_override_must_match(packed):
     assert load(packed, overrides={"num_spks": 2}).hparams.num_spks == 2
     with pytest.raises(ValueError, match="Override 'speakers' not found"):
         load(packed, overrides={"speakers": 3})
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, 1e6])
+def test_refused_weights_leave_the_module_as_it_was(tmp_path, wrong):
+    module = torch.nn.Linear(2, 3).half()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    state = torch.nn.Linear(2, 3).state_dict()
+    state["bias"][1] = wrong  # the second is no number in half precision
+    torch.save(state, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="not finite, such as bias"):
+        load_weights(module, tmp_path / "a.ckpt")
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("kind", ["packed_once", "packed_causal"])
+def test_a_model_without_speechbrain_gives_the_same(kind, request):
+    folder = request.getfixturevalue(kind)
+    theirs, ours = load(folder), RecordingSeparator(folder)
+    assert same_weights(ours, theirs)
+    kinds = {type(ours.mods[n]).__module__ for n in ("encoder", "decoder")}
+    assert kinds == {"speechbrain_flashformer.nnet.plain"}
+    mixture = torch.randn(2, 20000)
+    for options in (
+        {},
+        {"channels": "each", "chunk": 1.0, "overlap": 0.2},
+        {"mixture_consistency": True},
+        {"precision": "bf16"},
+    ):
+        torch.testing.assert_close(
+            ours.separate_audio(mixture, 11025, **options),
+            theirs.separate_audio(mixture, 11025, **options),
+            rtol=0,
+            atol=0,
+        )
+    assert ours.describe() == theirs.describe()
+
+
+def test_a_trusted_model_is_built_as_its_yaml_says(packed, model):
+    separator = RecordingSeparator(packed, trust=True)
+    assert type(separator.mods.encoder).__module__.startswith("speechbrain.")
+    assert same_weights(separator, model)
 
 
 def test_weights_are_read_once(packed, monkeypatch):

@@ -302,7 +302,7 @@ DAMAGES = {
     "output folder that cannot be written": lambda d, p, s: s.write_text(""),
     "full disk": lambda d, p, s: (
         s.mkdir(),
-        (s / "wsj_cv.csv.partial").symlink_to("/dev/full"),
+        (s / f".wsj_cv.csv.{os.getpid()}.partial").symlink_to("/dev/full"),
     ),
     "`skip_prep` without CSV files": lambda d, p, s: {"skip_prep": True},
 }

@@ -37,23 +37,9 @@ def find_file(
 ):
     """The path of one file of a model, fetched if the model is on a hub.
 
-    Arguments
-    ---------
-    name : str
-        Of the file.
-    source : str or Path
-        A folder, or ``hf:OWNER/NAME``.
-    savedir : str or Path, optional
-        Gets the file when it is fetched; what is in a folder stays there. A
-        link is replaced, a file is not.
-    local_strategy : LocalStrategy, optional
-        Whether savedir gets a link, by default, or a copy.
-    fetch_config : FetchConfig, optional
-        Of SpeechBrain's ``fetch``: revision, token, network and others.
-
-    Returns
-    -------
-    Path
+    What is in a folder stays there. Of a hub savedir, if given, gets a link
+    or, by its local_strategy, a copy; a link there is replaced, a file is
+    not. Arguments are those of ``FlashFormerSeparation.from_hparams``.
 
     Raises
     ------

@@ -52,32 +52,15 @@ def load_model(
 ):
     """Build a packed model on the CPU and give it its weights.
 
-    Arguments
-    ---------
-    source : str or Path
-        A folder, or ``hf:OWNER/NAME`` for a model of the Hugging Face hub.
-    hparams_file, overrides, overrides_must_match, download_only
-        As in SpeechBrain's ``pretrained_from_hparams``.
-    savedir, local_strategy, fetch_config
-        As in ``find_file``.
-    trust : bool
-        Whether the yaml may call anything.
-    without_speechbrain : bool
-        Take modules on torch alone in the place of SpeechBrain's that do the
-        same; with trust it means nothing.
+    Arguments and errors are those of ``FlashFormerSeparation.from_hparams``.
+    ``without_speechbrain`` takes modules on torch alone in the place of
+    SpeechBrain's that do the same; a trusted yaml is built as it is.
 
     Returns
     -------
     dict
         What the yaml describes; ``modules`` hold their weights, except with
         download_only.
-
-    Raises
-    ------
-    OSError
-        When a file is missing or cannot be read.
-    ValueError
-        When a file is broken, or two do not fit each other.
 
     Example
     -------
@@ -100,28 +83,24 @@ def load_model(
     )
     hparams["savedir"] = savedir
     pretrainer = hparams["pretrainer"]
-    found = {
-        name: _find(f"{name}.ckpt")
-        for name in pretrainer.loadables
-        if not trust
-        or name not in pretrainer.paths
-        and pretrainer.is_loadable(name)
-    }
-    if trust:
-        _load_as_told(pretrainer, found, fetch_config, download_only)
-    elif not download_only:
-        for name, path in found.items():
-            load_weights(pretrainer.loadables[name], path)
+    if trust and hasattr(pretrainer, "collect_files"):
+        _load_as_told(pretrainer, _find, fetch_config, download_only)
+        return hparams
+    for name, module in pretrainer.loadables.items():
+        found = _find(f"{name}.ckpt")
+        if not download_only:
+            load_weights(module, found)
     return hparams
 
 
-def _load_as_told(pretrainer, found, fetch_config, download_only):
-    """Load weights from where a trusted yaml says, else as they were found."""
+def _load_as_told(pretrainer, find, fetch_config, download_only):
+    """Load weights from where a trusted yaml says, else from where it is."""
     from speechbrain.utils.fetching import FetchConfig
 
-    pretrainer.add_paths(
-        {name: path.absolute().as_posix() for name, path in found.items()}
-    )
+    for name in pretrainer.loadables:
+        if name not in pretrainer.paths and pretrainer.is_loadable(name):
+            found = find(f"{name}.ckpt").absolute()
+            pretrainer.add_paths({name: found.as_posix()})
     pretrainer.set_collect_in(None)
     pretrainer.collect_files(fetch_config=fetch_config or FetchConfig())
     if not download_only:

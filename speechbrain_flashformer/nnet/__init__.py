@@ -1,1 +1,1 @@
-"""The network: torch alone, but for the filterbank; imports no other wing."""
+"""The network: torch alone; imports no other wing."""

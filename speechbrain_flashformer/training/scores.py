@@ -6,7 +6,6 @@ Axes: B batch, T samples, S speakers.
 import csv
 import hashlib
 import math
-import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import numpy as np
 import soundfile
 import torch
 
+from speechbrain_flashformer.inference.files import written_beside
 from speechbrain_flashformer.training.metrics import (
     best_order,
     padding_mask,
@@ -190,14 +190,14 @@ def write_results(path, rows, more=()):
         | {c: float(f(_values(rows, c, c in more))) for c in columns[1:]}
         for kind, f in SUMMARY.items()
     }
-    path = Path(path)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with (
+        written_beside(path) as beside,
+        beside.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(sorted(rows, key=lambda row: row["snt_id"]))
         writer.writerows(summary.values())
-    os.replace(partial, path)
     return summary
 
 

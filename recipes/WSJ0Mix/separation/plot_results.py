@@ -9,13 +9,14 @@ matplotlib (the extra ``demo``).
 
 import csv
 import math
-import os
 import re
 import sys
 from pathlib import Path
 
 import soundfile
 import torch
+
+from speechbrain_flashformer.inference.files import written_beside
 
 FRAME, DYNAMIC_RANGE_DB = 256, 70
 
@@ -141,10 +142,9 @@ def plot_evaluation(output_folder):
 def _save(figure, path):
     from matplotlib import pyplot
 
-    partial = path.with_suffix(".partial")
-    figure.savefig(partial, dpi=110, format="png")
+    with written_beside(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
     pyplot.close(figure)
-    os.replace(partial, path)
     return path
 
 

@@ -20,6 +20,8 @@ from data_layouts import find_mixtures
 from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 
+from speechbrain_flashformer.inference.files import written_beside
+
 logger = get_logger(__name__)
 
 CSV_FILES = ("wsj_tr.csv", "wsj_cv.csv", "wsj_tt.csv")
@@ -327,14 +329,12 @@ def _place(path, datapath):
 @contextmanager
 def _whole(path):
     """Open a text file that appears under its name when it is complete."""
-    beside = path.with_name(f"{path.name}.partial")
-    with _telling(path):
-        try:
-            with beside.open("w", newline="", encoding="utf-8") as file:
-                yield file
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+    with (
+        _telling(path),
+        written_beside(path) as beside,
+        beside.open("w", newline="", encoding="utf-8") as file,
+    ):
+        yield file
 
 
 @contextmanager
