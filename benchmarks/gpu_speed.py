@@ -13,10 +13,8 @@ from models import build_separator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from speechbrain_flashformer.nnet.attention import BACKENDS, attend
-from speechbrain_flashformer.nnet.streaming import (
-    StreamingSeparator,
-    StreamingStep,
-)
+from speechbrain_flashformer.nnet.step import StreamingStep
+from speechbrain_flashformer.nnet.streaming import StreamingSeparator
 from speechbrain_flashformer.training.losses import pit_si_snr_loss
 
 RATE = 8000

@@ -23,11 +23,6 @@ MAY_IMPORT = {
 PACK = {"training.checkpoints", "training.scores"}
 # All who write a file may write it beside and rename it.
 FILES = {"inference.files"}
-STILL_LONG = {
-    "nnet.attention",
-    "nnet.flashformer",
-    "nnet.streaming",
-}
 # Imported where they are needed, if they are there.
 LAZY = {"flash_attn", "pesq", "pystoi"}
 
@@ -100,10 +95,7 @@ def test_no_imports_in_circles():
 @pytest.mark.parametrize("module", sorted(modules()))
 def test_files_are_short(module):
     lines = path_of(module).read_text(encoding="utf-8").count("\n")
-    if module in STILL_LONG:
-        assert lines > 350  # else take it from the list
-    else:
-        assert lines <= (300 if module == "nnet.flashformer" else 350)
+    assert lines <= (300 if module == "nnet.flashformer" else 350)
 
 
 @pytest.mark.parametrize("module", TORCH_ONLY)

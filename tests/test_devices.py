@@ -21,10 +21,8 @@ from speechbrain_flashformer import FlashFormer, cli
 from speechbrain_flashformer.inference import FlashFormerSeparation, models
 from speechbrain_flashformer.nnet import window
 from speechbrain_flashformer.nnet.separator import encoder_statistics, separate
-from speechbrain_flashformer.nnet.streaming import (
-    StreamingSeparator,
-    StreamingStep,
-)
+from speechbrain_flashformer.nnet.step import StreamingStep
+from speechbrain_flashformer.nnet.streaming import StreamingSeparator
 from speechbrain_flashformer.training.brain import Separation
 from speechbrain_flashformer.training.checkpoints import RandomState
 from speechbrain_flashformer.training.losses import pit_si_snr_loss

@@ -113,8 +113,7 @@ def test_a_model_that_is_not_causal_cannot_stream(model, noise):
 def test_a_causal_model_without_a_window_says_why_it_cannot_stream(
     causal_model, monkeypatch
 ):
-    for layer in causal_model.mods.masknet.layers:
-        monkeypatch.setattr(layer.attention, "window", (-1, 0))
+    monkeypatch.setattr(causal_model.mods.masknet.place, "left", -1)
     assert "window is unbounded" in causal_model.describe()["streaming"]
 
 

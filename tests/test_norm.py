@@ -111,6 +111,6 @@ def test_the_norm_forgets():
 def test_a_causal_network_remembers_500_tokens_unless_told():
     for stride in 1, 4, 8:
         model = FlashFormer(
-            8, d_model=16, num_layers=1, token_stride=stride, causal=True
+            8, d_model=24, num_layers=1, token_stride=stride, causal=True
         )
         assert model.norm_in.span == 500 * stride

@@ -9,10 +9,10 @@ from speechbrain.lobes.models.dual_path import Decoder, Encoder
 
 from speechbrain_flashformer import FlashFormer
 from speechbrain_flashformer.nnet.separator import separate
+from speechbrain_flashformer.nnet.step import CompiledSteps, StreamingStep
 from speechbrain_flashformer.nnet.streaming import (
     MOST_TOKENS,
     StreamingSeparator,
-    StreamingStep,
     lookahead_tokens,
 )
 
@@ -439,3 +439,32 @@ def test_a_causal_network_takes_no_statistics():
     one = torch.ones(1)
     with pytest.raises(ValueError, match="takes no statistics"):
         masknet(torch.rand(1, 16, 8), statistics=(one, one))
+
+
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_traced_steps_give_the_same_stream_in_any_cutting(lookahead):
+    torch.manual_seed(0)
+    encoder = Encoder(kernel_size=16, out_channels=32)
+    masknet = FlashFormer(
+        *(32, 2, 24, 2, 2, 48, 16),
+        causal=True,
+        window=(9, 0),
+        future_tokens=lookahead,
+    ).eval()
+    decoder = Decoder(32, 1, kernel_size=16, stride=8, bias=False)
+    run = CompiledSteps(StreamingStep(encoder, masknet, decoder), 3)
+    for size in 1, 37, 64, 301:
+        streams = [
+            StreamingSeparator(encoder, masknet, decoder, 2, run=how)
+            for how in (None, run)
+        ]
+        heard = torch.randn(2, 2500)
+        expected, sources = (
+            torch.cat(
+                [*map(stream.feed, heard.split(size, 1)), stream.flush()], 1
+            )
+            for stream in streams
+        )
+        assert torch.allclose(sources, expected, atol=1e-6 * expected.max())
+    assert {shape[1] // run.step.token for shape in run.traces} <= {1, 2, 3}
+    assert run.traces

@@ -15,10 +15,8 @@ import torch.nn as nn
 
 from speechbrain_flashformer.inference.files import written_beside
 from speechbrain_flashformer.nnet.separator import MODULES, separate, unwrapped
-from speechbrain_flashformer.nnet.streaming import (
-    StreamingSeparator,
-    StreamingStep,
-)
+from speechbrain_flashformer.nnet.step import StreamingStep
+from speechbrain_flashformer.nnet.streaming import StreamingSeparator
 
 OPTIONS = {"opset_version": 18, "dynamo": True, "verbose": False}
 # Largest difference from torch that an export may show, relative to the peak.

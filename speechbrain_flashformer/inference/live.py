@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from speechbrain_flashformer.inference.containers import is_placeholder
-from speechbrain_flashformer.nnet.streaming import TOO_LOUD
+from speechbrain_flashformer.nnet.step import TOO_LOUD
 
 ENCODINGS = {"s16le": np.dtype("<i2"), "f32le": np.dtype("<f4")}
 # Of WAV: (kind of sample, bits).

@@ -31,10 +31,8 @@ from speechbrain_flashformer.nnet.separator import (
     separate,
     unwrapped,
 )
-from speechbrain_flashformer.nnet.streaming import (
-    StreamingSeparator,
-    silence_broken,
-)
+from speechbrain_flashformer.nnet.step import silence_broken
+from speechbrain_flashformer.nnet.streaming import StreamingSeparator
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

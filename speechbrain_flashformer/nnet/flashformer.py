@@ -98,8 +98,7 @@ class FlashFormer(nn.Module):
         norm_span=None,
     ):
         super().__init__()
-        window = (-1, -1) if window is None else window
-        check_window(window)
+        check_window(window := window or (-1, -1))
         if causal:
             window, lookahead = (window[0], 0), 0
         if future_tokens < 0 or (future_tokens and not causal):
@@ -109,8 +108,8 @@ class FlashFormer(nn.Module):
             )
         if norm_span is None:
             norm_span = 500 * max(token_stride, 1)
-        check_counts(num_spks=num_spks, norm_span=norm_span, d_ffn=d_ffn)
-        check_counts(in_channels=in_channels, num_layers=num_layers)
+        counts = {"num_spks": num_spks, "norm_span": norm_span, "d_ffn": d_ffn}
+        check_counts(**counts, in_channels=in_channels, num_layers=num_layers)
         self.in_channels, self.num_spks = in_channels, num_spks
         self.token_stride, self.ratio = token_stride, 2
         self.causal, self.future_tokens = causal, future_tokens
@@ -118,7 +117,6 @@ class FlashFormer(nn.Module):
 
         *frames, _ = widths = rate_widths(d_frame, d_model, token_stride)
         pairs, taps = list(zip(widths, widths[1:])), (lookback, lookahead)
-        late = future_tokens * token_stride
         sizes = d_model, nhead, d_ffn, window, *taps, dilations, dropout
         if causal:
             self.norm_in = CumulativeNorm(in_channels, norm_span)
@@ -127,7 +125,8 @@ class FlashFormer(nn.Module):
         self.project = nn.Linear(in_channels, widths[0])
         self.down = nn.ModuleList(GatedFSMN(c, c, *taps) for c in frames)
         self.delay = nn.ModuleList(
-            Delay(c, late // 2**i) for i, c in enumerate(frames)
+            Delay(c, future_tokens * token_stride // 2**i)
+            for i, c in enumerate(frames)
         )
         self.merge = nn.ModuleList(nn.Linear(2 * a, b) for a, b in pairs)
         self.layers = nn.ModuleList(
@@ -197,22 +196,19 @@ class FlashFormer(nn.Module):
         """The way through the U, of whole recordings or of a stream.
 
         Arguments are those of ``forward``, but that a causal network takes
-        whole tokens and nothing else than the context of a stream that mix_w
-        goes on with. It is changed; its ``tokens`` may be a tensor [1], as in
-        an exported graph. The masks [S, B, N, L] lag by future_tokens.
+        whole tokens, and the context of a stream, which is changed. The masks
+        [S, B, N, L] lag by future_tokens.
         """
         past = self.no_past if context is None else context
-        x = mix_w.transpose(1, 2)
-        mask = length_mask(lengths, x.shape[1], x.device)
-        x = self.project(self.norm_in(x, mask, past["norm"] or statistics))
+        mask = length_mask(lengths, mix_w.shape[2], mix_w.device)
+        x = self.norm_in(mix_w.mT, mask, past["norm"] or statistics)
+        x = self.project(x)
         # An exported graph, for all lengths, has whole tokens from the start.
         exporting = torch.compiler.is_exporting()
         if exporting and context is None:
-            mask = x.new_ones(1, x.shape[1], 1, dtype=torch.bool)
-            x, mask = (
-                F.pad(part, (0, 0, 0, -x.shape[1] % self.token_stride))
-                for part in (x, mask)
-            )
+            fill = (0, 0, 0, -x.shape[1] % self.token_stride)
+            mask = F.pad(x.new_ones(1, x.shape[1], 1, dtype=torch.bool), fill)
+            x = F.pad(x, fill)
         skips = []
         for i, merge in enumerate(self.merge):
             x = self.down[i](x, mask, past["down"][i])

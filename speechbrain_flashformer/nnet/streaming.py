@@ -5,22 +5,19 @@ S speakers.
 """
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map_only
 
-from speechbrain_flashformer.nnet.separator import encoder_frame
+from speechbrain_flashformer.nnet.step import (
+    StreamingStep,
+    fill_state,
+    flat_state,
+    silence_broken,
+)
 
-# Squares of samples beyond this would not be finite for long.
-TOO_LOUD = 1e10
 # Most tokens that run at once, half a second at 125 a second: memory is
 # bounded however long a block is.
 MOST_TOKENS = 64
-
-
-def silence_broken(block):
-    """A block with 0 for what is not finite, or beyond ``TOO_LOUD``."""
-    return torch.where(block.abs() < TOO_LOUD, block, 0)
 
 
 def lookahead_tokens(lookahead_ms, sample_rate, kernel_stride, token_stride):
@@ -63,96 +60,6 @@ def lookahead_tokens(lookahead_ms, sample_rate, kernel_stride, token_stride):
             f"ms: take {below * token_ms:g} or {(below + 1) * token_ms:g}"
         )
     return tokens
-
-
-class StreamingStep(nn.Module):
-    """Encode, mask, decode the next whole tokens of a stream.
-
-    As a module its state is tensors of fixed size, in and out, for export. It
-    begins with zeros, but for ``samples``, which are the first of the stream.
-    With a look-ahead the first ``delay`` samples that come out mean nothing.
-
-    Arguments
-    ---------
-    encoder, masknet, decoder : torch.nn.Module
-        As in ``separator.separate``; the masknet a causal ``FlashFormer``.
-
-    Example
-    -------
-    >>> from speechbrain.lobes.models.dual_path import Decoder, Encoder
-    >>> from speechbrain_flashformer import FlashFormer
-    >>> encoder = Encoder(kernel_size=16, out_channels=32)
-    >>> masknet = FlashFormer(32, d_model=48, num_layers=1, causal=True)
-    >>> decoder = Decoder(32, 1, kernel_size=16, stride=8, bias=False)
-    >>> step = StreamingStep(encoder, masknet.eval(), decoder)
-    >>> state = step.make_state(3)
-    >>> sources, *new = step(torch.randn(3, 128), *state.values())
-    >>> sources.shape, len(new) == len(state)
-    (torch.Size([3, 128, 2]), True)
-    """
-
-    def __init__(self, encoder, masknet, decoder):
-        super().__init__()
-        self.encoder, self.masknet = encoder, masknet
-        self.decoder = decoder
-        self.kernel, self.stride = encoder_frame(encoder)
-        self.overlap = self.kernel - self.stride
-        self.token = masknet.token_stride * self.stride
-        self.delay = masknet.future_tokens * self.token
-
-    def make_streaming_context(self, batch_size):
-        """What new streams remember, for ``run``."""
-        masknet = self.masknet
-        sizes = {
-            "frames": (masknet.in_channels, self.delay // self.stride),
-            "tail": (masknet.num_spks, self.overlap),
-        }
-        like = next(self.encoder.parameters()).detach()
-        context = {"network": masknet.make_streaming_context(batch_size)}
-        for name, size in sizes.items():
-            context[name] = like.new_zeros(batch_size, *size)
-        return context
-
-    def run(self, mix_w, context):
-        """Sources [B, m, S] of frames [B, N, L]; the context is changed."""
-        masks = self.masknet.step(mix_w, context=context["network"])
-        size = mix_w.shape[2]
-        if self.delay:
-            mix_w = torch.cat([context["frames"], mix_w], 2)
-            context["frames"] = mix_w[:, :, size:].clone()
-            mix_w = mix_w[:, :, :size]
-        sources = self.decoder((mix_w * masks).flatten(0, 1))
-        sources = sources.unflatten(0, (len(masks), -1)).transpose(0, 1)
-        done = size * self.stride
-        sources = sources + F.pad(context["tail"], (0, done))
-        context["tail"] = sources[..., done:].clone()
-        return sources[..., :done].transpose(1, 2)
-
-    def make_state(self, batch_size):
-        """The state of new streams: tensors by name, all zeros."""
-        context = self.make_streaming_context(batch_size)
-        like = context["tail"]
-        samples = like.new_zeros(batch_size, self.overlap)
-        tokens = like.new_zeros(1, dtype=torch.long)
-        state = {"samples": samples, **_flat(context), "tokens": tokens}
-        # What holds nothing needs no name.
-        return {k: tensor for k, tensor in state.items() if tensor.numel()}
-
-    def forward(self, mixture, *state):
-        """Sources [B, n, S] of mixtures [B, n], and the new state."""
-        names = self.make_state(1)
-        given = dict(zip(names, state))
-        context = self.make_streaming_context(mixture.shape[0])
-        context["network"]["tokens"] = given["tokens"]
-        _fill(context, given)
-        samples = torch.cat([given["samples"], mixture], 1)
-        sources = self.run(self.encoder(silence_broken(samples)), context)
-        new = {
-            **_flat(context),
-            "samples": samples[:, mixture.shape[1] :],
-            "tokens": context["network"]["tokens"],
-        }
-        return sources, *(new[name] for name in names)
 
 
 class StreamingSeparator:
@@ -310,11 +217,11 @@ class StreamingSeparator:
         first, mixture = samples.tensor_split([step.overlap], 1)
         network = state["network"]
         tokens = torch.tensor([network["tokens"]], device=samples.device)
-        flat = {**_flat(state), "samples": first, "tokens": tokens}
+        flat = {**flat_state(state), "samples": first, "tokens": tokens}
         names = list(step.make_state(1))
         sources, *new = self.run(mixture, *(flat[name] for name in names))
         new = dict(zip(names, new))
-        _fill(state, new)
+        fill_state(state, new)
         network["tokens"] = int(new["tokens"])
         return sources
 
@@ -356,30 +263,3 @@ class StreamingSeparator:
                     torch.Tensor, lambda x: x.to(weight.device), state
                 )
             )
-
-
-def _flat(context, name=""):
-    """The tensors of nested dicts and lists, by the names on the way."""
-    if isinstance(context, torch.Tensor):
-        return {name: context}
-    flat = {}
-    for key, part in _parts(context):
-        flat |= _flat(part, f"{name}_{key}" if name else str(key))
-    return flat
-
-
-def _fill(context, flat, name=""):
-    """Put tensors back where ``_flat`` found them."""
-    for key, part in _parts(context):
-        place = f"{name}_{key}" if name else str(key)
-        if isinstance(part, (dict, list)):
-            _fill(part, flat, place)
-        elif place in flat:
-            context[key] = flat[place]
-
-
-def _parts(context):
-    """Keys and parts of a dict or a list; of anything else none."""
-    if isinstance(context, dict):
-        return list(context.items())
-    return list(enumerate(context)) if isinstance(context, list) else []
