@@ -466,5 +466,5 @@ def test_traced_steps_give_the_same_stream_in_any_cutting(lookahead):
             for stream in streams
         )
         assert torch.allclose(sources, expected, atol=1e-6 * expected.max())
-    assert {shape[1] // run.step.token for shape in run.traces} <= {1, 2, 3}
+    assert {key[1] // run.step.token for key in run.traces} <= {1, 2, 3}
     assert run.traces

@@ -31,7 +31,7 @@ from speechbrain_flashformer.nnet.separator import (
     separate,
     unwrapped,
 )
-from speechbrain_flashformer.nnet.step import silence_broken
+from speechbrain_flashformer.nnet.step import CompiledSteps, silence_broken
 from speechbrain_flashformer.nnet.streaming import StreamingSeparator
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -236,8 +236,8 @@ class Recordings:
         Yields
         ------
         torch.Tensor
-            The next samples of the sources, [C, m, S], CPU: once for each
-            block and at the end, as many samples in all as were heard.
+            The next samples [C, m, S], CPU: once for each block and at the
+            end, as many in all as were heard.
 
         Raises
         ------
@@ -247,11 +247,19 @@ class Recordings:
         model_rate = self.hparams.sample_rate
         # A resampler would spread what is no sound.
         heard = map(silence_broken, blocks)
-        separator = StreamSeparator(self.make_stream)
-        for sources in separate_blocks(
-            heard, sample_rate or model_rate, model_rate, separator
-        ):
+        separator = StreamSeparator(self._make_traced_stream)
+        rates = sample_rate or model_rate, model_rate
+        for sources in separate_blocks(heard, *rates, separator):
             yield sources.transpose(1, 2)
+
+    def _make_traced_stream(self, batch_size):
+        """A stream for small blocks; all of this model share the traces."""
+        stream = self.make_stream(batch_size)
+        steps = self.__dict__.get("_steps")
+        if steps is None or steps.step.masknet is not stream.step.masknet:
+            steps = self.__dict__["_steps"] = CompiledSteps(stream.step)
+        stream.run = steps
+        return stream
 
     def stream_latency(self, sample_rate=None):
         """Seconds until a sample that was heard comes out, at most.

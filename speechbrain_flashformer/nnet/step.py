@@ -121,7 +121,7 @@ class CompiledSteps:
     Arguments
     ---------
     step : StreamingStep
-        Of any device; a trace is for the one that it was made on.
+        On any device.
     most_tokens : int
         Longest block that is traced, in tokens; on longer ones Python's share
         is small.
@@ -148,10 +148,10 @@ class CompiledSteps:
         """Sources [B, n, S] of mixtures [B, n], and the new state."""
         if mixture.shape[1] > self.longest:
             return self.step(mixture, *state)
-        shape = tuple(mixture.shape)
-        if shape not in self.traces:
-            self.traces[shape] = self._trace(*shape)
-        return self.traces[shape](mixture, *state)
+        key = *mixture.shape, mixture.device
+        if key not in self.traces:
+            self.traces[key] = self._trace(*mixture.shape)
+        return self.traces[key](mixture, *state)
 
     def _trace(self, batch_size, samples):
         state = self.step.make_state(batch_size)
