@@ -1,17 +1,21 @@
 """Speech separation for SpeechBrain: Transformer, FSMN and Flash Attention."""
 
-__all__ = ["FlashFormer", "StreamingSeparator"]
+from importlib import import_module
+
 __version__ = "0.1.0"
+
+# Imported on first use: the masknet needs torch alone, --help not even that.
+HOMES = {
+    "FlashFormer": "nnet.flashformer",
+    "FlashFormerSeparation": "inference.interface",
+    "StreamingSeparator": "nnet.streaming",
+    "build": "nnet.separator",
+}
+__all__ = list(HOMES)
 
 
 def __getattr__(name):
-    """Import on first use: the command's --help does without torch."""
-    if name == "FlashFormer":
-        from speechbrain_flashformer.nnet.flashformer import FlashFormer
-
-        return FlashFormer
-    if name == "StreamingSeparator":
-        from speechbrain_flashformer.nnet.streaming import StreamingSeparator
-
-        return StreamingSeparator
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import what stands in a module of the package."""
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)

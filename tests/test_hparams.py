@@ -8,7 +8,7 @@ import pytest
 import torch
 from hyperpyyaml import load_hyperpyyaml
 
-from speechbrain_flashformer import FlashFormer
+from speechbrain_flashformer import FlashFormer, build
 from speechbrain_flashformer.nnet.macs import count_macs
 from speechbrain_flashformer.nnet.separator import separate
 from speechbrain_flashformer.nnet.streaming import StreamingSeparator
@@ -140,3 +140,37 @@ def test_inference_yaml_is_what_speechbrain_loads():
     for part in parts:
         assert hparams["pretrainer"].loadables[part] is hparams["modules"][part]
     assert hparams["num_spks"] == 2 and hparams["sample_rate"] == 8000
+
+
+def test_build_makes_what_the_yaml_says(tmp_path):
+    torch.manual_seed(0)
+    model = build("tiny", num_spks=3, num_layers=1).eval()
+    path = tmp_path / "mine.yaml"
+    path.write_text(size("tiny").read_text())
+    torch.manual_seed(0)
+    same = build(path, num_spks=3, num_layers=1).eval()
+    assert len(model.masknet.layers) == 1
+    mixture = torch.randn(2, 4000)
+    lengths = torch.tensor([1.0, 0.5])
+    sources = model(mixture, lengths)
+    assert sources.shape == (2, 4000, 3)
+    assert torch.equal(sources, same(mixture, lengths))
+    parts = model.encoder, model.masknet, model.decoder
+    assert torch.equal(sources, separate(mixture, *parts, lengths))
+
+
+def test_build_names_what_is_wrong():
+    with pytest.raises(ValueError, match="no size 'huge': give one of tiny"):
+        build("huge")
+    with pytest.raises(ValueError, match="tiny.yaml: Override 'layers' not found"):
+        build("tiny", layers=3)
+
+
+def test_the_masknet_is_base_by_default():
+    theirs, ours = build("base").masknet, FlashFormer()
+    shapes = [
+        {name: value.shape for name, value in net.state_dict().items()}
+        for net in (theirs, ours)
+    ]
+    assert shapes[0] == shapes[1]
+    assert ours.receptive_field == theirs.receptive_field

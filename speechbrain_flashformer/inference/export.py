@@ -11,10 +11,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
 from speechbrain_flashformer.inference.files import written_beside
-from speechbrain_flashformer.nnet.separator import MODULES, separate, unwrapped
+from speechbrain_flashformer.nnet.separator import (
+    MODULES,
+    Separator,
+    unwrapped,
+)
 from speechbrain_flashformer.nnet.step import StreamingStep
 from speechbrain_flashformer.nnet.streaming import StreamingSeparator
 
@@ -25,19 +28,6 @@ TOLERANCE = 1e-4
 CHECKED_BLOCKS = 30
 # Of a protocol buffer, with room for the graph, bytes.
 MOST_BYTES = 2**31 - 2**24
-
-
-class WaveformSeparator(nn.Module):
-    """Encoder, masknet and decoder as one module, [B, T] -> [B, T, S]."""
-
-    def __init__(self, encoder, masknet, decoder):
-        super().__init__()
-        self.encoder, self.masknet = encoder, masknet
-        self.decoder = decoder
-
-    def forward(self, mixture):
-        """Separate mixtures [B, T]."""
-        return separate(mixture, self.encoder, self.masknet, self.decoder)
 
 
 def export_onnx(model, path, overwrite=False):
@@ -71,7 +61,7 @@ def export_onnx(model, path, overwrite=False):
         When onnxruntime and torch disagree.
     """
     _check_can_write(path, overwrite)
-    network = WaveformSeparator(*_networks(model)).eval()
+    network = Separator(*_networks(model)).eval()
     rate = model.hparams.sample_rate
     any_size = torch.export.Dim.DYNAMIC
     with torch.no_grad(), _quiet():

@@ -40,8 +40,7 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Recordings:
     """The calls of ``FlashFormerSeparation`` and ``RecordingSeparator``.
 
-    Of the class that has them they need ``mods``, ``hparams`` and
-    ``precision``, as SpeechBrain's interfaces have them.
+    They need ``mods``, ``hparams`` and ``precision``, as SpeechBrain has them.
     """
 
     precision = "fp32"
@@ -253,7 +252,7 @@ class Recordings:
             yield sources.transpose(1, 2)
 
     def _make_traced_stream(self, batch_size):
-        """A stream for small blocks; all of this model share the traces."""
+        """A stream whose small blocks share the model's traces."""
         stream = self.make_stream(batch_size)
         steps = self.__dict__.get("_steps")
         if steps is None or steps.step.masknet is not stream.step.masknet:

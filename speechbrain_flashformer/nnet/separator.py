@@ -4,6 +4,8 @@ Axes: B batch, T samples, N encoder channels, L frames, S speakers.
 """
 
 import inspect
+from importlib.resources import files
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -15,6 +17,73 @@ from speechbrain_flashformer.nnet.positions import length_mask
 
 # The parts of a model, as SpeechBrain's recipes and interfaces call them.
 MODULES = ("encoder", "masknet", "decoder")
+
+
+SIZES = ("tiny", "base", "large", "streaming")
+
+
+class Separator(nn.Module):
+    """Encoder, masknet and decoder as one module, [B, T] -> [B, T, S].
+
+    Arguments
+    ---------
+    encoder, masknet, decoder : torch.nn.Module
+        As in ``separate``.
+    """
+
+    def __init__(self, encoder, masknet, decoder):
+        super().__init__()
+        self.encoder, self.masknet = encoder, masknet
+        self.decoder = decoder
+
+    def forward(self, mixture, lengths=None):
+        """Separate mixtures [B, T]; relative lengths [B], 1 by default."""
+        return separate(mixture, *self.children(), lengths)
+
+
+def build(size, **numbers):
+    """A model of a size, with random weights.
+
+    Arguments
+    ---------
+    size : str or Path
+        One of ``SIZES``, or a yaml like theirs in ``hparams/``.
+    **numbers
+        Take the place of those in the yaml: ``num_spks=3``.
+
+    Returns
+    -------
+    Separator
+        Mixtures [B, T] -> sources [B, T, S].
+
+    Raises
+    ------
+    ValueError
+        When there is no such size, or its yaml has no such number.
+
+    Example
+    -------
+    >>> build("tiny", num_spks=3, num_layers=1)(torch.randn(1, 800)).shape
+    torch.Size([1, 800, 3])
+    """
+    from hyperpyyaml import load_hyperpyyaml
+
+    path = Path(size)
+    if size in SIZES:
+        path = files("speechbrain_flashformer.hparams")
+        path = path / f"flashformer-{size}.yaml"
+    elif not path.is_file():
+        raise ValueError(
+            f"there is no size {size!r}: give one of {', '.join(SIZES)}, or a "
+            "yaml"
+        )
+    with path.open(encoding="utf-8") as file:
+        try:
+            hparams = load_hyperpyyaml(file, numbers)
+            parts = (hparams[p] for p in ("Encoder", "MaskNet", "Decoder"))
+            return Separator(*parts)
+        except KeyError as error:
+            raise ValueError(f"{path}: {error.args[0]}") from error
 
 
 def separate(mixture, encoder, masknet, decoder, lengths=None, statistics=None):
