@@ -30,9 +30,11 @@ from speechbrain_flashformer.cli.spectrogram import (
     draw_spectrograms,
     spectrogram,
 )
-from speechbrain_flashformer.inference import FlashFormerSeparation
+from speechbrain_flashformer.inference import (
+    FlashFormerSeparation,
+    built_in_model,
+)
 from speechbrain_flashformer.inference.audio import AudioReader
-from speechbrain_flashformer.inference.folders import built_in_model
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

@@ -10,7 +10,7 @@ import soundfile
 import torch
 
 from speechbrain_flashformer import FlashFormer
-from speechbrain_flashformer.inference.folders import built_in_model
+from speechbrain_flashformer.inference import built_in_model
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

@@ -6,8 +6,10 @@ import soundfile
 import torch
 
 from speechbrain_flashformer import cli
-from speechbrain_flashformer.inference import FlashFormerSeparation
-from speechbrain_flashformer.inference.folders import built_in_model
+from speechbrain_flashformer.inference import (
+    FlashFormerSeparation,
+    built_in_model,
+)
 from speechbrain_flashformer.training.metrics import best_order, reorder, si_snr
 from speechbrain_flashformer.training.voices import make_voices
 
