@@ -162,7 +162,7 @@ def test_build_makes_what_the_yaml_says(tmp_path):
 def test_build_names_what_is_wrong():
     with pytest.raises(ValueError, match="no size 'huge': give one of tiny"):
         build("huge")
-    with pytest.raises(ValueError, match="tiny.yaml: Override 'layers' not found"):
+    with pytest.raises(ValueError, match="Override 'layers' not found"):
         build("tiny", layers=3)
 
 
