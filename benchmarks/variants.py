@@ -47,17 +47,15 @@ class EarlySplit(FlashFormer):
             for _ in range(late)
         )
 
-    def attend(self, x, frames, context=None):
+    def attend(self, x, mask, lengths, past):
         """Tokens [B, T, C] to those of each speaker [S B, T, C]."""
-        S = self.speakers
-        positions, mask = self.place(x, frames)
+        S, positions = self.speakers, self.place(x, lengths)
         for layer in self.layers[: self.early]:
             x = self.run_layer(layer, x, positions, mask)
         x = torch.cat(self.divide(x).chunk(S, dim=2))
-        if mask is not None:
+        if lengths is not None:
             mask = mask.repeat(S, 1, 1)
-        if positions.lengths is not None:
-            positions = positions._replace(lengths=positions.lengths.repeat(S))
+            positions = self.place(x, lengths.repeat(S))
         for layer, norm, across in zip(
             self.layers[self.early :], self.norms, self.across
         ):
@@ -69,7 +67,7 @@ class EarlySplit(FlashFormer):
             x = x + y.flatten(0, 1)
         return x
 
-    def ascend(self, x, skips, context=None):
+    def ascend(self, x, skips, past):
         """Tokens [S B, T, C] to masks [S, B, N, L]."""
         S = self.speakers
         skips = [
@@ -79,7 +77,7 @@ class EarlySplit(FlashFormer):
             )
             for skip, mask in skips
         ]
-        return super().ascend(x, skips)[0].unflatten(0, (S, -1))
+        return super().ascend(x, skips, past)[0].unflatten(0, (S, -1))
 
 
 class StageLosses(FlashFormer):
@@ -88,19 +86,19 @@ class StageLosses(FlashFormer):
     The way up is the same for all, as in SepReformer and TISDiSS.
     """
 
-    def attend(self, x, frames, context=None):
+    def attend(self, x, mask, lengths, past):
         """Tokens [B, T, C] to those after each layer, a list."""
-        positions, mask = self.place(x, frames)
+        positions = self.place(x, lengths)
         stages = []
         for layer in self.layers:
             x = self.run_layer(layer, x, positions, mask)
             stages.insert(0, x)
         return stages if self.training else stages[:1]
 
-    def ascend(self, stages, skips, context=None):
+    def ascend(self, stages, skips, past):
         """Masks [S, B, N, L]; in training [layers S, B, N, L]."""
         return torch.cat(
-            [super(StageLosses, self).ascend(x, skips) for x in stages]
+            [super(StageLosses, self).ascend(x, skips, past) for x in stages]
         )
 
 
