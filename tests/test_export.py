@@ -1,6 +1,7 @@
 """ONNX gives what torch gives, at every length and batch."""
 
 import builtins
+import gc
 import logging
 import re
 import warnings
@@ -29,6 +30,7 @@ def exported(model, tmp_path_factory):
     path, told = tmp_path_factory.mktemp("onnx") / "model.onnx", []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: told.append(record.getMessage())
+    gc.collect()  # what other tests left open is theirs to warn of
     with pytest.MonkeyPatch.context() as patch, pytest.warns() as warned:
         # torch keeps its records from the root.
         for name in ("torch", "torch.onnx"):
