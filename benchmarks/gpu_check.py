@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from gpu_speed import (
@@ -45,23 +46,23 @@ from models import build_separator
 
 from speechbrain_flashformer.nnet.attention import (
     BACKENDS,
+    Rows,
     attend,
     attention_report,
 )
 from speechbrain_flashformer.training.losses import pit_si_snr_loss
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes/WSJ0Mix/separation"
-# Of attention: name, queries, keys, heads, width, options of attend.
+# Of attention: name, tokens, heads, width, window.
 CASES = (
-    ("full", 257, 257, 6, 64, {}),
-    ("causal", 257, 257, 6, 64, {"causal": True}),
-    ("window", 1001, 1001, 6, 64, {"window": WINDOW}),
-    ("narrow window", 515, 515, 4, 32, {"window": (17, 5)}),
-    ("causal window", 515, 515, 4, 32, {"window": (50, 0)}),
-    ("unlike lengths", 300, 300, 4, 64, {"window": (40, 40), "lengths": 1}),
-    ("next tokens of a stream", 3, 120, 4, 32, {"window": (100, 0)}),
-    ("wide heads", 130, 130, 1, 256, {}),
-    ("odd heads", 130, 130, 2, 12, {"window": (20, 20)}),
+    ("full", 257, 6, 64, (-1, -1)),
+    ("causal", 257, 6, 64, (-1, 0)),
+    ("window", 1001, 6, 64, WINDOW),
+    ("narrow window", 515, 4, 32, (17, 5)),
+    ("causal window", 515, 4, 32, (50, 0)),
+    ("unlike lengths", 300, 4, 64, (40, 40)),
+    ("wide heads", 130, 1, 256, (-1, -1)),
+    ("odd heads", 130, 2, 12, (20, 20)),
 )
 MARGIN_DB = 3
 # What is measured on a GPU, and on a CPU to see that the script works.
@@ -161,22 +162,20 @@ def compare_attention(device, sizes):
     for dtype in precisions(device):
         for case in CASES:
             for backend in BACKENDS:
-                if backend != "reference":
-                    row = compare_one(backend, dtype, case, device)
-                    start = f"| {backend} | {name_of(dtype)} | {case[0]}"
-                    yield f"{start} | {row} |"
+                row = compare_one(backend, dtype, case, device)
+                start = f"| {backend} | {name_of(dtype)} | {case[0]}"
+                yield f"{start} | {row} |"
 
 
 def compare_one(backend, dtype, case, device):
     """The rest of a row: errors beside what dense attention loses, twice."""
-    _, tq, tk, heads, width, options = case
-    options = dict(options)
+    name, tokens, heads, width, window = case
     torch.manual_seed(1)
-    shapes = [(2, tokens, heads, width) for tokens in (tq, tk, tk)]
-    given = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
-    grad = torch.randn(shapes[0], device=device).to(dtype)
-    if "lengths" in options:
-        options["lengths"] = torch.tensor([tk, tk // 2 + 1], device=device)
+    shape, lengths, rows = (2, tokens, heads, width), None, None
+    *given, grad = torch.randn(4, *shape, device=device).to(dtype)
+    if name == "unlike lengths":
+        lengths = torch.tensor([tokens, tokens // 2 + 1])
+        rows = Rows.of(lengths, tokens, device)
 
     def run(function, inputs):
         inputs = [x.detach().clone().requires_grad_() for x in inputs]
@@ -184,18 +183,18 @@ def compare_one(backend, dtype, case, device):
         gradients = torch.autograd.grad(out, inputs, grad.to(out.dtype))
         return [x.double() for x in (out, *gradients)]
 
-    def through(name):
-        return lambda q, k, v: attend(q, k, v, backend=name, **options)
+    def exact(q, k, v):
+        return dense(q, k, v, window, lengths)
 
     try:
-        found = run(through(backend), given)
+        found = run(lambda *qkv: attend(*qkv, window, backend, rows), given)
     except RuntimeError as error:
         if "cannot run here" not in str(error):
             raise
         why = str(error).split(f"{backend}: ", 1)[1].split(";")[0]
         return f"not run: {why.split('. Can run')[0]} | | | | "
-    truth = run(through("reference"), [x.double() for x in given])
-    rounded = run(lambda *x: dense(*x, **options), given)
+    truth = run(exact, [x.double() for x in given])
+    rounded = run(exact, given)
 
     def worst(values):
         errors = [(a - b).abs().max().item() for a, b in zip(values, truth)]
@@ -209,22 +208,26 @@ def compare_one(backend, dtype, case, device):
     return " | ".join([*cells, "ok" if right else "FAILED"])
 
 
-def dense(q, k, v, window=(-1, -1), causal=False, lengths=None):
+def dense(q, k, v, window=(-1, -1), lengths=None):
     """Softmax attention in the precision of q: the yardstick of rounding."""
-    tq, tk = q.shape[1], k.shape[1]
-    left, right = (side if side >= 0 else tk for side in window)
-    right = 0 if causal else right
-    ahead = torch.arange(tk, device=q.device) - (
-        torch.arange(tq, device=q.device)[:, None] + tk - tq
-    )
+    T = q.shape[1]
+    left, right = (side if side >= 0 else T for side in window)
+    place = torch.arange(T, device=q.device)
+    ahead = place - place[:, None]
     hidden = ((ahead < -left) | (ahead > right))[None, None]
     if lengths is not None:
-        past = torch.arange(tk, device=q.device) >= lengths[:, None]
+        past = place >= lengths.to(q.device)[:, None]
         hidden = hidden | past[:, None, None] | past[:, None, :, None]
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[3])
     scores = scores.masked_fill(hidden, torch.finfo(q.dtype).min)
     weights = scores.softmax(-1).masked_fill(hidden, 0)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def run_dense(q, k, v, window, rows):
+    """``dense`` as a backend, in float32 whatever surrounds it."""
+    with torch.autocast(q.device.type, enabled=False):
+        return dense(q.float(), k.float(), v.float(), window).to(q.dtype)
 
 
 def compare_network(device, sizes):
@@ -250,15 +253,18 @@ def compare_network(device, sizes):
         assert {entry["backend"] for entry in ran} == {backend}
         return out.double(), flat
 
-    truth = run("reference", torch.float32)
+    def run_exact(dtype):
+        added = {"dense": (lambda q, window: None, run_dense)}
+        with mock.patch.dict(BACKENDS, added):
+            return run("dense", dtype)
+
+    truth = run_exact(torch.float32)
     for dtype in precisions(device):
         bars = [
             min(100, snr(t, x)) - MARGIN_DB
-            for t, x in zip(truth, run("reference", dtype))
+            for t, x in zip(truth, run_exact(dtype))
         ]
         for backend in BACKENDS:
-            if backend == "reference":
-                continue
             row = f"| {backend} | {name_of(dtype)} | "
             try:
                 found = [snr(*pair) for pair in zip(truth, run(backend, dtype))]

@@ -46,18 +46,18 @@ class EarlySplit(FlashFormer):
             nn.MultiheadAttention(C, heads, batch_first=True)
             for _ in range(late)
         )
+        go_up_in_copies(self, lambda: num_spks)
 
-    def attend(self, x, frames, context=None):
+    def attend(self, x, mask, lengths, past):
         """Tokens [B, T, C] to those of each speaker [S B, T, C]."""
         S = self.speakers
-        positions, mask = self.place(x, frames)
+        positions = self.place(x, lengths)
         for layer in self.layers[: self.early]:
             x = self.run_layer(layer, x, positions, mask)
         x = torch.cat(self.divide(x).chunk(S, dim=2))
-        if mask is not None:
-            mask = mask.repeat(S, 1, 1)
-        if positions.lengths is not None:
-            positions = positions._replace(lengths=positions.lengths.repeat(S))
+        if lengths is not None:
+            mask, lengths = mask.repeat(S, 1, 1), lengths.repeat(S)
+        positions = self.place(x, lengths)
         for layer, norm, across in zip(
             self.layers[self.early :], self.norms, self.across
         ):
@@ -69,17 +69,9 @@ class EarlySplit(FlashFormer):
             x = x + y.flatten(0, 1)
         return x
 
-    def ascend(self, x, skips, context=None):
-        """Tokens [S B, T, C] to masks [S, B, N, L]."""
-        S = self.speakers
-        skips = [
-            (
-                skip.repeat(S, 1, 1),
-                mask if mask is None else mask.repeat(S, 1, 1),
-            )
-            for skip, mask in skips
-        ]
-        return super().ascend(x, skips)[0].unflatten(0, (S, -1))
+    def step(self, mix_w, *given):
+        """Masks [S, B, N, L]."""
+        return super().step(mix_w, *given)[0].unflatten(0, (-1, len(mix_w)))
 
 
 class StageLosses(FlashFormer):
@@ -88,20 +80,39 @@ class StageLosses(FlashFormer):
     The way up is the same for all, as in SepReformer and TISDiSS.
     """
 
-    def attend(self, x, frames, context=None):
-        """Tokens [B, T, C] to those after each layer, a list."""
-        positions, mask = self.place(x, frames)
+    def __init__(self, **numbers):
+        super().__init__(**numbers)
+        stages = len(self.layers)
+        go_up_in_copies(self, lambda: stages if self.training else 1)
+
+    def attend(self, x, mask, lengths, past):
+        """Tokens [B, T, C] to those after each layer, [layers B, T, C]."""
+        positions = self.place(x, lengths)
         stages = []
         for layer in self.layers:
             x = self.run_layer(layer, x, positions, mask)
             stages.insert(0, x)
-        return stages if self.training else stages[:1]
+        return torch.cat(stages) if self.training else x
 
-    def ascend(self, stages, skips, context=None):
+    def step(self, mix_w, *given):
         """Masks [S, B, N, L]; in training [layers S, B, N, L]."""
-        return torch.cat(
-            [super(StageLosses, self).ascend(x, skips) for x in stages]
-        )
+        masks = super().step(mix_w, *given).unflatten(1, (-1, len(mix_w)))
+        return masks.transpose(0, 1).flatten(0, 1)
+
+
+def go_up_in_copies(masknet, count):
+    """Let the rows on the way up be ``count()`` times those on the way down."""
+
+    def copy_skip(delay, given, skip):
+        return skip.repeat(count(), 1, 1)
+
+    def copy_mask(block, given):
+        x, mask, past = given
+        return x, mask if mask is None else mask.repeat(count(), 1, 1), past
+
+    for delay, block in zip(masknet.delay, masknet.up):
+        delay.register_forward_hook(copy_skip)
+        block.register_forward_pre_hook(copy_mask)
 
 
 VARIANTS = {

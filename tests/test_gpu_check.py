@@ -26,8 +26,8 @@ def break_sdpa(monkeypatch, change):
     """Let the backend sdpa give something else."""
     why_not, right = attention.BACKENDS["sdpa"]
 
-    def wrong(q, k, v, window, dropout_p, lengths):
-        return change(right, q, k, v, window, dropout_p, lengths)
+    def wrong(q, k, v, window, rows):
+        return change(right, q, k, v, window, rows)
 
     monkeypatch.setitem(attention.BACKENDS, "sdpa", (why_not, wrong))
 
@@ -36,8 +36,8 @@ def wider(right, q, k, v, window, *rest):
     return right(q, k, v, (window[0] + 1, window[1]), *rest)
 
 
-def padded(right, q, k, v, window, dropout_p, lengths):
-    return right(q, k, v, window, dropout_p, None)
+def padded(right, q, k, v, window, rows):
+    return right(q, k, v, window, None)
 
 
 def no_gradient(right, q, k, v, *rest):
@@ -132,7 +132,7 @@ def test_the_report_on_a_cpu(check, monkeypatch, capsys):
     "name, change",
     [
         ("narrow window", wider),
-        ("next tokens of a stream", wider),
+        ("causal window", wider),
         ("unlike lengths", padded),
         ("full", no_gradient),
     ],
@@ -165,7 +165,7 @@ def test_an_error_ends_one_section_alone(check, monkeypatch, capsys):
     def none(*_):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(check, "dense", none)
+    monkeypatch.setattr(check, "compare_one", none)
     assert check.main(["--device", "cpu"]) == 1
     report = capsys.readouterr().out
     assert "FAILED: RuntimeError: no such kernel" in report
