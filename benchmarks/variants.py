@@ -50,14 +50,13 @@ class EarlySplit(FlashFormer):
 
     def attend(self, x, mask, lengths, past):
         """Tokens [B, T, C] to those of each speaker [S B, T, C]."""
-        S = self.speakers
-        positions = self.place(x, lengths)
+        S, positions = self.speakers, self.place(x, lengths)
         for layer in self.layers[: self.early]:
             x = self.run_layer(layer, x, positions, mask)
         x = torch.cat(self.divide(x).chunk(S, dim=2))
         if lengths is not None:
-            mask, lengths = mask.repeat(S, 1, 1), lengths.repeat(S)
-        positions = self.place(x, lengths)
+            mask = mask.repeat(S, 1, 1)
+            positions = self.place(x, lengths.repeat(S))
         for layer, norm, across in zip(
             self.layers[self.early :], self.norms, self.across
         ):
@@ -69,9 +68,17 @@ class EarlySplit(FlashFormer):
             x = x + y.flatten(0, 1)
         return x
 
-    def step(self, mix_w, *given):
-        """Masks [S, B, N, L]."""
-        return super().step(mix_w, *given)[0].unflatten(0, (-1, len(mix_w)))
+    def ascend(self, x, skips, past):
+        """Tokens [S B, T, C] to masks [S, B, N, L]."""
+        S = self.speakers
+        skips = [
+            (
+                skip.repeat(S, 1, 1),
+                mask if mask is None else mask.repeat(S, 1, 1),
+            )
+            for skip, mask in skips
+        ]
+        return super().ascend(x, skips, past)[0].unflatten(0, (S, -1))
 
 
 class StageLosses(FlashFormer):
@@ -80,13 +87,8 @@ class StageLosses(FlashFormer):
     The way up is the same for all, as in SepReformer and TISDiSS.
     """
 
-    def __init__(self, **numbers):
-        super().__init__(**numbers)
-        stages = len(self.layers)
-        go_up_in_copies(self, lambda: stages if self.training else 1)
-
     def attend(self, x, mask, lengths, past):
-        """Tokens [B, T, C] to those after each layer, [layers B, T, C]."""
+        """Tokens [B, T, C] to those after each layer, a list."""
         positions = self.place(x, lengths)
         stages = []
         for layer in self.layers:
@@ -94,25 +96,11 @@ class StageLosses(FlashFormer):
             stages.insert(0, x)
         return torch.cat(stages) if self.training else x
 
-    def step(self, mix_w, *given):
+    def ascend(self, stages, skips, past):
         """Masks [S, B, N, L]; in training [layers S, B, N, L]."""
-        masks = super().step(mix_w, *given).unflatten(1, (-1, len(mix_w)))
-        return masks.transpose(0, 1).flatten(0, 1)
-
-
-def go_up_in_copies(masknet, count):
-    """Let the rows on the way up be ``count()`` times those on the way down."""
-
-    def copy_skip(delay, given, skip):
-        return skip.repeat(count(), 1, 1)
-
-    def copy_mask(block, given):
-        x, mask, past = given
-        return x, mask if mask is None else mask.repeat(count(), 1, 1), past
-
-    for delay, block in zip(masknet.delay, masknet.up):
-        delay.register_forward_hook(copy_skip)
-        block.register_forward_pre_hook(copy_mask)
+        return torch.cat(
+            [super(StageLosses, self).ascend(x, skips, past) for x in stages]
+        )
 
 
 VARIANTS = {

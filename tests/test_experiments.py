@@ -155,9 +155,9 @@ def test_at_16_khz_libri2mix_has_the_same_frames_and_tokens(monkeypatch):
 def test_the_original_attends_to_every_frame(monkeypatch):
     seen, real = [], layers.attend
 
-    def attend(q, k, v, *rest, window=(-1, -1), **options):
+    def attend(q, k, v, window=(-1, -1), *rest, **options):
         seen.append((q.shape[1], k.shape[1], window))
-        return real(q, k, v, *rest, window=window, **options)
+        return real(q, k, v, window, *rest, **options)
 
     monkeypatch.setattr(layers, "attend", attend)
     hparams, *_ = parse("flashformer-original", "--model", SMALL)

@@ -132,7 +132,6 @@ def test_the_report_on_a_cpu(check, monkeypatch, capsys):
     "name, change",
     [
         ("narrow window", wider),
-        ("causal window", wider),
         ("unlike lengths", padded),
         ("full", no_gradient),
     ],

@@ -21,7 +21,7 @@ class FlashFormerSeparation(Recordings, SepformerSeparation):
     >>> from speechbrain_flashformer import FlashFormer
     >>> modules = {
     ...     "encoder": Encoder(kernel_size=16, out_channels=32),
-    ...     "masknet": FlashFormer(in_channels=32, d_model=64, num_layers=1),
+    ...     "masknet": FlashFormer(in_channels=32, d_model=48, num_layers=1),
     ...     "decoder": Decoder(32, 1, kernel_size=16, stride=8, bias=False),
     ... }
     >>> hparams = {"num_spks": 2, "sample_rate": 8000}

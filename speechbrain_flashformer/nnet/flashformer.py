@@ -201,11 +201,10 @@ class FlashFormer(nn.Module):
         """
         past = self.no_past if context is None else context
         mask = length_mask(lengths, mix_w.shape[2], mix_w.device)
-        x = self.norm_in(mix_w.mT, mask, past["norm"] or statistics)
-        x = self.project(x)
+        given = past["norm"] or statistics
+        x = self.project(self.norm_in(mix_w.mT, mask, given))
         # An exported graph, for all lengths, has whole tokens from the start.
-        exporting = torch.compiler.is_exporting()
-        if exporting and context is None:
+        if torch.compiler.is_exporting() and context is None:
             fill = (0, 0, 0, -x.shape[1] % self.token_stride)
             mask = F.pad(x.new_ones(1, x.shape[1], 1, dtype=torch.bool), fill)
             x = F.pad(x, fill)
@@ -215,24 +214,15 @@ class FlashFormer(nn.Module):
             skips.append((self.delay[i](x, past["skips"][i]), mask))
             if mask is not None:
                 x, mask = x * mask, mask[:, :: self.ratio]
-            if not exporting and x.shape[1] % self.ratio:
+            if not torch.compiler.is_exporting() and x.shape[1] % self.ratio:
                 x = F.pad(x, (0, 0, 0, -x.shape[1] % self.ratio))
             x = merge(x.unflatten(1, (-1, self.ratio)).flatten(2))
         x = self.attend(x, mask, lengths, past)
-        begun = begun_mask(x, past["tokens"], self.future_tokens)
-        for i, split in reversed(list(enumerate(self.split))):
-            x = split(x).unflatten(2, (self.ratio, -1)).flatten(1, 2)
-            skip, mask = skips[i]
-            x = (x if exporting else x[:, : skip.shape[1]]) + skip
-            if begun is not None:
-                begun = mask = begun.repeat_interleave(self.ratio, 1)
-            x = self.up[i](x, mask, past["up"][i])
+        masks = self.ascend(x, skips, past)
         if context is not None:
-            tokens = x.shape[1] // self.token_stride
-            context["tokens"] = context["tokens"] + tokens
-        masks = self.masks(self.norm_out(x)).transpose(1, 2).relu()
-        size = (self.num_spks, self.in_channels)
-        return masks.unflatten(1, size).transpose(0, 1)
+            passed = mix_w.shape[2] // self.token_stride
+            context["tokens"] = past["tokens"] + passed
+        return masks
 
     def attend(self, x, mask, lengths, past):
         """All layers on tokens [B, T, C]; mask is theirs, lengths of frames."""
@@ -241,6 +231,20 @@ class FlashFormer(nn.Module):
             x = self.run_layer(layer, x, positions, mask, context)
         return x
 
+    def ascend(self, x, skips, past):
+        """Tokens [B, T, C] to masks [S, B, N, L]."""
+        begun = begun_mask(x, past["tokens"], self.future_tokens)
+        for i, split in reversed(list(enumerate(self.split))):
+            x = split(x).unflatten(2, (self.ratio, -1)).flatten(1, 2)
+            skip, mask = skips[i]
+            if not torch.compiler.is_exporting():
+                x = x[:, : skip.shape[1]]
+            if begun is not None:
+                begun = mask = begun.repeat_interleave(self.ratio, 1)
+            x = self.up[i](x + skip, mask, past["up"][i])
+        masks = self.masks(self.norm_out(x)).transpose(1, 2).relu()
+        return masks.unflatten(1, (self.num_spks, -1)).transpose(0, 1)
+
     def run_layer(self, layer, *arguments):
         """One layer; in training its inner values may be computed again."""
         if self.checkpointing and self.training:
@@ -248,11 +252,7 @@ class FlashFormer(nn.Module):
         return layer(*arguments)
 
     def make_streaming_context(self, batch_size=1):
-        """The state of ``batch_size`` new streams, for ``step``.
-
-        Tensors and numbers in dicts and lists, of fixed size: it can be copied
-        and saved. Raises a ValueError when the network cannot stream.
-        """
+        """What new streams remember for ``step``; a ValueError if none can."""
         if not self.can_stream:
             raise ValueError(
                 "streaming needs causal: true and a window with a left side of "

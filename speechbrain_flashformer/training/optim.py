@@ -147,7 +147,7 @@ def matrix_groups(module):
     Example
     -------
     >>> from speechbrain_flashformer import FlashFormer
-    >>> masknet = FlashFormer(16, d_model=32, num_layers=1)
+    >>> masknet = FlashFormer(16, d_model=48, num_layers=1)
     >>> [group["parts"] for group in matrix_groups(masknet)]
     [1, 2, 3]
     """
