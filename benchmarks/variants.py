@@ -46,7 +46,6 @@ class EarlySplit(FlashFormer):
             nn.MultiheadAttention(C, heads, batch_first=True)
             for _ in range(late)
         )
-        go_up_in_copies(self, lambda: num_spks)
 
     def attend(self, x, mask, lengths, past):
         """Tokens [B, T, C] to those of each speaker [S B, T, C]."""
@@ -94,7 +93,7 @@ class StageLosses(FlashFormer):
         for layer in self.layers:
             x = self.run_layer(layer, x, positions, mask)
             stages.insert(0, x)
-        return torch.cat(stages) if self.training else x
+        return stages if self.training else stages[:1]
 
     def ascend(self, stages, skips, past):
         """Masks [S, B, N, L]; in training [layers S, B, N, L]."""
