@@ -80,8 +80,7 @@ def attention_speed(device, sizes):
     ways = {"math, full": math_attention}
     for backend in BACKENDS:
         for name, window in (("full", (-1, -1)), ("window", WINDOW)):
-            if backend != "reference":
-                ways[f"{backend}, {name}"] = _way(backend, window)
+            ways[f"{backend}, {name}"] = _way(backend, window)
     for tokens in sizes["tokens"]:
         qkv = torch.randn(3, 1, tokens, 6, 64, device=device, dtype=dtype)
         for name, way in ways.items():

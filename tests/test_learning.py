@@ -388,6 +388,16 @@ def test_streams_of_an_early_split_are_alike_but_not_the_same(bench):
     assert not torch.allclose(after, before, atol=1e-3)
 
 
+@torch.no_grad()
+def test_padding_is_not_heard_by_an_early_split(bench):
+    numbers = {"variant": "early-split", "num_layers": 2}
+    masknet = bench.build_separator("tiny", **numbers).eval().parts[1]
+    frames = torch.rand(2, masknet.in_channels, 101)
+    masks = masknet(frames, torch.tensor([101, 61]))
+    alone = masknet(frames[1:, :, :61])
+    torch.testing.assert_close(masks[:, 1:, :, :61], alone)
+
+
 def test_stages_are_trained_and_the_last_is_scored(
     bench, training, command, tmp_path, monkeypatch
 ):

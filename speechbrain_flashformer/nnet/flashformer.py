@@ -98,7 +98,8 @@ class FlashFormer(nn.Module):
         norm_span=None,
     ):
         super().__init__()
-        check_window(window := window or (-1, -1))
+        window = (-1, -1) if window is None else window
+        check_window(window)
         if causal:
             window, lookahead = (window[0], 0), 0
         if future_tokens < 0 or (future_tokens and not causal):

@@ -69,22 +69,23 @@ class Separation(sb.Brain):
     def compute_forward(self, batch, stage):
         """Estimated sources, [B, T, S]."""
         # Brain itself moves no batch; each stage comes by here.
-        mixture, lengths = self.to_device(batch).mix_sig
+        mixture, _ = self.to_device(batch).mix_sig
         return separate(
             mixture,
             self.modules["encoder"],
             self.modules["masknet"],
             self.modules["decoder"],
-            lengths if batch.padded else None,
+            batch.padded_lengths,
         )
 
     def to_device(self, batch):
-        """Move a batch to the device, and remember if it is ``padded``.
+        """Move a batch to the device, but for its lengths if it is padded.
 
-        Asked on the device, that would have to wait for it.
+        From lengths on the device, masks would have to wait for it.
         """
-        if not hasattr(batch, "padded"):
-            batch.padded = bool((batch.mix_sig.lengths < 1).any())
+        if not hasattr(batch, "padded_lengths"):
+            lengths = batch.mix_sig.lengths
+            batch.padded_lengths = lengths if (lengths < 1).any() else None
         return batch.to(self.device)
 
     def compute_objectives(self, predictions, batch, stage):
