@@ -44,6 +44,7 @@ from speechbrain_flashformer.inference.export import (
     export_streaming_onnx,
 )
 from speechbrain_flashformer.nnet.separator import MODULES
+from speechbrain_flashformer.nnet.step import CompiledSteps
 from speechbrain_flashformer.training.metrics import si_snr
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -52,7 +53,12 @@ SECONDS, THREADS, RUNS = (4, 20), (1, 2), 9
 # Of a stream.
 BLOCK = 0.016  # seconds
 BLOCKS_TO_COMPARE = 5000
-RUNTIMES = (("torch", 1), ("torch", 2), ("onnxruntime", 1))
+RUNTIMES = (
+    ("torch", 1),
+    ("torch", 2),
+    ("torch, traced", 1),
+    ("onnxruntime", 1),
+)
 # Over the length.
 MINUTES = (1, 10, 60, 120)
 
@@ -174,7 +180,7 @@ def stream(runtime, threads, minutes):
         dict(zip(MODULES, build_separator("streaming").eval().parts)),
         {"num_spks": 2, "sample_rate": rate},
     )
-    streams = torch_streams(model)
+    streams = torch_streams(model, runtime == "torch, traced")
     if runtime == "onnxruntime":
         streams = onnx_streams(model, threads)
     feed = next(streams)
@@ -224,10 +230,13 @@ def percentile(times):
     return statistics.quantiles(times, n=1000)[-1]
 
 
-def torch_streams(model):
+def torch_streams(model, traced):
     """``feed`` of one new stream after another."""
+    steps = CompiledSteps(model.make_stream().step) if traced else None
     while True:
-        yield model.make_stream().feed
+        stream = model.make_stream()
+        stream.run = steps
+        yield stream.feed
 
 
 def onnx_streams(model, threads):

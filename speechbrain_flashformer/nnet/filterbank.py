@@ -131,13 +131,13 @@ class Decoder(plain.Decoder):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        plain = nn.ConvTranspose1d(
+        halved = nn.ConvTranspose1d(
             self.in_channels, 1, *self.kernel_size, self.kernel_size[0] // 2
         )
         names = ("out_channels", "kernel_size", "stride", "padding", "dilation")
         names += ("output_padding", "groups")
         self.halves = all(
-            getattr(self, name) == getattr(plain, name) for name in names
+            getattr(self, name) == getattr(halved, name) for name in names
         )
 
     def forward(self, x):

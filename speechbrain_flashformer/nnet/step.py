@@ -35,12 +35,9 @@ class StreamingStep(nn.Module):
 
     Example
     -------
-    >>> from speechbrain.lobes.models.dual_path import Decoder, Encoder
-    >>> from speechbrain_flashformer import FlashFormer
-    >>> encoder = Encoder(kernel_size=16, out_channels=32)
-    >>> masknet = FlashFormer(32, d_model=48, num_layers=1, causal=True)
-    >>> decoder = Decoder(32, 1, kernel_size=16, stride=8, bias=False)
-    >>> step = StreamingStep(encoder, masknet.eval(), decoder)
+    >>> from speechbrain_flashformer import build
+    >>> parts = build("streaming", num_layers=1).eval().children()
+    >>> step = StreamingStep(*parts)
     >>> state = step.make_state(3)
     >>> sources, *new = step(torch.randn(3, 128), *state.values())
     >>> sources.shape, len(new) == len(state)
@@ -114,9 +111,8 @@ class StreamingStep(nn.Module):
 class CompiledSteps:
     """Steps of a network's streams, traced for each size of block they meet.
 
-    A step has hundreds of small operations, and on a small CPU Python takes
-    longer to call them than they take: a trace halves the time of a block.
-    Streams of one model share it.
+    A step has hundreds of small operations, and calling them from Python takes
+    a good part of its time. All streams of a model can share the traces.
 
     Arguments
     ---------
@@ -128,12 +124,9 @@ class CompiledSteps:
 
     Example
     -------
-    >>> from speechbrain.lobes.models.dual_path import Decoder, Encoder
-    >>> from speechbrain_flashformer import FlashFormer
-    >>> encoder = Encoder(kernel_size=16, out_channels=32)
-    >>> masknet = FlashFormer(32, d_model=48, num_layers=1, causal=True)
-    >>> decoder = Decoder(32, 1, kernel_size=16, stride=8, bias=False)
-    >>> step = StreamingStep(encoder, masknet.eval(), decoder)
+    >>> from speechbrain_flashformer import build
+    >>> parts = build("streaming", num_layers=1).eval().children()
+    >>> step = StreamingStep(*parts)
     >>> state = step.make_state(1)
     >>> sources, *new = CompiledSteps(step)(torch.randn(1, 64), *state.values())
     >>> sources.shape
@@ -148,7 +141,7 @@ class CompiledSteps:
         """Sources [B, n, S] of mixtures [B, n], and the new state."""
         if mixture.shape[1] > self.longest:
             return self.step(mixture, *state)
-        key = *mixture.shape, mixture.device
+        key = *mixture.shape, mixture.dtype, mixture.device
         if key not in self.traces:
             self.traces[key] = self._trace(*mixture.shape)
         return self.traces[key](mixture, *state)

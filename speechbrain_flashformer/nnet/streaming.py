@@ -99,12 +99,9 @@ class StreamingSeparator:
 
     Example
     -------
-    >>> from speechbrain.lobes.models.dual_path import Decoder, Encoder
-    >>> from speechbrain_flashformer import FlashFormer
-    >>> encoder = Encoder(kernel_size=16, out_channels=32)
-    >>> masknet = FlashFormer(32, d_model=48, num_layers=1, causal=True)
-    >>> decoder = Decoder(32, 1, kernel_size=16, stride=8, bias=False)
-    >>> stream = StreamingSeparator(encoder, masknet.eval(), decoder)
+    >>> from speechbrain_flashformer import build
+    >>> parts = build("streaming", num_layers=1).eval().children()
+    >>> stream = StreamingSeparator(*parts)
     >>> out = [stream.feed(block) for block in torch.randn(1, 999).split(50, 1)]
     >>> torch.cat([*out, stream.flush()], 1).shape
     torch.Size([1, 999, 2])
