@@ -5,6 +5,7 @@ S speakers.
 """
 
 import warnings
+from functools import cached_property
 
 import torch
 import torch.nn as nn
@@ -91,10 +92,14 @@ class StreamingStep(nn.Module):
         # What holds nothing needs no name.
         return {k: tensor for k, tensor in state.items() if tensor.numel()}
 
+    @cached_property
+    def names(self):
+        """Those of the state, in order."""
+        return list(self.make_state(1))
+
     def forward(self, mixture, *state):
         """Sources [B, n, S] of mixtures [B, n], and the new state."""
-        names = self.make_state(1)
-        given = dict(zip(names, state))
+        given = dict(zip(self.names, state))
         context = self.make_streaming_context(mixture.shape[0])
         context["network"]["tokens"] = given["tokens"]
         fill_state(context, given)
@@ -105,7 +110,7 @@ class StreamingStep(nn.Module):
             "samples": samples[:, mixture.shape[1] :],
             "tokens": context["network"]["tokens"],
         }
-        return sources, *(new[name] for name in names)
+        return sources, *(new[name] for name in self.names)
 
 
 class CompiledSteps:

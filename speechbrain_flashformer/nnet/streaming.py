@@ -215,9 +215,9 @@ class StreamingSeparator:
         network = state["network"]
         tokens = torch.tensor([network["tokens"]], device=samples.device)
         flat = {**flat_state(state), "samples": first, "tokens": tokens}
-        names = list(step.make_state(1))
-        sources, *new = self.run(mixture, *(flat[name] for name in names))
-        new = dict(zip(names, new))
+        given = (flat[name] for name in step.names)
+        sources, *new = self.run(mixture, *given)
+        new = dict(zip(step.names, new))
         fill_state(state, new)
         network["tokens"] = int(new["tokens"])
         return sources
