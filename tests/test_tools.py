@@ -111,9 +111,12 @@ def test_dynamic_quantisation(masknet):
     assert 0 < noise < 1e-2
 
 
-@torch.no_grad()
+@pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_a_trace(masknet):
+def test_a_trace_is_saved_and_loaded(masknet, gradients, tmp_path):
     mix_w = torch.rand(2, 16, 80)
-    traced = torch.jit.trace(masknet, mix_w)
-    torch.testing.assert_close(traced(mix_w), masknet(mix_w))
+    with torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(masknet, mix_w)
+    torch.jit.save(traced, tmp_path / "traced.pt")
+    loaded = torch.jit.load(tmp_path / "traced.pt")
+    torch.testing.assert_close(loaded(mix_w), masknet(mix_w))

@@ -178,7 +178,9 @@ class FSMN(nn.Module):
         phases = phases.unflatten(1, (-1, self.dilation))
         phases = phases.transpose(1, 2).flatten(0, 1)  # [B dilation, ...]
         pad = max(self.lookback, self.lookahead)
-        if x.device.type == "cpu" and not exporting:
+        # What torch.jit traces is no place for a gradient of our own.
+        plain = exporting or torch.jit.is_tracing()
+        if x.device.type == "cpu" and not plain:
             wide = torch.promote_types(x.dtype, torch.float32)
             inputs = phases.to(wide), self.weight.to(wide)
             memory = _CpuFilter.apply(*inputs, pad).to(x.dtype)
@@ -260,11 +262,13 @@ class GatedFSMN(nn.Module):
         torch.Tensor
             [B, T, C].
         """
+        # torch.jit.trace checks a trace made with gradients by one without, and
+        # a length that is asked for is in the trace: it is asked for in both.
         if (
-            context is not None
-            or torch.is_grad_enabled()
-            or torch.compiler.is_exporting()
+            torch.compiler.is_exporting()
+            or context is not None
             or x.shape[1] <= CHUNK
+            or torch.is_grad_enabled()
         ):
             return self._run(x, mask, context)
         # The receptive field is finite, so chunks with that much around them
