@@ -428,6 +428,32 @@ def test_a_file_that_is_less_than_a_header_is_refused(tmp_path, name, content):
         AudioReader(tmp_path / name)
 
 
+@pytest.mark.parametrize("kind", ["AVR", "NIST", "SVX", "VOC"])
+@pytest.mark.parametrize("missing", [1, 8000])
+def test_seldom_kinds_are_whole_or_refused(tmp_path, kind, missing):
+    path = tmp_path / f"a.{kind.lower()}"
+    samples = np.random.default_rng(0).uniform(-1, 1, (8000, 1 + missing % 2))
+    samples = samples[:, : 1 if kind == "SVX" else None]  # it has but one
+    soundfile.write(path, samples, 8000, "PCM_16", format=kind)
+    whole = path.read_bytes()
+    np.testing.assert_allclose(heard(path), samples[:, 0], atol=1e-4)
+    path.write_bytes(whole[: len(whole) - (kind == "VOC") - missing])
+    with pytest.raises(ValueError, match=rf"a\.{kind.lower()} is cut short"):
+        AudioReader(path)
+    path.write_bytes(whole + whole)
+    with pytest.raises(ValueError, match=r"is of several files"):
+        AudioReader(path)
+
+
+@pytest.mark.parametrize("kind", ["MAT5", "SDS", "XI"])
+def test_kinds_that_cannot_be_checked_are_refused(tmp_path, kind):
+    subtype = "DPCM_16" if kind == "XI" else None
+    path = tmp_path / "a.mat"
+    soundfile.write(path, np.zeros(999), 44100, subtype, format=kind)
+    with pytest.raises(ValueError, match=rf"a\.mat is a file of kind {kind}"):
+        AudioReader(path)
+
+
 @pytest.mark.parametrize("name", ["a.ogg", "a.mp3"])
 def test_joined_streams_of_two_rates_are_refused(tmp_path, name):
     mono(tmp_path / name)

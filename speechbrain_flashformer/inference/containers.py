@@ -40,6 +40,10 @@ BEGINNINGS = {
 LONGEST_BEGINNING = 8  # bytes
 END_OF_STREAM = 4  # flag of an Ogg page
 LARGEST_PAGE = 65307  # bytes, of Ogg
+# Kinds that seldom hold speech, of which it is not known here where they tell
+# how much they hold.
+UNCHECKED = ("MAT4", "MAT5", "MPC2K", "SDS", "WVE", "XI")
+NIST_NUMBER = rb"^%s -i (\d+)"
 MPEG_SUFFIXES = (".mp3", ".mp2", ".mp1", ".mpga")
 
 
@@ -63,7 +67,7 @@ def find_streams(path, name):
     Raises
     ------
     ValueError
-        When the file is cut short.
+        When the file is cut short, or is of a kind for which that is not known.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
@@ -76,11 +80,23 @@ def find_streams(path, name):
                 raise ValueError(
                     f"{name} is cut short, in its header: {REMEDY}"
                 ) from error
+        if stop := _find_end(file, magic, size):
+            if size < stop:
+                raise ValueError(
+                    f"{name} is cut short, it holds {size} of {stop} bytes: "
+                    f"{REMEDY}"
+                )
+            _refuse_joined(name, file, magic, stop, size)
         try:
             with open_sound(path, pieces) as sound:
                 kind, subtype = sound.format, sound.subtype
         except soundfile.SoundFileError:
             kind, subtype = "", ""
+        if kind in UNCHECKED:
+            raise ValueError(
+                f"{name} is a file of kind {kind}, of which is not known here "
+                "whether it is whole: make a WAV file of it"
+            )
         named = str(name).lower().endswith(MPEG_SUFFIXES) and not kind
         if named or subtype.startswith("MPEG"):
             return [mpeg_pieces(name, file, size, REMEDY)]
@@ -136,11 +152,7 @@ def _mend_header(name, file, magic, size):
         or promised != left % 2**32
         and not is_placeholder(promised)
     ):
-        if _is_joined(file, magic, start + promised, size):
-            raise ValueError(
-                f"{name} is of several files that were joined: give them one "
-                "by one, or join them with 'sox FIRST SECOND NEW_FILE.wav'"
-            )
+        _refuse_joined(name, file, magic, start + promised, size)
         return None
     # As RF64, which has no limit; but not every subtype can be in it.
     if magic == b"RIFF" and left >= 2**32:
@@ -163,6 +175,9 @@ def _find_sound(file, magic, size):
         start, promised = struct.unpack(">II", file.read(8))
         return 8, ">I", start, promised, 0
     _, layout, wanted, before, _ = CHUNKS[magic]
+    file.seek(8)
+    if magic == b"FORM" and file.read(4) in (b"8SVX", b"16SV"):
+        wanted, before = b"BODY", 0
     for place, kind, length in _chunks(file, magic, size):
         if kind != wanted:
             continue
@@ -175,6 +190,35 @@ def _find_sound(file, magic, size):
             (length,) = struct.unpack(layout, file.read(8))
         return field, layout, start, length - before, extra
     return None
+
+
+def _find_end(file, magic, size):
+    """Bytes that a file of another kind has by its header; 0 if unknown."""
+    file.seek(0)
+    head = file.read(1024)
+    if magic == b"NIST":
+        words = (b"sample_count", b"channel_count", b"sample_n_bytes")
+        found = [re.search(NIST_NUMBER % word, head, re.M) for word in words]
+        above = head[8:16].strip()
+        if not all(found) or not above.isdigit():
+            return 0
+        count, channels, width = (int(number[1]) for number in found)
+        return int(above) + count * channels * width
+    if magic == b"2BIT" and len(head) >= 30:  # AVR
+        stereo, bits = struct.unpack_from(">HH", head, 12)
+        (count,) = struct.unpack_from(">I", head, 26)
+        return 128 + count * (2 if stereo else 1) * bits // 8
+    stop = 0
+    if head.startswith(b"Creative Voice File") and len(head) >= 22:  # VOC
+        (stop,) = struct.unpack_from("<H", head, 20)
+        # Blocks: a kind, of which 0 is the end, and a size of 24 bits.
+        while stop + 4 <= size:
+            file.seek(stop)
+            (block,) = struct.unpack("<I", file.read(4))
+            if block & 0xFF == 0:
+                return stop + 1
+            stop += 4 + (block >> 8)
+    return stop
 
 
 def _chunks(file, magic, size, place=None):
@@ -192,16 +236,19 @@ def _chunks(file, magic, size, place=None):
         place += -place % align
 
 
-def _is_joined(file, magic, end, size):
-    """Whether another file follows, at once or after chunks."""
+def _refuse_joined(name, file, magic, end, size):
+    """Refuse a file in which another follows, at once or after chunks."""
     file.seek(end)
-    if file.read(4) == magic:
-        return True
-    if magic not in CHUNKS:
-        return False
-    chunks = _chunks(file, magic, size, end + -end % CHUNKS[magic][-1])
-    kinds = (kind[:4] for _, kind, _ in chunks)
-    return any(kind in CHUNKS for kind in takewhile(_is_name, kinds))
+    is_joined = file.read(4) == magic
+    if magic in CHUNKS:
+        chunks = _chunks(file, magic, size, end + -end % CHUNKS[magic][-1])
+        kinds = (kind[:4] for _, kind, _ in chunks)
+        is_joined |= any(x in CHUNKS for x in takewhile(_is_name, kinds))
+    if is_joined:
+        raise ValueError(
+            f"{name} is of several files that were joined: give them one by "
+            "one, or join them with 'sox FIRST SECOND NEW_FILE.wav'"
+        )
 
 
 def _is_name(kind):
