@@ -42,7 +42,21 @@ def test_steps_are_those_of_torch(adjust, nesterov):
         assert (a - b).norm() < 0.03 * (b - c).norm()
 
 
-def test_orthogonalised_in_float32_is_exact():
+def set_capabilities(monkeypatch, **present):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: present)
+
+
+@pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16", "avx2"])
+def test_bfloat16_only_where_the_cpu_has_instructions(monkeypatch, name):
+    set_capabilities(monkeypatch, **{name: True})
+    matrices = torch.randn(3, 12, 8)
+    found = orthogonalised(matrices, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    is_rounded = torch.equal(found, found.bfloat16().float())
+    assert is_rounded == (name != "avx2")
+
+
+def test_orthogonalised_in_float32_is_exact(monkeypatch):
+    set_capabilities(monkeypatch)
     matrices = torch.randn(3, 12, 8)
     ours = orthogonalised(matrices, (3.4445, -4.7750, 2.0315), 5, 1e-7)
     for matrix, result in zip(matrices, ours):

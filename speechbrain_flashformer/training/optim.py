@@ -13,7 +13,8 @@ class Muon(torch.optim.Muon):
 
     torch orthogonalises in bfloat16, one weight after another. A CPU without
     bfloat16 instructions then spends more time here than in the network. This
-    one works in float32 but on CUDA, and on all matrices of one shape at once.
+    one works in float32 where there are none, and on all matrices of one shape
+    at once.
 
     Arguments
     ---------
@@ -124,10 +125,13 @@ def orthogonalised(matrices, coefficients, steps, eps):
 
 
 def _precision(device):
-    """bfloat16 where the device has instructions for it, and many of them."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(False):
-        return torch.bfloat16
-    return torch.float32
+    """bfloat16 where the device has instructions for it, else float32."""
+    if device.type == "cpu":
+        here = torch.cpu.get_capabilities()
+        fast = here.get("avx512_bf16") or here.get("amx_bf16")
+    else:
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+    return torch.bfloat16 if fast else torch.float32
 
 
 def matrix_groups(module):
