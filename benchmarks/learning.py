@@ -14,8 +14,9 @@ SEED, for so many --examples or --minutes of training.
 MODEL is NAME[:KEY=VALUE]...: a size of hparams/ with numbers of its yaml
 (tiny:d_model=96:window=(62,62)), conv-tasnet, sepformer, re-sepformer, skim,
 dprnn, or with the extra ``bench`` mossformer2 or fla-sepreformer.
-Further keys are ``optimizer`` (muon, the recipe's pair, the default of ours; or
-adamw, that of the peers), ``lr``, ``batch``, ``crop`` (samples; (4000,12000)
+Further keys are ``optimizer`` (muon, the recipe's pair, the default of ours;
+muon-inner, that without the input projection and the mask head; or adamw, that
+of the peers), ``lr``, ``batch``, ``crop`` (samples; (4000,12000)
 goes from one to the other in the first 70 %, as batch may), ``levels`` (how
 much of the difference in level between the speakers is kept; (0,1) goes
 likewise), ``speeds`` (least and greatest, in percent), ``precision=bf16``,

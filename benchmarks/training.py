@@ -24,6 +24,9 @@ TEST_SECONDS = 4
 SPEEDS = (95, 105)
 MAX_GRAD_NORM = 5
 PRECISIONS = ("fp32", "bf16")
+OPTIMIZERS = ("muon", "muon-inner", "adamw")
+# Of the masknet: muon-inner leaves them to AdamW.
+ENDS = ("project.weight", "masks.weight")
 LOSSES = {"si-snr": pit_si_snr_loss, "snr": pit_snr_loss}
 # Keys that may change from one number to another over the first part of a
 # training.
@@ -69,8 +72,8 @@ def parse(entry):
         "absent": 0.0,
     }
     training |= {k: numbers.pop(k) for k in list(numbers) if k in training}
-    if training["optimizer"] not in ("muon", "adamw"):
-        raise ValueError(f"{entry}: optimizer is muon or adamw")
+    if training["optimizer"] not in OPTIMIZERS:
+        raise ValueError(f"{entry}: optimizer is {' or '.join(OPTIMIZERS)}")
     if training["loss"] not in LOSSES:
         raise ValueError(f"{entry}: loss is {' or '.join(LOSSES)}")
     if not 0 <= training["absent"] <= 1:
@@ -99,7 +102,12 @@ def make_optimizers(model, kind, lr):
     """AdamW, or the recipe's pair: Muon on the masknet's matrices."""
     if kind == "adamw":
         return [torch.optim.AdamW(model.parameters(), lr)]
-    matrices = matrix_groups(model.parts[1])
+    masknet = model.parts[1]
+    matrices = matrix_groups(masknet)
+    if kind == "muon-inner":
+        ends = {id(masknet.get_parameter(name)) for name in ENDS}
+        for group in matrices:
+            group["params"] = [p for p in group["params"] if id(p) not in ends]
     taken = {id(p) for group in matrices for p in group["params"]}
     rest = [p for p in model.parameters() if id(p) not in taken]
     return [

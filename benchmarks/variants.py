@@ -68,7 +68,7 @@ class EarlySplit(FlashFormer):
         return x
 
     def ascend(self, x, skips, past):
-        """Tokens [S B, T, C] to masks [S, B, N, L]."""
+        """Tokens [S B, T, C] to frames [S B, L, C]."""
         S = self.speakers
         skips = [
             (
@@ -77,7 +77,11 @@ class EarlySplit(FlashFormer):
             )
             for skip, mask in skips
         ]
-        return super().ascend(x, skips, past)[0].unflatten(0, (S, -1))
+        return super().ascend(x, skips, past)
+
+    def head(self, x):
+        """Frames [S B, L, C] to masks [S, B, N, L]."""
+        return super().head(x)[0].unflatten(0, (self.speakers, -1))
 
 
 class StageLosses(FlashFormer):
@@ -96,10 +100,16 @@ class StageLosses(FlashFormer):
         return stages if self.training else stages[:1]
 
     def ascend(self, stages, skips, past):
-        """Masks [S, B, N, L]; in training [layers S, B, N, L]."""
+        """Frames [B, L, C]; in training [layers B, L, C]."""
         return torch.cat(
-            [super(StageLosses, self).ascend(x, skips, past) for x in stages]
+            [super(StageLosses, self).ascend(x, [*skips], past) for x in stages]
         )
+
+    def head(self, x):
+        """Masks [S, B, N, L]; in training [layers S, B, N, L]."""
+        stages = len(self.layers) if self.training else 1
+        masks = super().head(x).unflatten(1, (stages, -1))
+        return masks.transpose(0, 1).flatten(0, 1)
 
 
 VARIANTS = {
@@ -128,6 +138,9 @@ class NoUpdate(nn.Module):
 class FrameNorm(nn.LayerNorm):
     """In the place of the global norm: each frame to one level."""
 
+    def reference(self, *_):
+        """Nothing but the frame itself."""
+
     def forward(self, x, *_):
         """Normalise x [B, L, N]."""
         return super().forward(x)
@@ -136,23 +149,20 @@ class FrameNorm(nn.LayerNorm):
 class UniformNorm(GlobalNorm):
     """In the place of the global norm: gLN, in which all frames count alike."""
 
-    def forward(self, x, *_):
-        """Normalise x [B, L, N]."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        given = wide.mean((1, 2)), wide.square().mean((1, 2))
-        return super().forward(x, statistics=given)
+    def reference(self, x, *_):
+        """Mean and mean square [B] of x [B, L, N]."""
+        return x.float().mean((1, 2)), x.float().square().mean((1, 2))
 
 
 class EnergyNorm(GlobalNorm):
     """In the place of the global norm: frames count by their energy."""
 
-    def forward(self, x, *_):
-        """Normalise x [B, L, N]."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        energy = wide.square().mean(2)
+    def reference(self, x, *_):
+        """Mean and mean square [B] of x [B, L, N]."""
+        energy = x.float().square().mean(2)
         share = energy / energy.sum(1, keepdim=True).clamp(min=self.eps**2)
-        mean = (share * wide.mean(2)).sum(1)
-        return super().forward(x, statistics=(mean, (share * energy).sum(1)))
+        mean = (share * x.float().mean(2)).sum(1)
+        return mean, (share * energy).sum(1)
 
 
 class PastNorm(CumulativeNorm):
@@ -161,10 +171,6 @@ class PastNorm(CumulativeNorm):
     def __init__(self, channels):
         # 20 s of tiny's frames, more than the bench ever hears at once.
         super().__init__(channels, span=10000)
-
-    def forward(self, x, *_):
-        """Normalise x [B, L, N]."""
-        return super().forward(x)
 
 
 NORMS = {

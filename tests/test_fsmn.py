@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from speechbrain_flashformer.nnet import fsmn
+from speechbrain_flashformer.nnet import pieces as nnet_pieces
 from speechbrain_flashformer.nnet.fsmn import FSMN, GatedFSMN
 
 
@@ -78,7 +78,7 @@ def test_segments_give_what_the_whole_gives(monkeypatch, T, lookahead):
     )
     for mask in (None, keep):
         whole = block(x, mask).detach()
-        monkeypatch.setattr(fsmn, "CHUNK", 10)
+        monkeypatch.setattr(nnet_pieces, "PIECE", 10)
         sizes.clear()
         with torch.no_grad():
             torch.testing.assert_close(block(x, mask), whole)

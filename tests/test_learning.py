@@ -147,7 +147,10 @@ def test_all_models_learn_from_the_same_mixtures(
         ("tiny:colour=3 --examples 8", "colour"),
         ("tiny:without=sense --examples 8", "without is one of attention"),
         ("tiny:lr=high --examples 8", "lr is a number above 0"),
-        ("tiny:optimizer=sgd --examples 8", "optimizer is muon or adamw"),
+        (
+            "tiny:optimizer=sgd --examples 8",
+            "optimizer is muon or muon-inner or adamw",
+        ),
         ("tiny:precision=half --examples 8", "precision is fp32 or bf16"),
         ("tiny:flip=half --examples 8", "flip is 0, 0.5 or 1"),
         ("tiny:speeds=95 --examples 8", "speeds is (LEAST,GREATEST)"),

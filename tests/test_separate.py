@@ -5,7 +5,8 @@ import torch
 import torch.nn as nn
 from speechbrain.lobes.models.dual_path import Decoder, Encoder
 
-from speechbrain_flashformer import FlashFormer
+from speechbrain_flashformer import FlashFormer, build
+from speechbrain_flashformer.nnet import pieces
 from speechbrain_flashformer.nnet.separator import separate
 
 
@@ -95,3 +96,35 @@ def test_wrappers_hand_on_lengths(model):
     expected = separate(mixture, encoder, masknet, decoder, lengths)
     wrapped = separate(mixture, encoder, Wrapper(masknet), decoder, lengths)
     torch.testing.assert_close(wrapped, expected)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [None, [1.0, 0.6]])
+def test_pieces_give_what_the_whole_gives(monkeypatch, causal, lengths):
+    """Without gradients; no more masks exist at once than a piece has."""
+    separator = build("tiny", num_layers=2, causal=causal, window=(9, 9)).eval()
+    masknet, sizes = separator.masknet, []
+    masknet.masks.register_forward_hook(
+        lambda _, given, out: sizes.append(out.shape[1])
+    )
+    lengths = None if lengths is None else torch.tensor(lengths)
+    mixture = torch.randn(2, 5003)
+    parts = separator.encoder, masknet, separator.decoder
+    whole = separate(mixture, *parts, lengths).detach()
+    monkeypatch.setattr(pieces, "PIECE", 50)
+    sizes.clear()
+    with torch.no_grad():
+        found = separate(mixture, *parts, lengths)
+    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-4)
+    assert max(sizes) == 50 and sum(sizes) == 312
+
+
+def test_what_pieces_share_has_its_bias_once(model, monkeypatch):
+    encoder, masknet, _ = model
+    decoder = Decoder(12, 1, kernel_size=16, stride=8, bias=True)
+    mixture = torch.randn(1, 5000)
+    whole = separate(mixture, encoder, masknet, decoder).detach()
+    monkeypatch.setattr(pieces, "PIECE", 50)
+    with torch.no_grad():
+        found = separate(mixture, encoder, masknet, decoder)
+    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-4)

@@ -22,10 +22,13 @@ from speechbrain_flashformer.nnet.layers import (
     rate_widths,
 )
 from speechbrain_flashformer.nnet.norm import CumulativeNorm, GlobalNorm
+from speechbrain_flashformer.nnet.pieces import in_pieces, pieces
 from speechbrain_flashformer.nnet.positions import (
     Places,
     begun_mask,
+    check_frames,
     length_mask,
+    receptive_field,
 )
 
 
@@ -148,7 +151,7 @@ class FlashFormer(nn.Module):
         others = (window, token_stride, future_tokens, nhead, list(dilations))
         self.signature = str((shapes, *others, norm_span))
 
-    def forward(self, mix_w, lengths=None, statistics=None):
+    def forward(self, mix_w, lengths=None, statistics=None, decode=None):
         """Estimate the masks.
 
         Arguments
@@ -161,49 +164,54 @@ class FlashFormer(nn.Module):
         statistics : tuple of torch.Tensor, optional
             Mean and mean square [B] of the encoder output over the recordings
             that the rows are parts of; each row's own by default.
+        decode : callable, optional
+            Takes the masks piece by piece, ``decode(masks, frames)`` with a
+            slice of frames, as all of a long recording need much memory.
 
         Returns
         -------
         torch.Tensor
-            Masks, [S, B, N, L], non-negative. Raises a ValueError when
-            something does not fit, or a causal network is given statistics.
+            Masks, [S, B, N, L], non-negative; None with decode. Raises a
+            ValueError when something does not fit, or a causal network is
+            given statistics.
         """
-        shape = tuple(mix_w.shape)
-        if len(shape) != 3 or shape[1] != self.in_channels or 0 in shape:
-            raise ValueError(
-                f"FlashFormer takes [batch, {self.in_channels}, frames], one "
-                f"or more of each, got {shape}"
-            )
+        lengths = check_frames(mix_w, lengths, self.in_channels)
         L = mix_w.shape[2]
-        if lengths is not None:
-            if lengths.shape != mix_w.shape[:1] or lengths.is_floating_point():
-                raise ValueError(
-                    f"lengths must be [{mix_w.shape[0]}], whole numbers of "
-                    f"frames, got {lengths.dtype} {tuple(lengths.shape)}"
-                )
-            lengths = lengths.clamp(1, L)
-        if not self.causal:
-            return self.step(mix_w, lengths, statistics)[..., :L]
-        if statistics is not None:
-            raise ValueError("a causal network takes no statistics")
-        # Silence follows the end, as at the end of a stream.
-        mask = length_mask(lengths, L, mix_w.device)
-        mix_w = mix_w if mask is None else mix_w * mask.mT
         late = self.future_tokens * self.token_stride
-        mix_w = F.pad(mix_w, (0, -L % self.token_stride + late))
-        return self.step(mix_w)[..., late : late + L]
+        if self.causal:
+            if statistics is not None:
+                raise ValueError("a causal network takes no statistics")
+            # Silence follows the end, as at the end of a stream.
+            mask = length_mask(lengths, L, mix_w.device)
+            mix_w = mix_w if mask is None else mix_w * mask.mT
+            mix_w = F.pad(mix_w, (0, -L % self.token_stride + late))
+            lengths = None
+        x = self.features(mix_w, lengths, statistics)[:, late : late + L]
+        if decode is None:
+            return self.head(x)
+        for frames in pieces(L):
+            decode(self.head(x[:, frames]), frames)
+        return None
 
-    def step(self, mix_w, lengths=None, statistics=None, context=None):
+    def step(self, mix_w, context):
+        """Masks [S, B, N, L] of ``features``."""
+        return self.head(self.features(mix_w, context=context))
+
+    def features(self, mix_w, lengths=None, statistics=None, context=None):
         """The way through the U, of whole recordings or of a stream.
 
         Arguments are those of ``forward``, but that a causal network takes
-        whole tokens, and the context of a stream, which is changed. The masks
-        [S, B, N, L] lag by future_tokens.
+        whole tokens, and the context of a stream, which is changed. The
+        frames [B, L, C] of masks lag by future_tokens.
         """
         past = self.no_past if context is None else context
         mask = length_mask(lengths, mix_w.shape[2], mix_w.device)
-        given = past["norm"] or statistics
-        x = self.project(self.norm_in(mix_w.mT, mask, given))
+        y = mix_w.mT
+        given = past["norm"] or statistics or self.norm_in.reference(y, mask)
+        x = in_pieces(
+            lambda part: self.project(self.norm_in(y[:, part], given)),
+            y.shape[1],
+        )
         # An exported graph, for all lengths, has whole tokens from the start.
         if torch.compiler.is_exporting() and context is None:
             fill = (0, 0, 0, -x.shape[1] % self.token_stride)
@@ -219,11 +227,11 @@ class FlashFormer(nn.Module):
                 x = F.pad(x, (0, 0, 0, -x.shape[1] % self.ratio))
             x = merge(x.unflatten(1, (-1, self.ratio)).flatten(2))
         x = self.attend(x, mask, lengths, past)
-        masks = self.ascend(x, skips, past)
+        x = self.ascend(x, skips, past)
         if context is not None:
             passed = mix_w.shape[2] // self.token_stride
             context["tokens"] = past["tokens"] + passed
-        return masks
+        return x
 
     def attend(self, x, mask, lengths, past):
         """All layers on tokens [B, T, C]; mask is theirs, lengths of frames."""
@@ -233,17 +241,22 @@ class FlashFormer(nn.Module):
         return x
 
     def ascend(self, x, skips, past):
-        """Tokens [B, T, C] to masks [S, B, N, L]."""
+        """Tokens [B, T, C] to frames [B, L, C]."""
         begun = begun_mask(x, past["tokens"], self.future_tokens)
         for i, split in reversed(list(enumerate(self.split))):
             x = split(x).unflatten(2, (self.ratio, -1)).flatten(1, 2)
-            skip, mask = skips[i]
+            skip, mask = skips.pop()  # and its memory goes
             if not torch.compiler.is_exporting():
                 x = x[:, : skip.shape[1]]
             if begun is not None:
                 begun = mask = begun.repeat_interleave(self.ratio, 1)
-            x = self.up[i](x + skip, mask, past["up"][i])
-        masks = self.masks(self.norm_out(x)).transpose(1, 2).relu()
+            x, skip = x + skip, None
+            x = self.up[i](x, mask, past["up"][i])
+        return x
+
+    def head(self, x):
+        """Frames [B, L, C] to masks [S, B, N, L]."""
+        masks = self.masks(self.norm_out(x)).mT.relu()
         return masks.unflatten(1, (self.num_spks, -1)).transpose(0, 1)
 
     def run_layer(self, layer, *arguments):
@@ -282,19 +295,5 @@ class FlashFormer(nn.Module):
 
     @property
     def receptive_field(self):
-        """Frames to the (left, right) that an output depends on; -1: all.
-
-        Beyond them only the statistics of the input norm matter.
-        """
-        sides = []
-        for side, tokens in enumerate((0, self.future_tokens)):
-            windows = [layer.attention.window[side] for layer in self.layers]
-            tokens += sum(windows)
-            tokens += sum(x.fsmn.receptive_field[side] for x in self.layers)
-            # A frame sees all frames of its own token.
-            frames = (tokens + 1) * self.token_stride - 1
-            # One FSMN block per rate on the way down and one on the way up.
-            for i, block in enumerate(self.down):
-                frames += 2 * block.receptive_field[side] * 2**i
-            sides.append(-1 if min(windows) < 0 else frames)
-        return tuple(sides)
+        """Frames to the (left, right) that an output depends on; -1: all."""
+        return receptive_field(self)

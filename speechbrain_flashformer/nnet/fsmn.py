@@ -19,6 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from speechbrain_flashformer.nnet.pieces import in_pieces
+
 
 def depthwise_filter(x, weight, pad):
     """Filter each channel of x [B, T, C] along T with weight [C, 1, 1, taps].
@@ -194,11 +196,6 @@ class FSMN(nn.Module):
         return memory[:, :T]
 
 
-# Frames that a block runs at once when no gradient is asked for: larger chunks
-# fall out of the cache, 300 s took 1.4 times as long per second.
-CHUNK = 8192
-
-
 class GatedFSMN(nn.Module):
     """A residual block: one branch remembers, the other gates it.
 
@@ -264,27 +261,15 @@ class GatedFSMN(nn.Module):
         torch.Tensor
             [B, T, C].
         """
-        # torch.jit.trace checks a trace made with gradients by one without, and
-        # a length that is asked for is in the trace: it is asked for in both.
-        if (
-            torch.compiler.is_exporting()
-            or context is not None
-            or x.shape[1] <= CHUNK
-            or torch.is_grad_enabled()
-        ):
+        if context is not None:
             return self._run(x, mask, context)
-        # The receptive field is finite, so chunks with that much around them
-        # give exactly what the whole gives.
-        past, future = self.receptive_field
-        parts = []
-        for start in range(0, x.shape[1], CHUNK):
-            first = max(0, start - past)
-            span = slice(first, start + CHUNK + future)
-            part = self._run(
-                x[:, span], None if mask is None else mask[:, span]
-            )
-            parts.append(part[:, start - first :][:, :CHUNK])
-        return torch.cat(parts, 1)
+        return in_pieces(
+            lambda frames: self._run(
+                x[:, frames], None if mask is None else mask[:, frames]
+            ),
+            x.shape[1],
+            self.receptive_field,
+        )
 
     def _run(self, x, mask, context=None):
         gate, memory = self.expand(self.norm(x)).chunk(2, dim=-1)

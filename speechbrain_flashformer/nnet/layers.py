@@ -13,6 +13,7 @@ from speechbrain_flashformer.nnet.attention import (
     check_window,
 )
 from speechbrain_flashformer.nnet.fsmn import GatedFSMN
+from speechbrain_flashformer.nnet.pieces import in_pieces
 from speechbrain_flashformer.nnet.rotary import rotate
 from speechbrain_flashformer.nnet.window import run_kernel
 
@@ -189,19 +190,34 @@ class Attention(nn.Module):
         torch.Tensor
             [B, T, C].
         """
+        if context is None:
+            # Keys outside of the window are not missed.
+            if positions.rows is None and min(self.window) >= 0:
+                return in_pieces(
+                    lambda tokens: self._run(x, positions, tokens),
+                    x.shape[1],
+                    self.window,
+                )
+            return self._run(x, positions)
+        q, k, v = self._project(x, positions.angles)
+        k = torch.cat([context["keys"], k], 1)
+        v = torch.cat([context["values"], v], 1)
+        context["keys"] = k[:, x.shape[1] :]
+        context["values"] = v[:, x.shape[1] :]
+        out = run_kernel(q, k, v, attn_mask=positions.visible)
+        return self.out(out.flatten(2))
+
+    def _run(self, x, positions, tokens=slice(None)):
+        angles = [angle[tokens] for angle in positions.angles]
+        q, k, v = self._project(x[:, tokens], angles)
+        out = attend(q, k, v, self.window, self.backend, positions.rows)
+        return self.out(out.flatten(2))
+
+    def _project(self, x, angles):
         qkv = self.qkv(x).unflatten(2, (3, self.nhead, -1))
         both, v = qkv.split([2, 1], dim=2)
-        q, k = rotate(both.flatten(2, 3), positions.angles).chunk(2, dim=2)
-        v = v.squeeze(2)
-        if context is None:
-            out = attend(q, k, v, self.window, self.backend, positions.rows)
-        else:
-            k = torch.cat([context["keys"], k], 1)
-            v = torch.cat([context["values"], v], 1)
-            context["keys"] = k[:, x.shape[1] :]
-            context["values"] = v[:, x.shape[1] :]
-            out = run_kernel(q, k, v, attn_mask=positions.visible)
-        return self.out(out.flatten(2))
+        q, k = rotate(both.flatten(2, 3), angles).chunk(2, dim=2)
+        return q, k, v.squeeze(2)
 
 
 class FeedForward(nn.Module):
@@ -229,6 +245,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         """Run on x [B, T, C]."""
+        return in_pieces(lambda part: self._run(x[:, part]), x.shape[1])
+
+    def _run(self, x):
         gate, value = self.expand(x).chunk(2, dim=-1)
         return self.out(F.silu(gate) * value)
 
@@ -281,9 +300,10 @@ class FlashFormerLayer(nn.Module):
     def forward(self, x, positions, mask=None, context=None):
         """Run on x [B, T, C]; see ``Attention`` and ``FSMN``."""
         past = context or {"attention": None, "fsmn": None}
-        update = self.norm_attention(x)
-        update = self.attention(update, positions, past["attention"])
-        x = x + self.dropout(self.scale_attention(update))
+        x = x + self._attend(x, positions, past["attention"])
         x = self.fsmn(x, mask, past["fsmn"])
-        update = self.ffn(self.norm_ffn(x))
-        return x + self.dropout(self.scale_ffn(update))
+        return x + self.dropout(self.scale_ffn(self.ffn(self.norm_ffn(x))))
+
+    def _attend(self, x, positions, context):
+        update = self.attention(self.norm_attention(x), positions, context)
+        return self.dropout(self.scale_attention(update))

@@ -74,6 +74,11 @@ def moments(sums):
     return (sums[:, :2] / sums[:, 2:].clamp(min=FLOOR)).unbind(1)
 
 
+def _wide(x):
+    """In single precision at least: half would overflow in the squares."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class GlobalNorm(nn.Module):
     """Norm over all channels and valid frames of a recording.
 
@@ -100,29 +105,41 @@ class GlobalNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x, mask=None, statistics=None):
+    def reference(self, x, mask=None):
+        """What frames are normalised by.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [B, L, N], all frames of recordings.
+        mask : torch.Tensor, optional
+            [B, L, 1], 0 at padded frames.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            Mean and mean square, [B] each.
+        """
+        return moments(weighted_sums(_wide(x), mask).sum(2))
+
+    def forward(self, x, given=None):
         """Normalise the frames of recordings.
 
         Arguments
         ---------
         x : torch.Tensor
             [B, L, N].
-        mask : torch.Tensor, optional
-            [B, L, 1], 0 at padded frames.
-        statistics : tuple of torch.Tensor, optional
-            Mean and mean square [B] of the recordings that x are parts of,
-            from ``weighted_sums``.
+        given : tuple of torch.Tensor, optional
+            The ``reference`` of the recordings that x are parts of; by default
+            that of x.
 
         Returns
         -------
         torch.Tensor
             [B, L, N].
         """
-        # Autocast would sum the squares in half precision.
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        if statistics is None:
-            statistics = moments(weighted_sums(wide, mask).sum(2))
-        mean, power = (s.to(wide) for s in statistics)
+        wide = _wide(x)
+        mean, power = (s.to(wide) for s in given or self.reference(x))
         variance = (power - mean.square()).clamp(min=0)
         scale = (variance + self.eps**2).rsqrt()
         # One pass over the frames, which are many: gain * x + shift.
@@ -164,15 +181,17 @@ class CumulativeNorm(GlobalNorm):
         wide = torch.promote_types(like.dtype, torch.float32)
         return {"sums": like.new_zeros(len(like), 3, self.span, dtype=wide)}
 
-    def forward(self, x, mask=None, context=None):
+    def reference(self, x, mask=None):
+        """The past of frames x: silence. Padding comes after all that count."""
+        return self.make_streaming_context(x)
+
+    def forward(self, x, context=None):
         """Normalise frames by those before them.
 
         Arguments
         ---------
         x : torch.Tensor
             [B, L, N].
-        mask : torch.Tensor, optional
-            Not used: padding comes after all that count.
         context : dict, optional
             Of a stream whose next frames x are; changed.
 
@@ -181,8 +200,7 @@ class CumulativeNorm(GlobalNorm):
         torch.Tensor
             [B, L, N].
         """
-        if context is None:
-            context = self.make_streaming_context(x)
+        context = context or self.reference(x)
         past = context["sums"]
         wide = x.to(past.dtype)
         known = torch.cat([past, weighted_sums(wide)], 2)

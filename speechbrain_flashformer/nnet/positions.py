@@ -71,6 +71,24 @@ class Places(nn.Module):
         return Positions(self.rotary(T), rows)
 
 
+def check_frames(mix_w, lengths, channels):
+    """Lengths [B] from 1 to L, or None, if they and [B, N, L] are such."""
+    shape = tuple(mix_w.shape)
+    if len(shape) != 3 or shape[1] != channels or 0 in shape:
+        raise ValueError(
+            f"FlashFormer takes [batch, {channels}, frames], one or more of "
+            f"each, got {shape}"
+        )
+    if lengths is None:
+        return None
+    if lengths.shape != mix_w.shape[:1] or lengths.is_floating_point():
+        raise ValueError(
+            f"lengths must be [{shape[0]}], whole numbers of frames, got "
+            f"{lengths.dtype} {tuple(lengths.shape)}"
+        )
+    return lengths.clamp(1, shape[2])
+
+
 def length_mask(lengths, size, device):
     """True below each length [B], [B, size, 1]; None if all count."""
     if lengths is None:
@@ -90,3 +108,23 @@ def begun_mask(x, seen, late):
         return None
     place = torch.arange(x.shape[1], device=x.device) + begin
     return (place >= late)[None, :, None]
+
+
+def receptive_field(masknet):
+    """Frames to the (left, right) that an output depends on; -1: all.
+
+    Of a ``FlashFormer``. Beyond them only the statistics of the input norm
+    matter.
+    """
+    sides = []
+    for side, tokens in enumerate((0, masknet.future_tokens)):
+        windows = [layer.attention.window[side] for layer in masknet.layers]
+        tokens += sum(windows)
+        tokens += sum(x.fsmn.receptive_field[side] for x in masknet.layers)
+        # A frame sees all frames of its own token.
+        frames = (tokens + 1) * masknet.token_stride - 1
+        # One FSMN block per rate on the way down and one on the way up.
+        for i, block in enumerate(masknet.down):
+            frames += 2 * block.receptive_field[side] * 2**i
+        sides.append(-1 if min(windows) < 0 else frames)
+    return tuple(sides)

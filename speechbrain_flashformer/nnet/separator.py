@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from speechbrain_flashformer.nnet.norm import moments, weighted_sums
+from speechbrain_flashformer.nnet.pieces import pieces
 from speechbrain_flashformer.nnet.positions import length_mask
 
 # The parts of a model, as SpeechBrain's recipes and interfaces call them.
@@ -146,10 +147,29 @@ def separate(mixture, encoder, masknet, decoder, lengths=None, statistics=None):
     if lengths is not None:
         # A frame past the last one of a row may still overlap its end.
         mix_w = mix_w * length_mask(lengths, frames, mix_w.device).mT
-    masks = masknet(mix_w, **options)
-    # One call for all speakers; [S, B, N, L] -> [S B, N, L].
-    sources = decoder((mix_w * masks).flatten(0, 1))
-    sources = sources.view(-1, B, padded)[..., :T].permute(1, 2, 0)
+
+    def _decode(masks, span=slice(None)):
+        # One call for all speakers; [S, B, N, L] -> [S B, N, L].
+        sources = decoder((mix_w[..., span] * masks).flatten(0, 1))
+        return sources.view(len(masks), B, -1)
+
+    def _add(masks, span):
+        nonlocal sources
+        if sources is None:
+            sources = mixture.new_zeros(len(masks), B, padded)
+        part = _decode(masks, span)
+        begin = span.start * stride
+        sources[..., begin : begin + part.shape[2]] += part
+
+    # Where no gradient wants all masks. A bias would be added twice to what
+    # two pieces share.
+    several = len(pieces(frames)) > 1 and takes(masknet, "decode")
+    if several and getattr(decoder, "bias", None) is None:
+        sources = None
+        masknet(mix_w, decode=_add, **options)
+    else:
+        sources = _decode(masknet(mix_w, **options))
+    sources = sources[..., :T].permute(1, 2, 0)
     return sources if lengths is None else sources * mask
 
 
