@@ -3,15 +3,17 @@
 
 > python benchmarks/training_step.py
 
-For the sizes and batches that the recipes train, float32, on one thread and on
-two: seconds of forward and backward, of our optimizer and of torch's Muon, and
-the share that ours takes of a step. Medians, the parts by turns. Writes
+For the sizes and batches that the recipes train, on one thread and on two:
+seconds of forward and backward and of our optimizer, in float32 and in bfloat16
+(slow on a processor without instructions for it); of torch's Muon; and the
+share that ours takes of a step. Medians, the parts by turns. Writes
 results/training_step.csv.
 """
 
 import statistics
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from models import build_separator
@@ -62,25 +64,41 @@ def measure(model, mixtures, seconds):
     ours = Muon(groups, **OPTIONS), torch.optim.AdamW(rest, lr=1e-6)
     matrices = [p for p in masknet.parameters() if p.ndim == 2]
     theirs = (torch.optim.Muon(matrices, **OPTIONS),)
-    times = {"network (s)": [], "optimizer (s)": [], "torch's Muon (s)": []}
-    for _ in range(STEPS + 1):
+
+    def _network(half):
         mixture = torch.randn(mixtures, seconds * RATE)
         targets = torch.randn(mixtures, seconds * RATE, 2)
         model.zero_grad()
-        start = time.perf_counter()
-        pit_snr_loss(targets, model(mixture)).mean().backward()
-        times["network (s)"].append(time.perf_counter() - start)
-        for name, optimizers in zip(list(times)[1:], (ours, theirs)):
-            start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            estimates = model(mixture)
+        pit_snr_loss(targets, estimates.float()).mean().backward()
+
+    def _step(optimizers, capabilities):
+        with mock.patch.object(torch.cpu, "get_capabilities", capabilities):
             for optimizer in optimizers:
                 optimizer.step()
+
+    parts = {
+        "network (s)": (_network, False),
+        "network, bfloat16 (s)": (_network, True),
+        "optimizer (s)": (_step, ours, dict),
+        "optimizer, bfloat16 (s)": (_step, ours, lambda: {"amx_bf16": True}),
+        "torch's Muon (s)": (_step, theirs, dict),
+    }
+    times = {name: [] for name in parts}
+    for _ in range(STEPS + 1):
+        for name, (run, *given) in parts.items():
+            start = time.perf_counter()
+            run(*given)
             times[name].append(time.perf_counter() - start)
     # The first step loads kernels.
     row = {name: statistics.median(x[1:]) for name, x in times.items()}
-    network, optimizer = row["network (s)"], row["optimizer (s)"]
-    share = 100 * optimizer / (network + optimizer)
-    row = {name: round(value, 4) for name, value in row.items()}
-    return row | {"optimizer's share (%)": round(share, 1)}
+    shares = {}
+    for kind in ("", ", bfloat16"):
+        network, step = row[f"network{kind} (s)"], row[f"optimizer{kind} (s)"]
+        share = 100 * step / (network + step)
+        shares[f"optimizer's share{kind} (%)"] = round(share, 1)
+    return {name: round(value, 4) for name, value in row.items()} | shares
 
 
 if __name__ == "__main__":

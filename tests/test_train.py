@@ -9,6 +9,7 @@ import speechbrain as sb
 import torch
 from speechbrain.nnet.schedulers import WarmCoolDecayLRSchedule
 
+from speechbrain_flashformer import FlashFormer
 from speechbrain_flashformer.training.data import EpochSampler
 from speechbrain_flashformer.training.schedules import (
     steps_per_epoch,
@@ -191,3 +192,12 @@ def test_a_recipe_that_was_moved_says_what_it_lacks(tmp_path):
     assert train.load_settings(moved, output)["modules"]
     with pytest.raises(SystemExit, match="^no file .*none.yaml"):
         train.load_settings(str(tmp_path / "none.yaml"), {})
+
+
+@pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16", "avx2"])
+def test_a_cpu_trains_in_bfloat16_where_it_has_it(monkeypatch, name):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True})
+    ours = FlashFormer(16, d_model=32, num_layers=1, nhead=2)
+    half = name != "avx2"
+    assert train.default_precision("cpu", ours) == ("bf16" if half else "fp32")
+    assert train.default_precision("cpu", torch.nn.Identity()) == "fp32"

@@ -112,7 +112,7 @@ def orthogonalised(matrices, coefficients, steps, eps):
     True
     """
     a, b, c = coefficients
-    x = matrices.to(_precision(matrices.device))
+    x = matrices.bfloat16() if has_fast_bfloat16(matrices.device) else matrices
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT
@@ -124,14 +124,18 @@ def orthogonalised(matrices, coefficients, steps, eps):
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def _precision(device):
-    """bfloat16 where the device has instructions for it, else float32."""
+def has_fast_bfloat16(device):
+    """Whether a device has instructions for bfloat16.
+
+    Example
+    -------
+    >>> has_fast_bfloat16(torch.device("meta"))
+    False
+    """
     if device.type == "cpu":
         here = torch.cpu.get_capabilities()
-        fast = here.get("avx512_bf16") or here.get("amx_bf16")
-    else:
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
-    return torch.bfloat16 if fast else torch.float32
+        return bool(here.get("avx512_bf16") or here.get("amx_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(False)
 
 
 def matrix_groups(module):

@@ -37,6 +37,7 @@ from torch.distributed import (
     is_initialized,
 )
 
+from speechbrain_flashformer import FlashFormer
 from speechbrain_flashformer import hparams as model_yamls
 from speechbrain_flashformer.inference.pack import start_from
 from speechbrain_flashformer.training.brain import Separation
@@ -46,6 +47,7 @@ from speechbrain_flashformer.training.data import (
 )
 from speechbrain_flashformer.training.metrics import check_perceptual
 from speechbrain_flashformer.training.mixing import dynamic_mix_data_prep
+from speechbrain_flashformer.training.optim import has_fast_bfloat16
 from speechbrain_flashformer.training.schedules import (
     steps_per_epoch,
     stretch_schedule,
@@ -90,7 +92,9 @@ def main():
     hparams_file, run_opts, overrides = parse_arguments(sys.argv[1:])
     hparams = load_settings(hparams_file, overrides)
     ddp_init_group(run_opts)
-    hparams.setdefault("precision", default_precision(run_opts["device"]))
+    hparams.setdefault(
+        "precision", default_precision(run_opts["device"], hparams["MaskNet"])
+    )
     # What would otherwise be raised after the training.
     check_perceptual(hparams["more_metrics"], hparams["sample_rate"])
     if hparams["plot_results"]:
@@ -278,10 +282,15 @@ def leave_group():
     os._exit(0)
 
 
-def default_precision(device):
-    """Half precision where the device has a bfloat16 worth using."""
-    on_gpu = "cuda" in (device or infer_device())
-    return "bf16" if on_gpu and torch.cuda.is_bf16_supported(False) else "fp32"
+def default_precision(device, masknet):
+    """Half precision where the device has a bfloat16 worth using.
+
+    On a CPU for our network alone: of others' layers some are slower in it.
+    """
+    device = torch.device(device or infer_device())
+    if device.type == "cpu" and not isinstance(masknet, FlashFormer):
+        return "fp32"
+    return "bf16" if has_fast_bfloat16(device) else "fp32"
 
 
 if __name__ == "__main__":
