@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from models import build_separator
 from records import megabytes
+from training import parse
 
 from speechbrain_flashformer.nnet.macs import count_macs
 from speechbrain_flashformer.training.losses import pit_si_snr_loss
@@ -24,7 +25,8 @@ def measure(task, name, threads, lengths, limit, gigabytes, gmac_per_s):
     """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = build_separator(name)
+    size, _, numbers = parse(name)
+    model = build_separator(size, **numbers)
     model.train(task == "train")
     weights = list(model.parameters())
     optimizer = torch.optim.AdamW(weights, lr=1e-4)

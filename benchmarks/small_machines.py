@@ -1,0 +1,157 @@
+#!/usr/bin/env python3
+"""What the models cost on a small machine: the table of docs/small_machines.md.
+
+> python benchmarks/small_machines.py
+
+Ours (``shipped`` is the network of the models that come with the package) and
+the peers of the same order of cost, random weights, float32, 8 kHz, on one
+thread and on two:
+
+* separation of 4 s and of 60 s at once: computing time over audio time (RTF),
+  and the memory beyond the loaded model, as side_by_side.py measures them;
+* a minute of a stream through the shipped streaming network, in blocks of 16, 8
+  and 4 ms: the load (computing time over audio time) and the 99.9th percentile
+  of a block, by runtime, on one thread;
+* the start: seconds that commands take from nothing to their end, one thread,
+  medians of five.
+
+Each in a process of its own, on a machine that should have nothing else to do
+(``machine load`` tells). Writes results/small_machines.csv and the tables of the
+page.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import inference_speed
+import numpy as np
+import side_by_side
+import soundfile
+from records import write_csv, write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "small_machines.csv"
+PAGE = ROOT / "docs" / "small_machines.md"
+SHIPPED = "num_layers=8"
+MODELS = {
+    "tiny": "flashformer-tiny",
+    "shipped": f"flashformer-tiny:{SHIPPED}",
+    "streaming": "flashformer-streaming",
+    "shipped, streaming": f"flashformer-streaming:{SHIPPED}",
+    "base": "flashformer-base",
+    "SkiM": "skim",
+    "RE-SepFormer": "re-sepformer",
+    "Conv-TasNet": "conv-tasnet",
+}
+SECONDS = (4, 60)
+LIMITS = Namespace(limit=120, memory=16)
+# Runtime and milliseconds of a block.
+STREAMS = (
+    ("torch", 16),
+    ("torch, traced", 16),
+    ("torch, traced", 8),
+    ("torch, traced", 4),
+    ("onnxruntime", 16),
+    ("onnxruntime", 8),
+)
+COMMANDS = {
+    "--help": ["--help"],
+    "info": ["info"],
+    "separate, a file of 5 s": ["separate", "a.wav", "-o", "out"],
+}
+RUNS = 5
+
+
+def main():
+    """Measure all, write the rows and the page."""
+    kept = {"whole": [], "stream": [], "start": []}
+    for what, rows in (("whole", whole()), ("stream", streams())):
+        for row in rows:
+            print(row, flush=True)
+            kept[what].append(row)
+    kept["start"] = starts()
+    text = PAGE.read_text("utf-8")
+    for what, rows in kept.items():
+        text = with_table(text, what, rows)
+    rows = [{"table": k, **row} for k, rows in kept.items() for row in rows]
+    columns = dict.fromkeys(key for row in rows for key in row)
+    write_csv(RESULTS, rows, tuple(columns))
+    write_text(PAGE, text)
+
+
+def whole():
+    """Rows of separation at once."""
+    for title, name in MODELS.items():
+        row = {"model": title}
+        for threads in (1, 2):
+            job = "separate", name, threads, SECONDS, LIMITS
+            for found in side_by_side.one_job(*job):
+                seconds, rtf = found["seconds"], found["rtf"]
+                row["parameters (M)"] = found["parameters_m"]
+                row["GMAC/s"] = found["gmac_per_s"]
+                if found["outcome"] != "ok":
+                    rtf = found["outcome"].split(":")[0]
+                row[f"RTF, {seconds} s, {threads} thread(s)"] = rtf
+                row[f"MB, {seconds} s"] = found["extra_peak_mb"]
+        yield {**row, "machine load": round(os.getloadavg()[0], 1)}
+
+
+def streams():
+    """Rows of a stream."""
+    for runtime, block in STREAMS:
+        job = runtime, 1, 1, block / 1000, SHIPPED
+        found = inference_speed.run_alone("stream", *job)
+        yield {
+            "runtime": runtime,
+            "block (ms)": block,
+            "load": found["load"],
+            "99.9th percentile (ms)": found["99.9th percentile (ms)"],
+            "machine load": found["machine load"],
+        }
+
+
+def starts():
+    """Rows of commands."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        noise = 0.1 * np.random.default_rng(0).standard_normal(40000)
+        soundfile.write(Path(folder, "a.wav"), noise, 8000)
+        for name, words in COMMANDS.items():
+            times = []
+            for _ in range(RUNS):
+                start = time.perf_counter()
+                subprocess.run(
+                    [sys.executable, "-m", "speechbrain_flashformer.cli"]
+                    + [*words, *(["--overwrite"] if "-o" in words else [])],
+                    cwd=folder,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    check=True,
+                    capture_output=True,
+                )
+                times.append(time.perf_counter() - start)
+            seconds = round(statistics.median(times), 2)
+            rows.append({"command": f"flashformer {name}", "seconds": seconds})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def with_table(text, name, rows):
+    """A page with a table between its marks."""
+    start, end = f"<!-- table: {name} -->\n", "<!-- end of table -->\n"
+    lines = [" | ".join(rows[0]), "|".join("---" for _ in rows[0])]
+    lines += [" | ".join(map(str, row.values())) for row in rows]
+    before, after = text.split(start)
+    table = "".join(f"| {line} |\n" for line in lines)
+    return before + start + table + end + after.split(end, 1)[1]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        sys.exit(__doc__)
+    main()
