@@ -4,6 +4,10 @@ import os
 from pathlib import Path
 
 from speechbrain_flashformer.cli.messages import OK, UsageError
+from speechbrain_flashformer.inference.options import (
+    CHOICES,
+    SeparationOptions,
+)
 
 TRUST = (
     "let the model's yaml run any code: only for one whose maker you trust "
@@ -20,6 +24,18 @@ def add_model_options(add):
     )
     add("--trust", action="store_true", help=TRUST)
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if any)")
+
+
+def add_runtime(add):
+    """Add --runtime."""
+    add(
+        "--runtime",
+        default=SeparationOptions.runtime,
+        choices=CHOICES["runtime"],
+        help="what runs a stream: torch; onnx, which is onnxruntime on the CPU "
+        "and takes some seconds to export the model the first time; auto "
+        "(default), which is onnx if that was done before, else torch",
+    )
 
 
 def model_folder(name):

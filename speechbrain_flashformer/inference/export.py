@@ -61,7 +61,7 @@ def export_onnx(model, path, overwrite=False):
         When onnxruntime and torch disagree.
     """
     _check_can_write(path, overwrite)
-    network = Separator(*_networks(model)).eval()
+    network = Separator(*networks_on_cpu(model)).eval()
     rate = model.hparams.sample_rate
     any_size = torch.export.Dim.DYNAMIC
     with torch.no_grad(), _quiet():
@@ -119,7 +119,7 @@ def export_streaming_onnx(model, path, overwrite=False, block=16.0):
     """
     _check_can_write(path, overwrite)
     model.make_stream()  # or tell why not
-    networks = _networks(model)
+    networks = networks_on_cpu(model)
     step = StreamingStep(*networks).eval()
     rate = model.hparams.sample_rate
     tokens = round(block * rate / 1000 / step.token)
@@ -150,11 +150,11 @@ def export_streaming_onnx(model, path, overwrite=False, block=16.0):
         )
     latency = size + step.kernel - step.stride + step.delay
     properties = {"latency": latency, "delay": step.delay}
-    check = partial(_check_streaming, networks, step, size=size)
+    check = partial(check_streaming, networks, tokens=tokens)
     return _write(program, path, model, properties, check)
 
 
-def _networks(model):
+def networks_on_cpu(model):
     """Encoder, masknet and decoder, apart from the model, on the CPU."""
     networks = [unwrapped(model.mods[name]) for name in MODULES]
     weights = sum(p.nbytes for net in networks for p in net.parameters())
@@ -201,7 +201,6 @@ def _quiet():
 def _write(program, path, model, properties, check):
     """Write what torch.onnx gave, once ``check(session)`` has passed."""
     import onnx
-    import onnxruntime
 
     graph, path = program.model_proto, Path(path)
     # Where in the source each node came from: more bytes than the weights.
@@ -218,12 +217,19 @@ def _write(program, path, model, properties, check):
     )
     with written_beside(path) as partial_path:
         onnx.save(graph, str(partial_path))
-        check(
-            onnxruntime.InferenceSession(
-                str(partial_path), providers=["CPUExecutionProvider"]
-            )
-        )
+        check(onnx_session(partial_path))
     return path
+
+
+def onnx_session(path, threads=0):
+    """A session of onnxruntime on the CPU; 0 threads are its own choice."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(
+        str(path), options, providers=["CPUExecutionProvider"]
+    )
 
 
 def _check(network, session, rate):
@@ -237,13 +243,31 @@ def _check(network, session, rate):
         _compare(torch.from_numpy(sources), expected, what)
 
 
-def _check_streaming(networks, step, session, size):
-    """Compare the graph with a stream in torch, from its beginning."""
+def check_streaming(networks, session, tokens, blocks=CHECKED_BLOCKS):
+    """Compare the graph with a stream in torch, from its beginning.
+
+    Arguments
+    ---------
+    networks : list of torch.nn.Module
+        Encoder, masknet and decoder, on the CPU.
+    session : onnxruntime.InferenceSession
+        Of a step of so many tokens.
+    tokens : int
+        In a block.
+    blocks : int
+        How many are compared.
+
+    Raises
+    ------
+    RuntimeError
+        When they differ.
+    """
     for batch in (1, 3):
         stream = StreamingSeparator(*networks, batch)
+        step = stream.step
         state = {k: v.numpy() for k, v in step.make_state(batch).items()}
-        start = state["samples"].shape[1]
-        mixture = 0.1 * torch.randn(batch, start + CHECKED_BLOCKS * size)
+        start, size = state["samples"].shape[1], tokens * step.token
+        mixture = 0.1 * torch.randn(batch, start + blocks * size)
         state["samples"] = mixture[:, :start].numpy()
         expected, out = stream.feed(mixture), []
         for block in mixture[:, start:].split(size, 1):
@@ -253,8 +277,7 @@ def _check_streaming(networks, step, session, size):
             state = dict(zip(state, new))
             out.append(torch.from_numpy(sources))
         out = torch.cat(out, 1)[:, step.delay :]
-        what = f"{batch} streams of {CHECKED_BLOCKS} blocks"
-        _compare(out, expected, what)
+        _compare(out, expected, f"{batch} streams of {blocks} blocks")
 
 
 def _compare(sources, expected, what):
