@@ -30,6 +30,9 @@ With ``--table ablation_at_inference``: mean SI-SNRi in dB of all mixtures, with
 a part of the network taken away. Nothing is trained again: a network that never
 had the part might do without it, so this does not measure what a part is worth,
 but a part that is hardly missed is idle. Not for causal models.
+
+MODEL may also be an .onnx of ``flashformer export``, for sets of mixtures; its
+row is printed alone.
 """
 
 import argparse
@@ -38,6 +41,7 @@ import itertools
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import soundfile
@@ -47,6 +51,7 @@ from records import write_csv
 
 from speechbrain_flashformer.inference import FlashFormerSeparation
 from speechbrain_flashformer.inference.chunks import ChunkPlan, ChunkSeparator
+from speechbrain_flashformer.inference.export import onnx_session
 from speechbrain_flashformer.training.metrics import best_order, reorder, si_snr
 from speechbrain_flashformer.training.mixing import DynamicMixtures
 from speechbrain_flashformer.training.recordings import find_recordings
@@ -90,12 +95,35 @@ def main(words=None):
                 rows.append(row)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"evaluate_model.py: {error}")
-    write_csv(RESULTS / f"{options.table}.csv", rows)
+    if not options.model.endswith(".onnx"):
+        write_csv(RESULTS / f"{options.table}.csv", rows)
+
+
+class OnnxModel:
+    """What ``flashformer export`` wrote, in the place of a model."""
+
+    def __init__(self, path):
+        session = onnx_session(path)
+        self.run = session.run
+        properties = session.get_modelmeta().custom_metadata_map
+        rate = int(properties["sample_rate"])
+        self.hparams = SimpleNamespace(sample_rate=rate)
+
+    def separate_batch(self, mix):
+        """Sources [B, T, S] of mixtures [B, T]."""
+        return torch.from_numpy(self.run(None, {"mixture": mix.numpy()})[0])
+
+
+def load(source):
+    """A packed folder, or an .onnx file."""
+    if source.endswith(".onnx"):
+        return OnnxModel(source)
+    return FlashFormerSeparation.from_hparams(source)
 
 
 def quality(model, sets):
     """A row for each set."""
-    model = FlashFormerSeparation.from_hparams(model)
+    model = load(model)
     for name, folder in sets:
         row = {"set": name, **score(model, folder)}
         yield dict.fromkeys(COLUMNS, "") | row
@@ -103,7 +131,7 @@ def quality(model, sets):
 
 def robustness(model, sets):
     """A row for each condition."""
-    model = FlashFormerSeparation.from_hparams(model)
+    model = load(model)
     heard = {
         name: [
             torch.stack(signals, 1)

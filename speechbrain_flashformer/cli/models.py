@@ -134,6 +134,12 @@ def _add_export(add):
         metavar="MS",
         help="milliseconds of a step with --streaming (default 16)",
     )
+    add(
+        "--int8",
+        action="store_true",
+        help="weights of linear layers in 8 bits: half the file and a little "
+        "less time, about 30 dB from exact",
+    )
     add("--overwrite", action="store_true", help="replace OUT.onnx")
 
 
@@ -146,9 +152,9 @@ def _export(parsed):
     arguments = model, parsed.out, parsed.overwrite
     if parsed.streaming:
         block = 16.0 if parsed.block is None else parsed.block
-        path = export.export_streaming_onnx(*arguments, block)
+        path = export.export_streaming_onnx(*arguments, block, int8=parsed.int8)
     else:
-        path = export.export_onnx(*arguments)
+        path = export.export_onnx(*arguments, int8=parsed.int8)
     print(path)
     return OK
 
