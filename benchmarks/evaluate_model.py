@@ -41,17 +41,16 @@ import itertools
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import soundfile
 import torch
 from conditions import CONDITIONS, ablations
+from exported import load_separation
 from records import write_csv
 
 from speechbrain_flashformer.inference import FlashFormerSeparation
 from speechbrain_flashformer.inference.chunks import ChunkPlan, ChunkSeparator
-from speechbrain_flashformer.inference.export import onnx_session
 from speechbrain_flashformer.training.metrics import best_order, reorder, si_snr
 from speechbrain_flashformer.training.mixing import DynamicMixtures
 from speechbrain_flashformer.training.recordings import find_recordings
@@ -99,31 +98,9 @@ def main(words=None):
         write_csv(RESULTS / f"{options.table}.csv", rows)
 
 
-class OnnxModel:
-    """What ``flashformer export`` wrote, in the place of a model."""
-
-    def __init__(self, path):
-        session = onnx_session(path)
-        self.run = session.run
-        properties = session.get_modelmeta().custom_metadata_map
-        rate = int(properties["sample_rate"])
-        self.hparams = SimpleNamespace(sample_rate=rate)
-
-    def separate_batch(self, mix):
-        """Sources [B, T, S] of mixtures [B, T]."""
-        return torch.from_numpy(self.run(None, {"mixture": mix.numpy()})[0])
-
-
-def load(source):
-    """A packed folder, or an .onnx file."""
-    if source.endswith(".onnx"):
-        return OnnxModel(source)
-    return FlashFormerSeparation.from_hparams(source)
-
-
 def quality(model, sets):
     """A row for each set."""
-    model = load(model)
+    model = load_separation(model)
     for name, folder in sets:
         row = {"set": name, **score(model, folder)}
         yield dict.fromkeys(COLUMNS, "") | row
@@ -131,7 +108,7 @@ def quality(model, sets):
 
 def robustness(model, sets):
     """A row for each condition."""
-    model = load(model)
+    model = load_separation(model)
     heard = {
         name: [
             torch.stack(signals, 1)

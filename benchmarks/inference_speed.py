@@ -13,11 +13,12 @@ MODEL is a packed folder. Each writes results/inference_speed_WHAT.csv:
   at 23 dB).
 * stream: noise in blocks of 16 ms to hparams/flashformer-streaming.yaml (the
   time does not depend on the weights), as fast as it goes: torch with one
-  thread and with two, onnxruntime with one, there in int8 too, each in a process of its own. The
-  first then goes on for an hour in blocks of 1 s, for the memory. Load is time
-  over audio. Columns with ``cpu`` count the processor's time alone, which other
-  programs on the machine (``machine load``) change less. ``old stream over
-  new`` is what a block costs at the end beside one of a stream that just began.
+  thread and with two, onnxruntime with one and there in int8, each in a process
+  of its own. The first then goes on for an hour in blocks of 1 s, for the
+  memory. Load is time over audio. Columns with ``cpu`` count the processor's
+  time alone, which other programs on the machine (``machine load``) change
+  less. ``old stream over new`` is what a block costs at the end beside one of a
+  stream that just began.
 * length: real-time factor and extra peak memory of ``separate_to_files`` for 1
   minute to 2 hours of noise, each in a process of its own.
 """

@@ -26,8 +26,8 @@ EXPORTER_LOG = logging.getLogger("torch.onnx._internal.exporter._registration")
 OPTIONS = {"opset_version": 18, "dynamo": True, "verbose": False}
 # Largest difference from torch that an export may show, relative to the peak.
 TOLERANCE = 1e-4
-# The same in int8: how far the error is to lie below the sources, in dB. At 20 it
-# takes 0.4 dB from a model that separates to 10; on noise 30 are usual.
+# The same in int8: how far the error is to lie below the sources, in dB. At 20
+# it takes 0.4 dB from a model that separates to 10; on noise 30 are usual.
 INT8_DISTANCE = 20
 # Blocks of a stream that an export is compared over.
 CHECKED_BLOCKS = 30
