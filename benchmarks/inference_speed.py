@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time and memory of separation: whole, in a stream, and over the length.
 
-> python benchmarks/inference_speed.py whole MODEL
+> python benchmarks/inference_speed.py whole MODEL [--threads 1 2]
 > python benchmarks/inference_speed.py stream [--minutes 10]
 > python benchmarks/inference_speed.py length MODEL
 
@@ -52,7 +52,7 @@ from speechbrain_flashformer.training.metrics import si_snr
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # Whole.
-SECONDS, THREADS, RUNS = (4, 20), (1, 2), 9
+SECONDS, RUNS = (4, 20), 9
 # Of a stream.
 BLOCK = 0.016  # seconds
 BLOCKS_TO_COMPARE = 5000
@@ -75,6 +75,7 @@ def main(words=None):
     )
     parser.add_argument("what", choices=("whole", "stream", "length"))
     parser.add_argument("model", nargs="?")
+    parser.add_argument("--threads", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args(words)
@@ -85,7 +86,7 @@ def main(words=None):
         print(json.dumps(measure(*json.loads(options.job))))
         return
     if options.what == "whole":
-        rows = whole(options.model)
+        rows = whole(options.model, options.threads)
     elif options.what == "stream":
         rows = (
             run_alone("stream", *each, options.minutes) for each in RUNTIMES
@@ -110,13 +111,13 @@ def run_alone(what, *job):
 # --- whole -------------------------------------------------------------------
 
 
-def whole(model):
+def whole(model, numbers):
     """A row for each runtime, length and number of threads."""
     model = FlashFormerSeparation.from_hparams(model)
     with tempfile.TemporaryDirectory() as folder:
         plain = export_onnx(model, Path(folder) / "model.onnx")
         small = export_onnx(model, Path(folder) / "int8.onnx", int8=True)
-        for threads in THREADS:
+        for threads in numbers:
             torch.set_num_threads(threads)
             runners = {
                 "torch": model.separate_batch,
