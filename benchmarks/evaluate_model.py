@@ -30,6 +30,9 @@ With ``--table ablation_at_inference``: mean SI-SNRi in dB of all mixtures, with
 a part of the network taken away. Nothing is trained again: a network that never
 had the part might do without it, so this does not measure what a part is worth,
 but a part that is hardly missed is idle. Not for causal models.
+
+MODEL may also be an .onnx of ``flashformer export``, for sets of mixtures; its
+row is printed alone.
 """
 
 import argparse
@@ -43,6 +46,7 @@ import numpy as np
 import soundfile
 import torch
 from conditions import CONDITIONS, ablations
+from exported import load_separation
 from records import write_csv
 
 from speechbrain_flashformer.inference import FlashFormerSeparation
@@ -90,12 +94,13 @@ def main(words=None):
                 rows.append(row)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"evaluate_model.py: {error}")
-    write_csv(RESULTS / f"{options.table}.csv", rows)
+    if not options.model.endswith(".onnx"):
+        write_csv(RESULTS / f"{options.table}.csv", rows)
 
 
 def quality(model, sets):
     """A row for each set."""
-    model = FlashFormerSeparation.from_hparams(model)
+    model = load_separation(model)
     for name, folder in sets:
         row = {"set": name, **score(model, folder)}
         yield dict.fromkeys(COLUMNS, "") | row
@@ -103,7 +108,7 @@ def quality(model, sets):
 
 def robustness(model, sets):
     """A row for each condition."""
-    model = FlashFormerSeparation.from_hparams(model)
+    model = load_separation(model)
     heard = {
         name: [
             torch.stack(signals, 1)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time and memory of separation: whole, in a stream, and over the length.
 
-> python benchmarks/inference_speed.py whole MODEL
+> python benchmarks/inference_speed.py whole MODEL [--threads 1 2]
 > python benchmarks/inference_speed.py stream [--minutes 10]
 > python benchmarks/inference_speed.py length MODEL
 
@@ -13,11 +13,12 @@ MODEL is a packed folder. Each writes results/inference_speed_WHAT.csv:
   at 23 dB).
 * stream: noise in blocks of 16 ms to hparams/flashformer-streaming.yaml (the
   time does not depend on the weights), as fast as it goes: torch with one
-  thread and with two, onnxruntime with one, each in a process of its own. The
-  first then goes on for an hour in blocks of 1 s, for the memory. Load is time
-  over audio. Columns with ``cpu`` count the processor's time alone, which other
-  programs on the machine (``machine load``) change less. ``old stream over
-  new`` is what a block costs at the end beside one of a stream that just began.
+  thread and with two, onnxruntime with one and there in int8, each in a process
+  of its own. The first then goes on for an hour in blocks of 1 s, for the
+  memory. Load is time over audio. Columns with ``cpu`` count the processor's
+  time alone, which other programs on the machine (``machine load``) change
+  less. ``old stream over new`` is what a block costs at the end beside one of a
+  stream that just began.
 * length: real-time factor and extra peak memory of ``separate_to_files`` for 1
   minute to 2 hours of noise, each in a process of its own.
 """
@@ -42,14 +43,16 @@ from speechbrain_flashformer.inference import FlashFormerSeparation
 from speechbrain_flashformer.inference.export import (
     export_onnx,
     export_streaming_onnx,
+    onnx_session,
 )
+from speechbrain_flashformer.inference.runtime import OnnxSteps
 from speechbrain_flashformer.nnet.separator import MODULES
 from speechbrain_flashformer.nnet.step import CompiledSteps
 from speechbrain_flashformer.training.metrics import si_snr
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # Whole.
-SECONDS, THREADS, RUNS = (4, 20), (1, 2), 9
+SECONDS, RUNS = (4, 20), 9
 # Of a stream.
 BLOCK = 0.016  # seconds
 BLOCKS_TO_COMPARE = 5000
@@ -58,6 +61,7 @@ RUNTIMES = (
     ("torch", 2),
     ("torch, traced", 1),
     ("onnxruntime", 1),
+    ("onnxruntime, int8", 1),
 )
 # Over the length.
 MINUTES = (1, 10, 60, 120)
@@ -71,6 +75,7 @@ def main(words=None):
     )
     parser.add_argument("what", choices=("whole", "stream", "length"))
     parser.add_argument("model", nargs="?")
+    parser.add_argument("--threads", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args(words)
@@ -81,7 +86,7 @@ def main(words=None):
         print(json.dumps(measure(*json.loads(options.job))))
         return
     if options.what == "whole":
-        rows = whole(options.model)
+        rows = whole(options.model, options.threads)
     elif options.what == "stream":
         rows = (
             run_alone("stream", *each, options.minutes) for each in RUNTIMES
@@ -106,16 +111,13 @@ def run_alone(what, *job):
 # --- whole -------------------------------------------------------------------
 
 
-def whole(model):
+def whole(model, numbers):
     """A row for each runtime, length and number of threads."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
     model = FlashFormerSeparation.from_hparams(model)
     with tempfile.TemporaryDirectory() as folder:
         plain = export_onnx(model, Path(folder) / "model.onnx")
-        small = Path(folder) / "int8.onnx"
-        quantize_dynamic(plain, small, weight_type=QuantType.QInt8)
-        for threads in THREADS:
+        small = export_onnx(model, Path(folder) / "int8.onnx", int8=True)
+        for threads in numbers:
             torch.set_num_threads(threads)
             runners = {
                 "torch": model.separate_batch,
@@ -148,17 +150,6 @@ def time_in_turns(model, runners, seconds):
         )
 
 
-def onnx_session(path, threads):
-    """A session of onnxruntime on the CPU."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(
-        str(path), options, providers=["CPUExecutionProvider"]
-    )
-
-
 def onnx_separator(path, threads):
     """A session as a function [B, T] -> [B, T, S]."""
     run = onnx_session(path, threads).run
@@ -181,8 +172,8 @@ def stream(runtime, threads, minutes):
         {"num_spks": 2, "sample_rate": rate},
     )
     streams = torch_streams(model, runtime == "torch, traced")
-    if runtime == "onnxruntime":
-        streams = onnx_streams(model, threads)
+    if runtime.startswith("onnxruntime"):
+        streams = onnx_streams(model, threads, "int8" in runtime)
     feed = next(streams)
     block = 0.1 * torch.randn(1, round(BLOCK * rate))
     for _ in range(300):
@@ -239,31 +230,16 @@ def torch_streams(model, traced):
         yield stream.feed
 
 
-def onnx_streams(model, threads):
+def onnx_streams(model, threads, int8):
     """``torch_streams`` in onnxruntime."""
     with tempfile.TemporaryDirectory() as folder:
-        path = export_streaming_onnx(model, Path(folder, "step.onnx"))
+        path = Path(folder, "step.onnx")
+        export_streaming_onnx(model, path, block=1000 * BLOCK, int8=int8)
         session = onnx_session(path, threads)
-    kinds = {"tensor(float)": torch.float32, "tensor(double)": torch.float64}
-    start = {
-        each.name: torch.zeros(
-            [1 if isinstance(size, str) else size for size in each.shape],
-            dtype=kinds.get(each.type, torch.int64),
-        ).numpy()
-        for each in session.get_inputs()[1:]
-    }
+    size = round(BLOCK * model.hparams.sample_rate)
+    run = OnnxSteps(session, model.make_stream().step, size)
     while True:
-        yield onnx_feed(session, dict(start))
-
-
-def onnx_feed(session, state):
-    """``feed`` of a stream that is in this state; changes it."""
-
-    def _feed(block):
-        _, *new = session.run(None, {"mixture": block.numpy(), **state})
-        state.update(zip(state, new))
-
-    return _feed
+        yield model.make_stream(run=run).feed
 
 
 def hour(feed, rate):

@@ -585,16 +585,22 @@ def test_pack(make_run, tmp_path, capsys):
 def test_export(packed, tmp_path, monkeypatch, capsys):
     from speechbrain_flashformer.inference import export
 
-    def asked(model, path, *options):
+    def asked(model, path, *options, int8):
         assert model.hparams.sample_rate == 8000
-        return f"{path} {options}"
+        return f"{path} {options} {int8}"
 
     monkeypatch.setattr(export, "export_onnx", asked)
     monkeypatch.setattr(export, "export_streaming_onnx", asked)
     path = tmp_path / "a.onnx"
     assert run("export", packed, path, "--overwrite") == 0
-    assert run("export", packed, path, "--streaming", "--block", 32) == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert printed == [f"{path} (True,)", f"{path} (False, 32.0)"]
+    words = ["export", packed, path, "--streaming", "--block", 32]
+    assert run(*words) == run(*words, "--int8") == 0
+    assert run("export", packed, path, "--int8") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{path} (True,) False",
+        f"{path} (False, 32.0) False",
+        f"{path} (False, 32.0) True",
+        f"{path} (False,) True",
+    ]
     assert run("export", packed, path, "--block", 32) == 2
     assert "--block needs --streaming" in capsys.readouterr().err

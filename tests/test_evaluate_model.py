@@ -142,6 +142,34 @@ def test_the_oracle_knows_the_sources_but_not_their_order(bench):
     assert orders == {True, False}
 
 
+def test_an_exported_model_is_scored_and_nothing_is_written(
+    bench, tmp_path, monkeypatch, capsys
+):
+    onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
+    pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+    helper, path = onnx.helper, tmp_path / "twice.onnx"
+    node = helper.make_node("Unsqueeze", ["mixture", "two"], ["x"])
+    twice = helper.make_node("Concat", ["x", "x"], ["sources"], axis=2)
+    graph = helper.make_graph(
+        [node, twice],
+        "twice",
+        [helper.make_tensor_value_info("mixture", 1, ["B", "T"])],
+        [helper.make_tensor_value_info("sources", 1, ["B", "T", 2])],
+        [helper.make_tensor("two", onnx.TensorProto.INT64, [1], [2])],
+    )
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10
+    )
+    helper.set_model_props(model, {"sample_rate": "8000"})
+    onnx.save(model, path)
+    rng = np.random.default_rng(1)
+    write_set(tmp_path / "set", 0.1 * rng.normal(size=(2, 8000)).astype("f4"))
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "results")
+    bench.main([str(path), f"set={tmp_path / 'set'}"])
+    assert "'mixtures': 1, 'si-snr_i': 0.0" in capsys.readouterr().out
+    assert not (tmp_path / "results").exists()
+
+
 @pytest.mark.parametrize("word", ["cv=nowhere", "cv"])
 def test_a_set_is_a_folder(bench, tmp_path, word):
     with pytest.raises(FileNotFoundError, match=f"{word}: give NAME=FOLDER"):

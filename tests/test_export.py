@@ -122,6 +122,61 @@ def test_a_graph_that_differs_is_refused(gain):
         export._check(torch.nn.Identity(), Session(), rate=8000)
 
 
+def decibels(error, expected):
+    return 10 * (expected.square().sum() / error.square().sum()).log10()
+
+
+@pytest.fixture(scope="module")
+def small_graph(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("onnx") / "int8.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        return export.export_onnx(model, path, int8=True)
+
+
+@pytest.mark.parametrize("batch, samples", [(1, 3001), (4, 8000)])
+def test_int8_is_near_torch(model, small_graph, batch, samples):
+    session = onnxruntime.InferenceSession(str(small_graph))
+    mixture = 0.1 * torch.randn(batch, samples)
+    (out,) = session.run(None, {"mixture": mixture.numpy()})
+    expected = model.separate_batch(mixture)
+    # Exact it cannot be.
+    assert 20 < decibels(torch.from_numpy(out) - expected, expected) < 60
+
+
+def test_int8_is_smaller_and_says_what_it_is(graph, small_graph):
+    weights = [
+        {w.data_type for w in onnx.load(path).graph.initializer}
+        for path in (graph, small_graph)
+    ]
+    int8 = onnx.TensorProto.INT8
+    assert int8 not in weights[0] and int8 in weights[1]
+    assert small_graph.stat().st_size < graph.stat().st_size
+    props = {p.key: p.value for p in onnx.load(small_graph).metadata_props}
+    assert props["sample_rate"] == "8000" and props["num_spks"] == "2"
+
+
+@pytest.mark.parametrize("gain, near", [(1.05, True), (1.2, False)])
+def test_int8_may_differ_by_a_tenth(gain, near):
+    class Session:
+        def run(self, _, inputs):
+            return [np.float32(gain) * inputs["mixture"]]
+
+    arguments = torch.nn.Identity(), Session(), 8000
+    if near:
+        export._check(*arguments, int8=True)
+        return
+    with pytest.raises(RuntimeError, match="differs from torch"):
+        export._check(*arguments, int8=True)
+
+
+def test_int8_that_is_far_off_is_not_written(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "INT8_DISTANCE", 90)
+    with pytest.raises(RuntimeError, match="nothing was written"):
+        export.export_onnx(model, tmp_path / "a.onnx", int8=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture(scope="module")
 def streaming_model():
     torch.manual_seed(0)
@@ -150,6 +205,17 @@ def streaming_model():
 def streaming_graph(streaming_model, tmp_path_factory):
     path = tmp_path_factory.mktemp("onnx") / "stream.onnx"
     return export.export_streaming_onnx(streaming_model, path, block=4)
+
+
+def test_a_stream_in_int8_is_near_torch(streaming_model, tmp_path):
+    path = tmp_path / "int8.onnx"
+    export.export_streaming_onnx(streaming_model, path, block=4, int8=True)
+    networks = export.networks_on_cpu(streaming_model)
+    session = export.onnx_session(path, 1)
+    # Its error does not grow: 600 blocks are past the span of every memory.
+    export.check_streaming(networks, session, 2, blocks=600, int8=True)
+    with pytest.raises(RuntimeError, match="differs from torch"):
+        export.check_streaming(networks, session, 2)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -4,6 +4,10 @@ import os
 from pathlib import Path
 
 from speechbrain_flashformer.cli.messages import OK, UsageError
+from speechbrain_flashformer.inference.options import (
+    CHOICES,
+    SeparationOptions,
+)
 
 TRUST = (
     "let the model's yaml run any code: only for one whose maker you trust "
@@ -20,6 +24,18 @@ def add_model_options(add):
     )
     add("--trust", action="store_true", help=TRUST)
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if any)")
+
+
+def add_runtime(add):
+    """Add --runtime."""
+    add(
+        "--runtime",
+        default=SeparationOptions.runtime,
+        choices=CHOICES["runtime"],
+        help="what runs a stream: torch; onnx, which is onnxruntime on the CPU "
+        "and takes some seconds to export the model the first time; auto "
+        "(default), which is onnx if that was done before, else torch",
+    )
 
 
 def model_folder(name):
@@ -118,6 +134,12 @@ def _add_export(add):
         metavar="MS",
         help="milliseconds of a step with --streaming (default 16)",
     )
+    add(
+        "--int8",
+        action="store_true",
+        help="weights of linear layers in 8 bits: half the file and a little "
+        "less time, about 30 dB from exact",
+    )
     add("--overwrite", action="store_true", help="replace OUT.onnx")
 
 
@@ -130,9 +152,9 @@ def _export(parsed):
     arguments = model, parsed.out, parsed.overwrite
     if parsed.streaming:
         block = 16.0 if parsed.block is None else parsed.block
-        path = export.export_streaming_onnx(*arguments, block)
+        path = export.export_streaming_onnx(*arguments, block, int8=parsed.int8)
     else:
-        path = export.export_onnx(*arguments)
+        path = export.export_onnx(*arguments, int8=parsed.int8)
     print(path)
     return OK
 

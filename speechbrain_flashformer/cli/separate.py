@@ -10,7 +10,11 @@ from functools import partial
 from pathlib import Path
 
 from speechbrain_flashformer.cli.messages import FAILED, OK, UsageError, tell
-from speechbrain_flashformer.cli.models import add_model_options, load_separator
+from speechbrain_flashformer.cli.models import (
+    add_model_options,
+    add_runtime,
+    load_separator,
+)
 from speechbrain_flashformer.inference.jobs import run_jobs
 from speechbrain_flashformer.inference.options import (
     CHOICES,
@@ -97,6 +101,7 @@ def _add_options(add):
         help="separate as a stream, as the command stream does; needs a causal "
         "model, and no --chunk, --overlap, --norm or --precision with it",
     )
+    add_runtime(add)
     add("--overwrite", action="store_true", help="replace existing files")
     add(
         "--jobs",
@@ -121,6 +126,10 @@ def _separate(parsed):
         # In this process too when there are workers: what is wrong with the
         # model is told once, and before work.
         model = load_separator(parsed.model, parsed.device, parsed.trust)
+        if parsed.runtime == "onnx":
+            from speechbrain_flashformer.inference.runtime import choose_steps
+
+            choose_steps(model, "onnx", tell=tell)  # exported once for all
         tasks, failures, notes = find_inputs(
             parsed.inputs, parsed.out, Path(folder)
         )

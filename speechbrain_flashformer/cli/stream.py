@@ -4,7 +4,11 @@ import os
 import sys
 
 from speechbrain_flashformer.cli.messages import UsageError, tell
-from speechbrain_flashformer.cli.models import add_model_options, load_separator
+from speechbrain_flashformer.cli.models import (
+    add_model_options,
+    add_runtime,
+    load_separator,
+)
 
 LONGEST_BLOCK = 60_000  # milliseconds
 
@@ -54,6 +58,7 @@ def _add_options(add):
         help="milliseconds that are heard at once (default 16): more latency, "
         "less load",
     )
+    add_runtime(add)
     add("--overwrite", action="store_true", help="replace existing files")
 
 
@@ -82,7 +87,9 @@ def _stream(parsed):
     model = load_separator(parsed.model, parsed.device, parsed.trust, threads)
     from speechbrain_flashformer.inference.files import SourceWriter
     from speechbrain_flashformer.inference.live import PcmReader, separate_live
+    from speechbrain_flashformer.inference.runtime import choose_steps
 
+    run = choose_steps(model, parsed.runtime, parsed.block / 1000, tell)
     network_ms = 1000 * model.stream_latency()
     with PcmReader(
         _unbuffered(sys.stdin, "rb"),
@@ -98,7 +105,7 @@ def _stream(parsed):
             f"{rate} Hz, {reader.encoding}, channels: {reader.channels}; "
             f"latency {parsed.block + network_ms + resampling_ms:.1f} ms: "
             f"block {parsed.block:g}, network {network_ms:.1f}, resampling "
-            f"{resampling_ms:.1f}"
+            f"{resampling_ms:.1f}; runtime {'onnx' if run else 'torch'}"
         )
         writer = None
         if folders:
@@ -114,6 +121,7 @@ def _stream(parsed):
                 f"falls behind: load {load:.2f} (computing / audio); a longer "
                 "--block costs less"
             ),
+            run,
         )
     if load.heard:
         tell(

@@ -34,7 +34,9 @@ WATCHED = 5.0  # seconds of sound over which a stream may fall behind
 QUIET = 30.0  # seconds of sound between two warnings
 
 
-def separate_live(model, reader, block, sink=None, writer=None, warn=None):
+def separate_live(
+    model, reader, block, sink=None, writer=None, warn=None, run=None
+):
     """Separate what a reader hears until it ends, or nobody listens.
 
     Arguments
@@ -53,6 +55,8 @@ def separate_live(model, reader, block, sink=None, writer=None, warn=None):
     warn : callable, optional
         Called with the load (computing / audio) when it is above 1: the
         stream falls behind.
+    run : callable, optional
+        What runs the steps, as in ``separate_stream``.
 
     Returns
     -------
@@ -69,11 +73,11 @@ def separate_live(model, reader, block, sink=None, writer=None, warn=None):
     rate, load = reader.sample_rate, Load(warn)
     # What torch does once, it does before the sound comes.
     warm = [torch.zeros(1, math.ceil(min(block, 0.1) * rate))] * 20
-    for _ in model.separate_stream(warm, rate):
+    for _ in model.separate_stream(warm, rate, run):
         pass
     with writer or nullcontext():
         heard = load.watch(reader.blocks(block), rate)
-        for part in model.separate_stream(heard, rate):
+        for part in model.separate_stream(heard, rate, run):
             sources = part[0]
             if sink:
                 data = load.encode(sources, reader.encoding)

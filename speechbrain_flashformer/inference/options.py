@@ -6,6 +6,7 @@ CHOICES = {
     "channels": ("mix", "each"),
     "norm": ("chunk", "recording"),
     "precision": ("fp32", "bf16", "fp16"),
+    "runtime": ("auto", "torch", "onnx"),
 }
 SUBTYPES = {"float": "FLOAT", "pcm16": "PCM_16", "pcm24": "PCM_24"}  # written
 # What a stream leaves none of to choose.
@@ -39,6 +40,10 @@ class SeparationOptions:
         Separate as a stream, exactly as ``StreamingSeparator`` does, for which
         the model must be causal. There are then no chunks, no norm and no
         precision to choose.
+    runtime : str
+        What runs a stream, with streaming alone: ``torch``; ``onnx``, which is
+        onnxruntime, on the CPU, to 1e-4 the same; ``auto``, which is onnx if
+        that was exported before, else torch.
     memory : int
         Megabytes that the activations of one call may take, about.
     progress : bool
@@ -64,6 +69,7 @@ class SeparationOptions:
     mixture_consistency: bool = False
     precision: str = "fp32"
     streaming: bool = False
+    runtime: str = "auto"
     memory: int = 512
     progress: bool = False
     callback: object = None
@@ -89,3 +95,5 @@ class SeparationOptions:
             raise ValueError(
                 f"streaming leaves no {' and no '.join(chosen)} to choose"
             )
+        if self.runtime != "auto" and not self.streaming:
+            raise ValueError("a runtime is chosen for streaming alone")

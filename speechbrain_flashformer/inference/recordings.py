@@ -4,6 +4,7 @@ Axes: C channels, S speakers, n samples.
 """
 
 import contextlib
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,12 +27,12 @@ from speechbrain_flashformer.inference.pipeline import (
     recording_statistics,
     separate_blocks,
 )
-from speechbrain_flashformer.nnet.separator import (
-    MODULES,
-    separate,
-    unwrapped,
+from speechbrain_flashformer.inference.runtime import (
+    choose_steps,
+    traced_steps,
 )
-from speechbrain_flashformer.nnet.step import CompiledSteps, silence_broken
+from speechbrain_flashformer.nnet.separator import MODULES, separate, unwrapped
+from speechbrain_flashformer.nnet.step import silence_broken
 from speechbrain_flashformer.nnet.streaming import StreamingSeparator
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -200,13 +201,15 @@ class Recordings:
 
     # --- streams ------------------------------------------------------------
 
-    def make_stream(self, batch_size=1):
+    def make_stream(self, batch_size=1, run=None):
         """A new stream at the model's rate, a ``StreamingSeparator``.
 
         Arguments
         ---------
         batch_size : int
             Signals side by side.
+        run : callable, optional
+            As in ``StreamingSeparator``.
 
         Raises
         ------
@@ -220,9 +223,9 @@ class Recordings:
                 "as --model; flashformer-streaming.yaml of the recipe trains "
                 "one (docs/streaming.md)"
             )
-        return StreamingSeparator(*networks, batch_size)
+        return StreamingSeparator(*networks, batch_size, run)
 
-    def separate_stream(self, blocks, sample_rate=None):
+    def separate_stream(self, blocks, sample_rate=None, run=None):
         """Separate sound while it is heard.
 
         Arguments
@@ -231,6 +234,8 @@ class Recordings:
             The sound as it comes, each [C, n] of any n, float.
         sample_rate : int, optional
             Hz, of input and output; the model's by default.
+        run : callable, optional
+            What ``choose_steps`` gives; traced steps by default.
 
         Yields
         ------
@@ -246,19 +251,11 @@ class Recordings:
         model_rate = self.hparams.sample_rate
         # A resampler would spread what is no sound.
         heard = map(silence_broken, blocks)
-        separator = StreamSeparator(self._make_traced_stream)
+        run = run or traced_steps(self)
+        separator = StreamSeparator(partial(self.make_stream, run=run))
         rates = sample_rate or model_rate, model_rate
         for sources in separate_blocks(heard, *rates, separator):
             yield sources.transpose(1, 2)
-
-    def _make_traced_stream(self, batch_size):
-        """A stream whose small blocks share the model's traces."""
-        stream = self.make_stream(batch_size)
-        steps = self.__dict__.get("_steps")
-        if steps is None or steps.step.masknet is not stream.step.masknet:
-            steps = self.__dict__["_steps"] = CompiledSteps(stream.step)
-        stream.run = steps
-        return stream
 
     def stream_latency(self, sample_rate=None):
         """Seconds until a sample that was heard comes out, at most.
@@ -311,7 +308,8 @@ class Recordings:
     def _separator(self, recording, hear, options):
         """The stage that separates, at the model's rate."""
         if options.streaming:
-            return StreamSeparator(self.make_stream)
+            run = choose_steps(self, options.runtime)
+            return StreamSeparator(partial(self.make_stream, run=run))
         rate, num_spks = self.hparams.sample_rate, self.hparams.num_spks
         networks, statistics = self._networks(), None
         if options.norm == "recording":
