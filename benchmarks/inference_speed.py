@@ -54,7 +54,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 # Whole.
 SECONDS, RUNS = (4, 20), 9
 # Of a stream.
-BLOCK = 0.016  # seconds
+BLOCK = 16  # milliseconds
 BLOCKS_TO_COMPARE = 5000
 RUNTIMES = (
     ("torch", 1),
@@ -83,7 +83,8 @@ def main(words=None):
         parser.error("whole and length want a MODEL, stream takes none")
     if options.job:
         measure = {"stream": stream, "length": length}[options.what]
-        print(json.dumps(measure(*json.loads(options.job))))
+        words, numbers = json.loads(options.job)
+        print(json.dumps(measure(*words, **numbers)))
         return
     if options.what == "whole":
         rows = whole(options.model, options.threads)
@@ -100,10 +101,11 @@ def main(words=None):
     write_csv(RESULTS / f"inference_speed_{options.what}.csv", kept)
 
 
-def run_alone(what, *job):
+def run_alone(what, *words, **numbers):
     """A row, measured in a process of its own."""
-    words = [what, *(["any"] if what == "length" else [])]
-    command = [sys.executable, __file__, *words, "--job", json.dumps(job)]
+    job = json.dumps([words, numbers])
+    command = [sys.executable, __file__, what, "--job", job]
+    command += ["any"] if what == "length" else []
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -163,23 +165,25 @@ def onnx_separator(path, threads):
 # --- a stream ----------------------------------------------------------------
 
 
-def stream(runtime, threads, minutes):
-    """Feed a stream; a row of figures."""
+def stream(runtime, threads, minutes, block_ms=BLOCK, **numbers):
+    """Feed a stream in such blocks; a row of figures."""
     torch.set_num_threads(threads)
-    rate = 8000
+    rate, duration = 8000, block_ms / 1000
     model = FlashFormerSeparation(
-        dict(zip(MODULES, build_separator("streaming").eval().parts)),
+        dict(
+            zip(MODULES, build_separator("streaming", **numbers).eval().parts)
+        ),
         {"num_spks": 2, "sample_rate": rate},
     )
     streams = torch_streams(model, runtime == "torch, traced")
     if runtime.startswith("onnxruntime"):
-        streams = onnx_streams(model, threads, "int8" in runtime)
+        streams = onnx_streams(model, threads, block_ms, "int8" in runtime)
     feed = next(streams)
-    block = 0.1 * torch.randn(1, round(BLOCK * rate))
+    block = 0.1 * torch.randn(1, round(duration * rate))
     for _ in range(300):
         feed(block)
     times, cpu = [], []
-    for _ in range(round(60 * minutes / BLOCK)):
+    for _ in range(round(60 * minutes / duration)):
         start = time.perf_counter(), time.process_time()
         feed(block)
         times.append(time.perf_counter() - start[0])
@@ -195,8 +199,8 @@ def stream(runtime, threads, minutes):
         "threads": threads,
         "minutes": minutes,
         "latency without block (ms)": 1000 * model.stream_latency(),
-        "load": round(statistics.mean(times) / BLOCK, 4),
-        "cpu load": round(statistics.mean(cpu) / BLOCK, 4),
+        "load": round(statistics.mean(times) / duration, 4),
+        "cpu load": round(statistics.mean(cpu) / duration, 4),
         "median block (ms)": milliseconds(statistics.median(times)),
         "cpu median (ms)": milliseconds(statistics.median(cpu)),
         "99.9th percentile (ms)": milliseconds(percentile(times)),
@@ -205,7 +209,9 @@ def stream(runtime, threads, minutes):
             statistics.median(old) / statistics.median(new), 3
         ),
         "hour's memory (MB)": (
-            hour(feed, rate) if (runtime, threads) == RUNTIMES[0] else ""
+            hour(feed, rate)
+            if (runtime, threads) == RUNTIMES[0] and not numbers
+            else ""
         ),
         "machine load": round(os.getloadavg()[0], 1),
     }
@@ -230,13 +236,13 @@ def torch_streams(model, traced):
         yield stream.feed
 
 
-def onnx_streams(model, threads, int8):
+def onnx_streams(model, threads, block_ms, int8):
     """``torch_streams`` in onnxruntime."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "step.onnx")
-        export_streaming_onnx(model, path, block=1000 * BLOCK, int8=int8)
+        export_streaming_onnx(model, path, block=block_ms, int8=int8)
         session = onnx_session(path, threads)
-    size = round(BLOCK * model.hparams.sample_rate)
+    size = round(block_ms * model.hparams.sample_rate / 1000)
     run = OnnxSteps(session, model.make_stream().step, size)
     while True:
         yield model.make_stream(run=run).feed

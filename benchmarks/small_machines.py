@@ -16,8 +16,8 @@ thread and on two:
   medians of five.
 
 Each in a process of its own, on a machine that should have nothing else to do
-(``machine load`` tells). Writes results/small_machines.csv and the tables of the
-page.
+(``machine load`` tells). Writes results/small_machines.csv and the page's
+tables.
 """
 
 import os
@@ -38,12 +38,12 @@ from records import write_csv, write_text
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "small_machines.csv"
 PAGE = ROOT / "docs" / "small_machines.md"
-SHIPPED = "num_layers=8"
+SHIPPED = {"num_layers": 8}
 MODELS = {
     "tiny": "flashformer-tiny",
-    "shipped": f"flashformer-tiny:{SHIPPED}",
+    "shipped": "flashformer-tiny:num_layers=8",
     "streaming": "flashformer-streaming",
-    "shipped, streaming": f"flashformer-streaming:{SHIPPED}",
+    "shipped, streaming": "flashformer-streaming:num_layers=8",
     "base": "flashformer-base",
     "SkiM": "skim",
     "RE-SepFormer": "re-sepformer",
@@ -105,8 +105,8 @@ def whole():
 def streams():
     """Rows of a stream."""
     for runtime, block in STREAMS:
-        job = runtime, 1, 1, block / 1000, SHIPPED
-        found = inference_speed.run_alone("stream", *job)
+        job = "stream", runtime, 1, 1, block
+        found = inference_speed.run_alone(*job, **SHIPPED)
         yield {
             "runtime": runtime,
             "block (ms)": block,
