@@ -25,7 +25,7 @@ setup(
     packages=[PACKAGE, *(f"{PACKAGE}.{wing}" for wing in WINGS)],
     package_dir={f"{PACKAGE}.hparams": "hparams"},
     package_data={
-        PACKAGE: ["pretrained/*"],
+        PACKAGE: ["pretrained/*", "pretrained_streaming/*"],
         f"{PACKAGE}.hparams": ["*.yaml"],
     },
     install_requires=[

@@ -48,7 +48,11 @@ def main(speech, out, folders):
     """Write all sets."""
     with open(speech, newline="", encoding="utf-8") as file:
         languages = [row["language"] for row in csv.DictReader(file)]
-    every = list(zip(find_recordings(speech), languages))
+    # By name: the sets do not depend on how the list was made.
+    every = sorted(
+        zip(find_recordings(speech), languages),
+        key=lambda x: (x[0].speaker, x[0].path.name),
+    )
     english = [x for x, language in every if language == "en"]
     mix(english, out / "english")
     mix([x for x, language in every if language != "en"], out / "other")

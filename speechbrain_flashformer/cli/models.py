@@ -20,7 +20,8 @@ def add_model_options(add):
     add(
         "--model",
         help="a packed model's folder, or hf:OWNER/NAME on a model hub "
-        "(default: the model that comes with the package)",
+        "(default: the model that comes with the package, for streams its "
+        "causal one)",
     )
     add("--trust", action="store_true", help=TRUST)
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if any)")
@@ -38,11 +39,11 @@ def add_runtime(add):
     )
 
 
-def model_folder(name):
+def model_folder(name, streaming=False):
     """The model asked for; else the one that comes with the package."""
     from speechbrain_flashformer.inference.folders import built_in_model
 
-    return name or str(built_in_model())
+    return name or str(built_in_model(streaming))
 
 
 def find_device(name):
@@ -63,7 +64,9 @@ def find_device(name):
     return name
 
 
-def load_separator(name, device=None, trust=False, threads=None):
+def load_separator(
+    name, device=None, trust=False, threads=None, streaming=False
+):
     """Load the model asked for onto the device asked for.
 
     Arguments
@@ -74,6 +77,8 @@ def load_separator(name, device=None, trust=False, threads=None):
         Whether the model's yaml may call anything.
     threads : int, optional
         Of torch.
+    streaming : bool
+        Whether a causal model is taken when none is asked for.
 
     Returns
     -------
@@ -85,7 +90,7 @@ def load_separator(name, device=None, trust=False, threads=None):
 
     if threads:
         torch.set_num_threads(threads)
-    folder = model_folder(name)
+    folder = model_folder(name, streaming)
     return RecordingSeparator(folder, find_device(device), trust)
 
 

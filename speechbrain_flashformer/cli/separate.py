@@ -98,8 +98,8 @@ def _add_options(add):
     add(
         "--streaming",
         action="store_true",
-        help="separate as a stream, as the command stream does; needs a causal "
-        "model, and no --chunk, --overlap, --norm or --precision with it",
+        help="separate as a stream, as the command stream does, with a causal "
+        "model; no --chunk, --overlap, --norm or --precision with it",
     )
     add_runtime(add)
     add("--overwrite", action="store_true", help="replace existing files")
@@ -125,7 +125,8 @@ def _separate(parsed):
     with tempfile.TemporaryDirectory(prefix="flashformer-") as folder:
         # In this process too when there are workers: what is wrong with the
         # model is told once, and before work.
-        model = load_separator(parsed.model, parsed.device, parsed.trust)
+        arguments = parsed.model, parsed.device, parsed.trust
+        model = load_separator(*arguments, streaming=parsed.streaming)
         if parsed.runtime == "onnx":
             from speechbrain_flashformer.inference.runtime import choose_steps
 
@@ -142,8 +143,9 @@ def _separate(parsed):
             outcomes = ((task, run(model, task)) for task in tasks)
         else:
             threads = max(1, (os.cpu_count() or 1) // parsed.jobs)
-            arguments = parsed.model, parsed.device, parsed.trust, threads
-            load = partial(load_separator, *arguments)
+            load = partial(
+                load_separator, *arguments, threads, parsed.streaming
+            )
             outcomes = run_jobs(tasks, parsed.jobs, load, run, clean_up)
         with closing(outcomes):
             for (path, _, _), (written, failure) in outcomes:

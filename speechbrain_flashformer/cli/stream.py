@@ -84,7 +84,9 @@ def _stream(parsed):
         )
     # More threads than one only wait for each other on blocks so short.
     threads = None if "OMP_NUM_THREADS" in os.environ else 1
-    model = load_separator(parsed.model, parsed.device, parsed.trust, threads)
+    model = load_separator(
+        parsed.model, parsed.device, parsed.trust, threads, streaming=True
+    )
     from speechbrain_flashformer.inference.files import SourceWriter
     from speechbrain_flashformer.inference.live import PcmReader, separate_live
     from speechbrain_flashformer.inference.runtime import choose_steps

@@ -10,15 +10,21 @@ HUB = "hf:"
 YAML_FILE = "hyperparams.yaml"
 
 
-def built_in_model():
+def built_in_model(streaming=False):
     """The folder of the model that comes with the package.
+
+    Arguments
+    ---------
+    streaming : bool
+        Whether it is that for live sound, which is causal.
 
     Raises
     ------
     FileNotFoundError
         When this version has none.
     """
-    folder = Path(__file__).parent.parent / "pretrained"
+    name = "pretrained_streaming" if streaming else "pretrained"
+    folder = Path(__file__).parent.parent / name
     if not (folder / YAML_FILE).is_file():
         raise FileNotFoundError(
             "this version comes without a pretrained model: give one as "
