@@ -64,6 +64,13 @@ def causal_model(packed_causal):
     return FlashFormerSeparation.from_hparams(packed_causal)
 
 
+def test_a_causal_norm_is_not_that_of_the_recording(causal_model):
+    with pytest.raises(ValueError, match="over the past: take 'chunk'"):
+        causal_model.separate_audio(
+            torch.randn(1, 8000), 8000, norm="recording"
+        )
+
+
 def test_streaming_gives_what_the_stream_gives(causal_model, noise, tmp_path):
     path = save(tmp_path / "a.wav", noise, 8000, "FLOAT")
     stream = causal_model.make_stream()

@@ -177,10 +177,14 @@ def recording_statistics(blocks, rate, model_rate, networks):
         When the masknet has no such norm.
     """
     encoder, masknet, _ = networks
+    problem = None
     if not takes(masknet, "statistics"):
+        problem = f"{type(unwrapped(masknet)).__name__} has none"
+    elif getattr(unwrapped(masknet), "causal", False):
+        problem = "a causal one's is over the past"
+    if problem:
         raise ValueError(
-            "norm 'recording' is one of FlashFormer's, "
-            f"{type(unwrapped(masknet)).__name__} has none: take 'chunk'"
+            f"norm 'recording' is one of FlashFormer's, {problem}: take 'chunk'"
         )
     if rate != model_rate:
         blocks = flow(blocks, [Resampler(rate, model_rate)])
