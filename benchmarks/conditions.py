@@ -57,8 +57,8 @@ def clipped(rate, signals):
     return signals
 
 
-def one_upside_down(rate, signals):
-    """Turn the first source upside down, alone and in the mixture."""
+def invert_one(rate, signals):
+    """Invert the first source, alone and in the mixture."""
     signals = signals.clone()
     signals[:, 0] -= 2 * signals[:, 1]
     signals[:, 1] *= -1
@@ -92,8 +92,8 @@ CONDITIONS = (
     ("noise at 20 dB", partial(with_noise, 20), in_one_order),
     ("noise at 10 dB", partial(with_noise, 10), in_one_order),
     ("clipped", clipped, in_one_order),
-    ("upside down", lambda rate, signals: -signals, in_one_order),
-    ("one speaker upside down", one_upside_down, in_one_order),
+    ("inverted", lambda rate, signals: -signals, in_one_order),
+    ("one speaker inverted", invert_one, in_one_order),
     (
         "as is, best order of each second",
         lambda rate, signals: signals,

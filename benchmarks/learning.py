@@ -20,7 +20,7 @@ of the peers), ``lr``, ``batch``, ``crop`` (samples; (4000,12000)
 goes from one to the other in the first 70 %, as batch may), ``levels`` (how
 much of the difference in level between the speakers is kept; (0,1) goes
 likewise), ``speeds`` (least and greatest, in percent), ``precision=bf16``,
-``flip`` (the share of the mixtures that are upside down: 0, 0.5 or 1), ``loss``
+``flip`` (the share of the mixtures whose polarity is inverted: 0, 0.5 or 1), ``loss``
 (si-snr or snr), ``absent`` (the share of the mixtures in which one speaker is
 alone), ``start``, ``output=map`` and, of ours, ``without``,
 ``norm`` and ``variant`` (see models.py).

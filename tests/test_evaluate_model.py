@@ -285,8 +285,8 @@ def test_what_is_heard(conditions, signals):
         assert torch.equal(heard[name][:, 1:], signals[:, 1:])
     clipped = heard["clipped"][:, 0].abs().max()
     assert clipped == pytest.approx(2 * signals[:, 0].std().item())
-    assert torch.equal(heard["upside down"], -signals)
-    one = heard["one speaker upside down"]
+    assert torch.equal(heard["inverted"], -signals)
+    one = heard["one speaker inverted"]
     assert torch.equal(one[:, 1:], signals[:, 1:] * torch.tensor([-1, 1]))
     rest = signals[:, 0] - signals[:, 1:].sum(1)  # noise stays
     torch.testing.assert_close(one[:, 0] - one[:, 1:].sum(1), rest)

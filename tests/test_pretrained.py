@@ -44,7 +44,7 @@ def test_it_separates_voices_it_has_not_heard(mixtures):
         before = si_snr(targets, mixture[None, :, None].expand_as(targets))
         gains.append((after - before).mean().item())
         levels.append(estimates.square().sum() / targets.square().sum())
-        # SI-SNR does not see what is upside down.
+        # SI-SNR does not see an inverted polarity.
         same = (targets * reorder(estimates, order)).sum()
         upright.append((same > 0).item())
     # Its card says what it reaches on far more; half of that is a defect.

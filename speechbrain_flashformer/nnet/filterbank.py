@@ -18,7 +18,7 @@ from speechbrain_flashformer.nnet import plain
 
 
 def fourier_filters(channels, kernel_size):
-    """Rows of a Fourier transform under a window, each also upside down.
+    """Rows of a Fourier transform under a window, each also inverted.
 
     Of a filter and its negative the ReLU of the encoder keeps one half each,
     so that their difference is linear. With the root of a Hann window here and
