@@ -16,14 +16,14 @@ MODEL is NAME[:KEY=VALUE]...: a size of hparams/ with numbers of its yaml
 dprnn, or with the extra ``bench`` mossformer2 or fla-sepreformer.
 Further keys are ``optimizer`` (muon, the recipe's pair, the default of ours;
 muon-inner, that without the input projection and the mask head; or adamw, that
-of the peers), ``lr``, ``batch``, ``crop`` (samples; (4000,12000)
-goes from one to the other in the first 70 %, as batch may), ``levels`` (how
-much of the difference in level between the speakers is kept; (0,1) goes
-likewise), ``speeds`` (least and greatest, in percent), ``precision=bf16``,
-``flip`` (the share of the mixtures whose polarity is inverted: 0, 0.5 or 1), ``loss``
-(si-snr or snr), ``absent`` (the share of the mixtures in which one speaker is
-alone), ``start``, ``output=map`` and, of ours, ``without``,
-``norm`` and ``variant`` (see models.py).
+of the peers), ``lr``, ``batch``, ``crop`` (samples; (4000,12000) goes from one
+to the other in the first 70 %, as batch may), ``levels`` (how much of the
+difference in level between the speakers is kept; (0,1) goes likewise),
+``speeds`` (least and greatest, in percent), ``precision=bf16``, ``flip`` (the
+share of the mixtures whose polarity is inverted: 0, 0.5 or 1), ``loss``
+(si-snr, snr or mixed), ``absent`` (the share of the mixtures in which one
+speaker is alone), ``start``, ``output=map`` and, of ours, ``without``, ``norm``
+and ``variant`` (see models.py).
 
 Writes OUT.csv, a row per run; OUT_curves.csv, what was measured on the way;
 OUT.md, the rows as a table; OUT.png, the curves. ``training`` is the mean loss

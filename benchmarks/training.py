@@ -12,6 +12,7 @@ from models import OURS
 from speechbrain.dataio.batch import PaddedBatch
 
 from speechbrain_flashformer.training.losses import (
+    pit_mixed_loss,
     pit_si_snr_loss,
     pit_snr_loss,
 )
@@ -27,7 +28,11 @@ PRECISIONS = ("fp32", "bf16")
 OPTIMIZERS = ("muon", "muon-inner", "adamw")
 # Of the masknet: muon-inner leaves them to AdamW.
 ENDS = ("project.weight", "masks.weight")
-LOSSES = {"si-snr": pit_si_snr_loss, "snr": pit_snr_loss}
+LOSSES = {
+    "si-snr": pit_si_snr_loss,
+    "snr": pit_snr_loss,
+    "mixed": pit_mixed_loss,
+}
 # Keys that may change from one number to another over the first part of a
 # training.
 GROW = ("batch", "crop", "levels")
@@ -79,7 +84,7 @@ def parse(entry):
     if not 0 <= training["absent"] <= 1:
         raise ValueError(f"{entry}: absent is a share, from 0 to 1")
     if training["absent"] and training["loss"] == "si-snr":
-        raise ValueError(f"{entry}: absent needs loss=snr")
+        raise ValueError(f"{entry}: absent needs loss=snr or mixed")
     if training["absent"] and training["levels"] != 1:
         raise ValueError(f"{entry}: absent leaves no levels to change")
     if training["precision"] not in PRECISIONS:

@@ -8,11 +8,13 @@ from speechbrain.nnet.losses import get_si_snr_with_pitwrapper
 
 from speechbrain_flashformer.training.losses import (
     fixes_level,
+    hears_silence,
+    pit_mixed_loss,
     pit_si_snr_loss,
     pit_snr_loss,
 )
 
-LOSSES = (pit_si_snr_loss, pit_snr_loss)
+LOSSES = (pit_si_snr_loss, pit_snr_loss, pit_mixed_loss)
 
 
 @pytest.mark.parametrize("num_spks", [1, 2, 3])
@@ -132,3 +134,23 @@ def test_a_source_far_below_the_others_counts_as_silent():
 def test_only_snr_tells_the_level():
     assert fixes_level(pit_snr_loss) and not fixes_level(pit_si_snr_loss)
     assert not fixes_level(lambda *x: get_si_snr_with_pitwrapper(*x[:2]))
+
+
+def test_only_si_snr_is_not_defined_for_silence():
+    assert [hears_silence(loss) for loss in LOSSES] == [False, True, True]
+    assert not hears_silence(lambda *x: get_si_snr_with_pitwrapper(*x[:2]))
+
+
+@pytest.mark.parametrize("silent", [[], [0], [1, 2], [0, 1, 2]])
+def test_the_mixed_loss_is_that_of_each_mixture(silent):
+    targets, predictions = torch.randn(2, 3, 400, 2)
+    targets[silent, :, 1] = 0
+    predictions.requires_grad_()
+    lengths = torch.tensor([1.0, 0.5, 0.7])
+    found = pit_mixed_loss(targets, predictions, lengths)
+    for i in range(3):
+        loss = pit_snr_loss if i in silent else pit_si_snr_loss
+        alone = (x[i : i + 1] for x in (targets, predictions, lengths))
+        torch.testing.assert_close(found[i : i + 1], loss(*alone))
+    found.sum().backward()
+    assert predictions.grad.isfinite().all()

@@ -1,6 +1,6 @@
 """Losses of separation under the best order of speakers, without padding.
 
-Both are called as ``loss(targets, predictions, lengths)`` and give dB, lower is
+All are called as ``loss(targets, predictions, lengths)`` and give dB, lower is
 better, one value per mixture. Axes: B batch, T samples, S speakers.
 
 Source: permutation-invariant training (Yu et al., arXiv:1607.00325).
@@ -45,6 +45,36 @@ def fixes_level(loss):
     sound, near = time.cos(), time.cos() + 0.3 * (3 * time).cos()
     right, louder = (loss(sound, x, torch.ones(1)) for x in (near, 2 * near))
     return bool((louder - right).abs() > 0.1)
+
+
+def hears_silence(loss):
+    """Whether a loss is defined for a silent source.
+
+    A quieter estimate of it is then better than a louder one.
+
+    Arguments
+    ---------
+    loss : callable
+        As those here.
+
+    Returns
+    -------
+    bool
+        Whether it is.
+
+    Example
+    -------
+    >>> hears_silence(pit_mixed_loss), hears_silence(pit_si_snr_loss)
+    (True, False)
+    """
+    time = torch.linspace(-9, 9, 200)[None, :, None]
+    sound, other = time.cos(), (3 * time).cos()
+    targets = torch.cat([sound, 0 * sound], 2)
+    quiet, loud = (
+        loss(targets, torch.cat([sound, x * other], 2), torch.ones(1))
+        for x in (0.1, 0.3)
+    )
+    return bool(loud - quiet > 0.1)
 
 
 def pit_snr_loss(targets, predictions, lengths=None, limit_db=30.0):
@@ -128,3 +158,42 @@ def pit_si_snr_loss(targets, predictions, lengths=None):
     torch.Size([3])
     """
     return -best_order(targets, predictions, lengths)[0].mean(1)
+
+
+def pit_mixed_loss(targets, predictions, lengths=None):
+    """``pit_si_snr_loss`` where all speak, else ``pit_snr_loss``.
+
+    SI-SNR teaches a network that separates little more than SNR does; SNR is
+    defined where somebody is silent, and fixes the level.
+
+    Arguments
+    ---------
+    targets : torch.Tensor
+        Clean sources, [B, T, S]; a silent one is 0.
+    predictions : torch.Tensor
+        Estimates in any order, [B, T, S].
+    lengths : torch.Tensor, optional
+        Relative lengths, [B].
+
+    Returns
+    -------
+    torch.Tensor
+        dB, [B].
+
+    Example
+    -------
+    >>> targets = torch.randn(2, 1000, 2)
+    >>> targets[1, :, 0] = 0
+    >>> pit_mixed_loss(targets, targets)[1]
+    tensor(-30.)
+    """
+    energy = targets.float().square().sum(1)
+    silent = (energy <= SILENT * energy.sum(1, keepdim=True)).any(1)
+    loss = predictions.new_zeros(len(targets), dtype=torch.float32)
+    for which, part in ((silent, pit_snr_loss), (~silent, pit_si_snr_loss)):
+        # The gradient of SI-SNR is not finite for silence, not even times 0.
+        if which.any():
+            some = lengths if lengths is None else lengths[which]
+            value = part(targets[which], predictions[which], some)
+            loss = loss.masked_scatter(which, value)
+    return loss

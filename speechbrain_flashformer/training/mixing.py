@@ -18,7 +18,7 @@ from speechbrain_flashformer.training.effects import (
     happens,
     level_db,
 )
-from speechbrain_flashformer.training.losses import fixes_level
+from speechbrain_flashformer.training.losses import hears_silence
 from speechbrain_flashformer.training.recordings import (
     RecordingReader,
     find_recordings,
@@ -69,10 +69,11 @@ def dynamic_mix_data_prep(hparams):
         )
     effects = list(hparams["dm_effects"].values())
     silent = any(isinstance(x, Absence) and x.share for x in effects)
-    if silent and not fixes_level(hparams["loss"]):
+    if silent and not hears_silence(hparams["loss"]):
         raise ValueError(
             "the effect Absence needs a loss that is defined for silence: "
-            "speechbrain_flashformer.training.losses.pit_snr_loss"
+            "speechbrain_flashformer.training.losses.pit_snr_loss or "
+            "pit_mixed_loss"
         )
     speeds = (100, 100)
     if hparams["use_speedperturb"]:
