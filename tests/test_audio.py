@@ -445,6 +445,40 @@ def test_seldom_kinds_are_whole_or_refused(tmp_path, kind, missing):
         AudioReader(path)
 
 
+def test_voc_files_whose_size_has_too_few_bits_are_read(tmp_path):
+    path = tmp_path / "long.voc"
+    soundfile.write(path, np.zeros(9_000_000), 8000, "PCM_16", format="VOC")
+    assert AudioReader(path).frames == 9_000_000
+
+
+def test_what_follows_the_blocks_of_a_voc_file_is_none(tmp_path):
+    path = tmp_path / "a.voc"
+    soundfile.write(path, np.ones(8000) / 2, 8000, "PCM_16", format="VOC")
+    path.write_bytes(path.read_bytes()[:-1] + b"     ")
+    assert AudioReader(path).frames >= 8000
+
+
+@pytest.mark.parametrize("coding", ["ULAW", "ALAW", "PCM_32"])
+def test_nist_files_of_every_coding_are_read(tmp_path, coding):
+    path = tmp_path / "a.nist"
+    soundfile.write(path, np.ones((800, 2)) / 2, 8000, coding, format="NIST")
+    assert AudioReader(path).frames == 800
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"sample_n_bytes -i 1", b"#" * 19))
+    assert AudioReader(path).frames == 800
+
+
+def test_a_shortened_nist_file_names_what_unpacks_it(tmp_path):
+    path = tmp_path / "a.wv1"
+    soundfile.write(path, np.ones(800) / 2, 8000, "PCM_16", format="NIST")
+    told = b"sample_coding -s26 pcm,embedded-shorten-v1.1"
+    content = path.read_bytes()
+    header = re.sub(rb"sample_coding -s3 pcm", told, content[:1024])[:1024]
+    path.write_bytes(header + content[1024:])
+    with pytest.raises(ValueError, match="with shorten: unpack it with 'sph2p"):
+        AudioReader(path)
+
+
 @pytest.mark.parametrize("kind", ["MAT5", "SDS", "XI"])
 def test_kinds_that_cannot_be_checked_are_refused(tmp_path, kind):
     subtype = "DPCM_16" if kind == "XI" else None

@@ -89,6 +89,16 @@ def test_segments_give_what_the_whole_gives(monkeypatch, T, lookahead):
         ) == -(-T // 10)
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_in_bfloat16_filters_as_the_memory_does():
+    """On CPU in float32: the kernel in bfloat16 hangs for few channels."""
+    memory = FSMN(8, lookback=3, lookahead=3).bfloat16()
+    x = torch.randn(1, 40, 8).bfloat16()
+    traced = torch.jit.trace(memory, x)
+    torch.testing.assert_close(traced(x), memory(x))
+
+
 def test_a_memory_begins_small():
     memory = FSMN(64, lookback=10, lookahead=5)
     assert 0.2 < memory.weight.abs().max() <= 1 / 16**0.5

@@ -141,6 +141,16 @@ def test_only_si_snr_is_not_defined_for_silence():
     assert not hears_silence(lambda *x: get_si_snr_with_pitwrapper(*x[:2]))
 
 
+def test_sound_past_the_end_is_silence_to_the_mixed_loss():
+    targets, predictions = torch.randn(2, 1, 400, 2)
+    targets[:, :200, 1] = 0
+    lengths = torch.tensor([0.5])
+    found = pit_mixed_loss(targets, predictions, lengths)
+    torch.testing.assert_close(
+        found, pit_snr_loss(targets, predictions, lengths)
+    )
+
+
 @pytest.mark.parametrize("silent", [[], [0], [1, 2], [0, 1, 2]])
 def test_the_mixed_loss_is_that_of_each_mixture(silent):
     targets, predictions = torch.randn(2, 3, 400, 2)

@@ -296,6 +296,22 @@ def test_compiles_without_a_break():
     torch.testing.assert_close(compiled(x), masknet(x))
 
 
+def test_a_compiled_network_is_for_all_lengths():
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    masknet = small()
+    compiled = torch.compile(masknet, backend=backend)
+    for length in (64, 80, 96, 112, 128):
+        compiled(torch.rand(1, 12, length))
+    # One for the first length, and one for all others.
+    assert len(graphs) <= 2
+
+
 def test_deep_copies_are_equal():
     masknet = small()
     x = torch.rand(1, 12, 30)

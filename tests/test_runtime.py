@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import torch.nn as nn
+from torch.ao.quantization import quantize_dynamic
 
 from speechbrain_flashformer import cli
 from speechbrain_flashformer.inference import export, runtime
@@ -253,6 +255,31 @@ def test_only_float32_on_the_cpu_runs(filled, model):
     model.mods.double()
     assert runtime.choose_steps(model, "auto", BLOCK) is None
     with pytest.raises(ValueError, match="is torch.float64 on cpu: give"):
+        runtime.choose_steps(model, "onnx", BLOCK)
+
+
+def test_a_quantised_model_runs_in_torch(filled, model):
+    model.mods["masknet"] = quantize_dynamic(model.mods.masknet, {nn.Linear})
+    assert runtime.choose_steps(model, "auto", BLOCK) is None
+    with pytest.raises(ValueError, match="no quantised model"):
+        runtime.choose_steps(model, "onnx", BLOCK)
+
+
+def test_hooks_are_called_in_torch(filled, model):
+    model.mods.masknet.register_forward_hook(lambda *_: None)
+    assert runtime.choose_steps(model, "auto", BLOCK) is None
+    with pytest.raises(ValueError, match="would call no hooks"):
+        runtime.choose_steps(model, "onnx", BLOCK)
+
+
+def test_a_recording_runs_in_torch_unasked(filled, steps, model):
+    assert runtime.choose_steps(model, "auto") is None
+
+
+def test_a_cache_that_cannot_be_written_is_told_first(empty, model, no_export):
+    empty.parent.mkdir()
+    empty.touch()
+    with pytest.raises(OSError, match="set XDG_CACHE_HOME .* or give --runtim"):
         runtime.choose_steps(model, "onnx", BLOCK)
 
 

@@ -128,3 +128,34 @@ def test_what_pieces_share_has_its_bias_once(model, monkeypatch):
     with torch.no_grad():
         found = separate(mixture, encoder, masknet, decoder)
     torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("around", [torch.nn.DataParallel, torch.nn.Sequential])
+def test_what_is_around_a_masknet_gets_all_masks(model, monkeypatch, around):
+    encoder, masknet, decoder = model
+    mixture = torch.randn(1, 5000)
+    whole = separate(mixture, encoder, masknet, decoder)
+    monkeypatch.setattr(pieces, "PIECE", 50)
+    found = separate(mixture, encoder, around(masknet), decoder)
+    torch.testing.assert_close(found, whole)
+
+
+@torch.no_grad()
+def test_a_hook_sees_all_masks(model, monkeypatch):
+    encoder, masknet, decoder = model
+    monkeypatch.setattr(pieces, "PIECE", 50)
+    masknet.register_forward_hook(lambda _, given, masks: 0 * masks)
+    sources = separate(torch.randn(1, 5000), encoder, masknet, decoder)
+    assert (sources == 0).all()
+
+
+@torch.no_grad()
+def test_pieces_are_of_the_type_of_the_whole(model, monkeypatch):
+    mixture = torch.randn(1, 5000)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = separate(mixture, *model)
+        monkeypatch.setattr(pieces, "PIECE", 50)
+        found = separate(mixture, *model)
+    assert found.dtype == whole.dtype
+    torch.testing.assert_close(found, whole, atol=0.05, rtol=0.05)

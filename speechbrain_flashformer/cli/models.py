@@ -35,7 +35,8 @@ def add_runtime(add):
         choices=CHOICES["runtime"],
         help="what runs a stream: torch; onnx, which is onnxruntime on the CPU "
         "and takes some seconds to export the model the first time; auto "
-        "(default), which is onnx if that was done before, else torch",
+        "(default), which is onnx for live sound if that was done before, else "
+        "torch",
     )
 
 

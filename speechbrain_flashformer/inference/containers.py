@@ -80,7 +80,7 @@ def find_streams(path, name):
                 raise ValueError(
                     f"{name} is cut short, in its header: {REMEDY}"
                 ) from error
-        if stop := _find_end(file, magic, size):
+        if stop := _find_end(name, file, magic, size):
             if size < stop:
                 raise ValueError(
                     f"{name} is cut short, it holds {size} of {stop} bytes: "
@@ -192,33 +192,50 @@ def _find_sound(file, magic, size):
     return None
 
 
-def _find_end(file, magic, size):
+def _find_end(name, file, magic, size):
     """Bytes that a file of another kind has by its header; 0 if unknown."""
     file.seek(0)
     head = file.read(1024)
     if magic == b"NIST":
-        words = (b"sample_count", b"channel_count", b"sample_n_bytes")
-        found = [re.search(NIST_NUMBER % word, head, re.M) for word in words]
-        above = head[8:16].strip()
-        if not all(found) or not above.isdigit():
-            return 0
-        count, channels, width = (int(number[1]) for number in found)
-        return int(above) + count * channels * width
+        return _find_nist_end(name, head)
     if magic == b"2BIT" and len(head) >= 30:  # AVR
         stereo, bits = struct.unpack_from(">HH", head, 12)
         (count,) = struct.unpack_from(">I", head, 26)
         return 128 + count * (2 if stereo else 1) * bits // 8
     stop = 0
-    if head.startswith(b"Creative Voice File") and len(head) >= 22:  # VOC
+    # VOC: blocks of a kind, of which 0 is the end and 9 the last one, and of a
+    # size in 24 bits, for which longer sound is too long.
+    if head.startswith(b"Creative Voice File") and 26 <= size < 2**24:
         (stop,) = struct.unpack_from("<H", head, 20)
-        # Blocks: a kind, of which 0 is the end, and a size of 24 bits.
         while stop + 4 <= size:
             file.seek(stop)
             (block,) = struct.unpack("<I", file.read(4))
-            if block & 0xFF == 0:
-                return stop + 1
+            if not 0 < block & 0xFF <= 9:
+                return stop + (block & 0xFF == 0)
             stop += 4 + (block >> 8)
     return stop
+
+
+def _find_nist_end(name, head):
+    """``_find_end`` of NIST SPHERE, whose header is text."""
+    words = (b"sample_count", b"channel_count", b"sample_n_bytes")
+    found = [re.search(NIST_NUMBER % word, head, re.M) for word in words]
+    coding = re.search(rb"^sample_coding -s\d+ (\S+)", head, re.M)
+    coding = coding[1] if coding else b"pcm"
+    if b"shorten" in coding:
+        raise ValueError(
+            f"{name} is compressed with shorten: unpack it with 'sph2pipe -f "
+            "wav OLD_FILE NEW_FILE.wav'"
+        )
+    above = head[8:16].strip()
+    if not all(found) or not above.isdigit():
+        return 0
+    count, channels, width = (int(number[1]) for number in found)
+    if coding in (b"ulaw", b"alaw", b"mu-law"):
+        width = 1
+    elif coding != b"pcm":
+        return 0
+    return int(above) + count * channels * width
 
 
 def _chunks(file, magic, size, place=None):

@@ -26,8 +26,9 @@ def built_in_model(streaming=False):
     name = "pretrained_streaming" if streaming else "pretrained"
     folder = Path(__file__).parent.parent / name
     if not (folder / YAML_FILE).is_file():
+        kind = "streaming model" if streaming else "model"
         raise FileNotFoundError(
-            "this version comes without a pretrained model: give one as "
+            f"this version comes without a pretrained {kind}: give one as "
             "--model, a folder made by 'flashformer pack' or a model on a hub "
             "as hf:OWNER/NAME"
         )

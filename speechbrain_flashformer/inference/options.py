@@ -42,8 +42,8 @@ class SeparationOptions:
         precision to choose.
     runtime : str
         What runs a stream, with streaming alone: ``torch``; ``onnx``, which is
-        onnxruntime, on the CPU, to 1e-4 the same; ``auto``, which is onnx if
-        that was exported before, else torch.
+        onnxruntime, on the CPU, to 1e-4 the same; ``auto``, which is torch
+        for a recording.
     memory : int
         Megabytes that the activations of one call may take, about.
     progress : bool

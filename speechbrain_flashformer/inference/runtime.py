@@ -7,6 +7,7 @@ as many seconds of sound.
 import hashlib
 import logging
 import os
+import weakref
 from pathlib import Path
 
 import torch
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 
 # Blocks that a graph of the cache is compared with torch over.
 CHECKED_BLOCKS = 4
+# By model, their sessions by file and threads.
+SESSIONS = weakref.WeakKeyDictionary()
 PLAIN = (bool, int, float, str, tuple, list, type(None))
 
 
@@ -37,7 +40,8 @@ def choose_steps(model, runtime="auto", block=None, tell=log.warning):
         A causal one.
     runtime : str
         ``torch``; ``onnx``, which exports a step that is not in the cache;
-        ``auto``, which is onnxruntime where it can run at once, else torch.
+        ``auto``, which is onnxruntime where it can run live sound at once,
+        else torch.
     block : float, optional
         Seconds that are heard at once; by default as many as a stream takes at
         once of a recording.
@@ -53,8 +57,11 @@ def choose_steps(model, runtime="auto", block=None, tell=log.warning):
     ------
     ImportError
         When the extra onnx is missing, and onnx was asked for.
+    OSError
+        When an exported step cannot be kept.
     ValueError
-        When the model is not causal or, with onnx, not in float32 on the CPU.
+        When the model is not causal or, with onnx, is not in float32 on the
+        CPU, has been changed by torch's tools, or has hooks.
 
     Example
     -------
@@ -66,8 +73,10 @@ def choose_steps(model, runtime="auto", block=None, tell=log.warning):
     True
     """
     step = model.make_stream().step  # or tell why not
-    # onnxruntime is not even imported where it has not been used before.
-    if runtime == "torch" or runtime == "auto" and not _has_cache():
+    # onnxruntime is not even imported where it has not been used before; for a
+    # recording it takes longer to begin than it wins.
+    unasked = runtime == "auto" and (block is None or not _has_cache())
+    if runtime == "torch" or unasked:
         return None
     problem = _why_not(step)
     if problem and runtime == "auto":
@@ -80,8 +89,12 @@ def choose_steps(model, runtime="auto", block=None, tell=log.warning):
         tokens = int(block * model.hparams.sample_rate / step.token + 1e-6)
         tokens = min(max(1, tokens), MOST_TOKENS)
     path = cache_folder() / f"step-{_key(model, tokens)}.onnx"
-    session = _cached_session(model, path, tokens)
+    # All streams of a model share a session that was checked.
+    kept = SESSIONS.setdefault(model, {})
+    key = path, torch.get_num_threads()
+    session = kept.get(key) or _cached_session(model, path, tokens)
     if session is None and runtime == "onnx":
+        _check_can_keep(path.parent)
         tell(
             f"exporting the model for onnxruntime, once: {path} will be taken "
             "from now on"
@@ -91,6 +104,7 @@ def choose_steps(model, runtime="auto", block=None, tell=log.warning):
         session = onnx_session(path, torch.get_num_threads())
     if session is None:
         return None
+    kept[key] = session
     # A trace is worth it for the few sizes of live sound.
     others = step if block is None else traced_steps(model)
     return OnnxSteps(session, others, tokens * step.token)
@@ -161,8 +175,27 @@ def _has_cache():
         return False
 
 
+def _check_can_keep(folder):
+    """Raise now what would otherwise be raised after the export."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"no right to write in {folder}")
+    except OSError as error:
+        raise type(error)(
+            f"the exported model cannot be kept in {folder}: {error}; set "
+            "XDG_CACHE_HOME to another folder, or give --runtime torch"
+        ) from error
+
+
 def _why_not(step):
     """Why onnxruntime cannot run a step: an error and its text, or None."""
+    state = step.state_dict().values()
+    hooks = ("_forward_hooks", "_forward_pre_hooks")
+    if not all(isinstance(x, torch.Tensor) for x in state):
+        return ValueError, "takes no quantised model: give --runtime torch"
+    if any(getattr(m, name) for m in step.modules() for name in hooks):
+        return ValueError, "would call no hooks: give --runtime torch"
     kinds = {(p.dtype, p.device.type) for p in step.parameters()}
     if kinds != {(torch.float32, "cpu")}:
         found = " and ".join(sorted(f"{kind} on {at}" for kind, at in kinds))

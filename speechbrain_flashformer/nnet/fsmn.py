@@ -184,14 +184,14 @@ class FSMN(nn.Module):
             # Padding that is wider on both sides than half the filter leads
             # to a gradient for the weight that takes 20 times as long.
             phases, pad = F.pad(phases, (0, 0, *sides)), 0
-        # What torch.jit traces is no place for a gradient of our own.
-        plain = exporting or torch.jit.is_tracing()
-        if x.device.type == "cpu" and not plain:
+        inputs, filtered = (phases, self.weight, pad), depthwise_filter
+        if x.device.type == "cpu" and not exporting:
             wide = torch.promote_types(x.dtype, torch.float32)
-            inputs = phases.to(wide), self.weight.to(wide)
-            memory = _CpuFilter.apply(*inputs, pad).to(x.dtype)
-        else:
-            memory = depthwise_filter(phases, self.weight, pad)
+            inputs = phases.to(wide), self.weight.to(wide), pad
+            # What torch.jit traces is no place for a gradient of our own.
+            if not torch.jit.is_tracing():
+                filtered = _CpuFilter.apply
+        memory = filtered(*inputs).to(x.dtype)
         memory = memory.unflatten(0, (B, -1)).transpose(1, 2).flatten(1, 2)
         return memory[:, :T]
 

@@ -13,7 +13,7 @@ from speechbrain_flashformer.nnet.attention import (
     check_window,
 )
 from speechbrain_flashformer.nnet.fsmn import GatedFSMN
-from speechbrain_flashformer.nnet.pieces import in_pieces
+from speechbrain_flashformer.nnet.pieces import PIECE, in_pieces
 from speechbrain_flashformer.nnet.rotary import rotate
 from speechbrain_flashformer.nnet.window import run_kernel
 
@@ -191,8 +191,10 @@ class Attention(nn.Module):
             [B, T, C].
         """
         if context is None:
-            # Keys outside of the window are not missed.
-            if positions.rows is None and min(self.window) >= 0:
+            # Keys outside of the window are not missed. One that is wider
+            # than a piece would be computed many times over.
+            near = min(self.window) >= 0 and sum(self.window) <= PIECE // 4
+            if near and positions.rows is None:
                 return in_pieces(
                     lambda tokens: self._run(x, positions, tokens),
                     x.shape[1],

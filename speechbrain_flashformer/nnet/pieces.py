@@ -12,23 +12,23 @@ PIECE = 4096  # frames or tokens
 def pieces(length):
     """The slices of so many frames that are run one after another.
 
-    With gradients, and in an exported graph, which is for all lengths, there is
-    but one.
+    With gradients, and in a compiled or exported graph, which is for all
+    lengths, there is but one.
 
     Example
     -------
     >>> with torch.no_grad():
-    ...     pieces(10000)
-    [slice(0, 8192, None), slice(8192, 10000, None)]
-    >>> pieces(10000)
-    [slice(0, 10000, None)]
+    ...     pieces(6000)
+    [slice(0, 4096, None), slice(4096, 6000, None)]
+    >>> pieces(6000)
+    [slice(None, None, None)]
     """
-    if torch.compiler.is_exporting():
-        return [slice(0, length)]
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return [slice(None)]
     # The length is looked at first, as torch.jit.trace checks a trace with
     # gradients by one without, and what is looked at is in the trace.
     if length <= PIECE or torch.is_grad_enabled():
-        return [slice(0, length)]
+        return [slice(None)]
     starts = range(0, length, PIECE)
     return [slice(start, min(start + PIECE, length)) for start in starts]
 

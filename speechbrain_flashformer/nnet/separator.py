@@ -12,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from speechbrain_flashformer.nnet.flashformer import FlashFormer
 from speechbrain_flashformer.nnet.norm import moments, weighted_sums
 from speechbrain_flashformer.nnet.pieces import pieces
 from speechbrain_flashformer.nnet.positions import length_mask
@@ -148,29 +149,35 @@ def separate(mixture, encoder, masknet, decoder, lengths=None, statistics=None):
         # A frame past the last one of a row may still overlap its end.
         mix_w = mix_w * length_mask(lengths, frames, mix_w.device).mT
 
-    def _decode(masks, span=slice(None)):
+    def _decode(masks, span):
         # One call for all speakers; [S, B, N, L] -> [S B, N, L].
         sources = decoder((mix_w[..., span] * masks).flatten(0, 1))
         return sources.view(len(masks), B, -1)
 
     def _add(masks, span):
         nonlocal sources
+        part, begin = _decode(masks, span), span.start * stride
         if sources is None:
-            sources = mixture.new_zeros(len(masks), B, padded)
-        part = _decode(masks, span)
-        begin = span.start * stride
+            sources = part.new_zeros(len(masks), B, padded)
         sources[..., begin : begin + part.shape[2]] += part
 
-    # Where no gradient wants all masks. A bias would be added twice to what
-    # two pieces share.
-    several = len(pieces(frames)) > 1 and takes(masknet, "decode")
-    if several and getattr(decoder, "bias", None) is None:
+    if len(pieces(frames)) > 1 and _gives_pieces(masknet, decoder):
         sources = None
         masknet(mix_w, decode=_add, **options)
     else:
-        sources = _decode(masknet(mix_w, **options))
+        sources = _decode(masknet(mix_w, **options), slice(None))
     sources = sources[..., :T].permute(1, 2, 0)
     return sources if lengths is None else sources * mask
+
+
+def _gives_pieces(masknet, decoder):
+    """Whether masks can come in pieces, and no one else wants to see them.
+
+    A wrapper may share out the rows, a hook sees what comes out; a bias would
+    be added twice to what two pieces share.
+    """
+    seen = not isinstance(masknet, FlashFormer) or masknet._forward_hooks
+    return not seen and getattr(unwrapped(decoder), "bias", None) is None
 
 
 def encoder_statistics(blocks, encoder):

@@ -24,8 +24,6 @@ SILENT = 1e-6
 def fixes_level(loss):
     """Whether a loss tells estimates of the right level from louder ones.
 
-    One that does not, such as SI-SNR, is not defined for a silent source.
-
     Arguments
     ---------
     loss : callable
@@ -187,11 +185,11 @@ def pit_mixed_loss(targets, predictions, lengths=None):
     >>> pit_mixed_loss(targets, targets)[1]
     tensor(-30.)
     """
-    energy = targets.float().square().sum(1)
+    heard = targets.float() * padding_mask(targets, lengths)
+    energy = heard.square().sum(1)
     silent = (energy <= SILENT * energy.sum(1, keepdim=True)).any(1)
     loss = predictions.new_zeros(len(targets), dtype=torch.float32)
     for which, part in ((silent, pit_snr_loss), (~silent, pit_si_snr_loss)):
-        # The gradient of SI-SNR is not finite for silence, not even times 0.
         if which.any():
             some = lengths if lengths is None else lengths[which]
             value = part(targets[which], predictions[which], some)
