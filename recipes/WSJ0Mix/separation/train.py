@@ -95,6 +95,7 @@ def main():
     hparams.setdefault(
         "precision", default_precision(run_opts["device"], hparams["MaskNet"])
     )
+    logger.info("Precision: %s", hparams["precision"])
     # What would otherwise be raised after the training.
     check_perceptual(hparams["more_metrics"], hparams["sample_rate"])
     if hparams["plot_results"]:
