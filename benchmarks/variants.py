@@ -29,22 +29,25 @@ class OneMerge(FlashFormer):
 class EarlySplit(FlashFormer):
     """One stream for each speaker from the middle of the layers on.
 
-    The streams share all weights, and after each layer hear each other, token
-    by token. Source: SepReformer (arXiv:2406.05983).
+    The streams share all weights, and after each layer, or once at the split,
+    hear each other, token by token. Source: SepReformer (arXiv:2406.05983).
     """
+
+    late = 0.5  # share of the layers after the split
 
     def __init__(self, num_spks=2, **numbers):
         # One mask from each stream.
         super().__init__(num_spks=1, **numbers)
-        self.early = len(self.layers) // 2
-        late = len(self.layers) - self.early
+        late = round(self.late * len(self.layers))
+        self.early = len(self.layers) - late
         self.speakers, C = num_spks, self.split[-1].in_features
         self.divide = nn.Linear(C, num_spks * C)
-        self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(late))
+        times = max(late, 1)
+        self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(times))
         heads = self.layers[0].attention.nhead
         self.across = nn.ModuleList(
             nn.MultiheadAttention(C, heads, batch_first=True)
-            for _ in range(late)
+            for _ in range(times)
         )
 
     def attend(self, x, mask, lengths, past):
@@ -56,10 +59,10 @@ class EarlySplit(FlashFormer):
         if lengths is not None:
             mask = mask.repeat(S, 1, 1)
             positions = self.place(x, lengths.repeat(S))
-        for layer, norm, across in zip(
-            self.layers[self.early :], self.norms, self.across
-        ):
-            x = self.run_layer(layer, x, positions, mask)
+        for i, (norm, across) in enumerate(zip(self.norms, self.across)):
+            if self.early + i < len(self.layers):
+                layer = self.layers[self.early + i]
+                x = self.run_layer(layer, x, positions, mask)
             # [S B, T, C] -> [B T, S, C]
             y = norm(x).unflatten(0, (S, -1)).permute(1, 2, 0, 3).flatten(0, 1)
             y = across(y, y, y, need_weights=False)[0]
@@ -82,6 +85,12 @@ class EarlySplit(FlashFormer):
     def head(self, x):
         """Frames [S B, L, C] to masks [S, B, N, L]."""
         return super().head(x)[0].unflatten(0, (self.speakers, -1))
+
+
+class LastSplit(EarlySplit):
+    """One stream for each speaker on the way up alone."""
+
+    late = 0
 
 
 class StageLosses(FlashFormer):
@@ -115,6 +124,7 @@ class StageLosses(FlashFormer):
 VARIANTS = {
     "one-merge": OneMerge,
     "early-split": EarlySplit,
+    "last-split": LastSplit,
     "stage-losses": StageLosses,
 }
 

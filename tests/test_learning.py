@@ -365,7 +365,12 @@ def test_the_last_stage_is_what_the_network_gives(bench, size):
 
 @pytest.mark.parametrize(
     "variant, sources",
-    [("one-merge", 2), ("early-split", 2), ("stage-losses", 6)],
+    [
+        ("one-merge", 2),
+        ("early-split", 2),
+        ("last-split", 2),
+        ("stage-losses", 6),
+    ],
 )
 def test_all_of_a_variant_learns(bench, variant, sources):
     numbers = {"variant": variant, "num_layers": 3}
@@ -377,9 +382,10 @@ def test_all_of_a_variant_learns(bench, variant, sources):
     assert model.eval()(torch.randn(1, 800)).shape == (1, 800, 2)
 
 
-def test_streams_of_an_early_split_are_alike_but_not_the_same(bench):
+@pytest.mark.parametrize("variant", ["early-split", "last-split"])
+def test_streams_of_an_early_split_are_alike_but_not_the_same(bench, variant):
     """Weights are shared: exchanged streams give exchanged masks."""
-    numbers = {"variant": "early-split", "num_layers": 2}
+    numbers = {"variant": variant, "num_layers": 2}
     model = bench.build_separator("tiny", **numbers).eval()
     mixture, divide = torch.randn(1, 1600), model.parts[1].divide
     with torch.no_grad():
