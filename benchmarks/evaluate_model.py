@@ -84,6 +84,7 @@ def main(words=None):
     parser.add_argument("model")
     parser.add_argument("sets", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--table", choices=TABLES, default="evaluate_model")
+    parser.add_argument("--out", help="results/OUT.csv in place of the table's")
     options = parser.parse_args(words)
     try:
         with tempfile.TemporaryDirectory() as scratch:
@@ -95,7 +96,7 @@ def main(words=None):
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"evaluate_model.py: {error}")
     if not options.model.endswith(".onnx"):
-        write_csv(RESULTS / f"{options.table}.csv", rows)
+        write_csv(RESULTS / f"{options.out or options.table}.csv", rows)
 
 
 def quality(model, sets):
