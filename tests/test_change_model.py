@@ -144,3 +144,18 @@ def test_an_error_is_one_line(packed_once, tmp_path):
     words = ["resize", str(packed_once), str(tmp_path)]
     with pytest.raises(SystemExit, match="change_model.py: .*remove it"):
         change_model.main(words)
+
+
+def test_a_causal_model_hears_what_is_past(packed_once, tmp_path):
+    out = tmp_path / "causal"
+    change_model.causal(packed_once, out)
+    old, new = load(packed_once).mods.masknet, load(out).mods.masknet
+    assert new.can_stream
+    x = torch.randn(1, 30, len(old.down[0].memory[0].weight))
+    # Of a sound that ends, each memory has what comes after as before.
+    x[:, 10:] = 0
+    mine, theirs = new.down[0].memory[0](x), old.down[0].memory[0](x)
+    torch.testing.assert_close(mine[:, 10:], theirs[:, 10:])
+    with pytest.raises(ValueError, match="is no FlashFormer to change"):
+        change_model.causal(out, tmp_path / "again")
+    assert not (tmp_path / "again").exists()

@@ -225,9 +225,10 @@ def test_the_page_says_what_the_figures_say(name):
         assert f"| {line} |" in page
 
 
-def test_the_card_says_what_the_figures_say():
-    card = (built_in_model() / "README.md").read_text()
-    path = BENCHMARKS / "results" / "evaluate_model.csv"
+@pytest.mark.parametrize("name", ["evaluate_model", "evaluate_streaming"])
+def test_the_card_says_what_the_figures_say(name):
+    card = built_in_model(streaming=name == "evaluate_streaming") / "README.md"
+    card, path = card.read_text(), BENCHMARKS / "results" / f"{name}.csv"
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     columns = ("si-snr_i", "5th percentile", "worse (%)")

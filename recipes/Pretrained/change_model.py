@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Make a packed model from others: averaged, or of another size.
+"""Make a packed model from others: averaged, of another size, or causal.
 
 > python change_model.py average A B OUT --share 0.2
 > python change_model.py resize MODEL OUT --num_layers 12 --d_ffn 384
+> python change_model.py causal MODEL OUT
 
 average: SHARE (0 to 1) of the weights of B and the rest of A; one of the two
 began as the other. Card and numbers are those of B. Source: model soups
@@ -14,6 +15,9 @@ adds nothing until it has learned to: a larger OUT separates as MODEL does. New
 layers stand after old ones, evenly, and are those that go when there are to be
 fewer again. A number not given stays; the card is that of MODEL. Source:
 Net2Net (arXiv:1511.05641), with zeros behind what is new in place of copies.
+
+causal: without what it hears of the future, a begin for the training of a
+streaming model: the memories keep their taps on the past, attention looks back.
 """
 
 import argparse
@@ -122,6 +126,33 @@ def with_numbers(hparams, numbers):
     return text.getvalue()
 
 
+# --- causal ------------------------------------------------------------------
+
+
+def causal(model, out):
+    """Write OUT, all at once."""
+    old = FlashFormerSeparation.from_hparams(model).mods.masknet
+    if not isinstance(old, FlashFormer) or old.causal:
+        raise ValueError(f"the masknet of {model} is no FlashFormer to change")
+    text = (model / "hyperparams.yaml").read_text("utf-8")
+    masknet = YAML().load(text)["masknet"]
+    left, _ = old.layers[0].attention.window
+    norm_span = 500 * old.token_stride
+    changes = {"causal": True, "lookahead": 0, "norm_span": norm_span}
+    text = with_numbers(text, {**changes, "window": (window := f"({left}, 0)")})
+    # In quotes it would be no tuple.
+    text = text.replace(f"'{window}'", window)
+    past = 1 + masknet["lookback"]
+    with copied_whole(model, out) as partial:
+        (partial / "hyperparams.yaml").write_text(text, encoding="utf-8")
+        path = partial / "masknet.ckpt"
+        state = torch.load(path, weights_only=True)
+        for key, value in state.items():
+            if ".memory." in key:
+                state[key] = value[..., :past].clone()
+        torch.save(state, path)
+
+
 @torch.no_grad()
 def take_over(old, new):
     """Let the masknet ``new`` do what ``old`` does, as far as it has room."""
@@ -175,6 +206,10 @@ def main(words=None):
         command.add_argument(name, type=Path)
     for name in ("--num_layers", "--d_ffn"):
         command.add_argument(name, type=int)
+    command = commands.add_parser("causal")
+    command.set_defaults(run=causal)
+    for name in ("model", "out"):
+        command.add_argument(name, type=Path)
     options = vars(parser.parse_args(words))
     run = options.pop("run")
     try:

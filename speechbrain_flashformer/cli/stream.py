@@ -21,7 +21,7 @@ or the end of the input ends it, and what was heard is finished first.
 
 STREAM_EXAMPLES = """\
 examples:
-  arecord -f S16_LE -r 8000 | flashformer stream --model MODEL \\
+  arecord -f S16_LE -r 8000 | flashformer stream \\
       | aplay -f S16_LE -r 8000 -c 2
   ffmpeg -i URL -f s16le -ac 1 -ar 48000 - \\
       | flashformer stream --model MODEL --rate 48000 -o separated
