@@ -144,10 +144,10 @@ def starts():
 def with_table(text, name, rows):
     """A page with a table between its marks."""
     start, end = f"<!-- table: {name} -->\n", "<!-- end of table -->\n"
-    lines = [" | ".join(rows[0]), "|".join("---" for _ in rows[0])]
-    lines += [" | ".join(map(str, row.values())) for row in rows]
+    cells = [list(rows[0]), ["---"] * len(rows[0])]
+    cells += [map(str, row.values()) for row in rows]
     before, after = text.split(start)
-    table = "".join(f"| {line} |\n" for line in lines)
+    table = "".join(f"| {' | '.join(line)} |\n" for line in cells)
     return before + start + table + end + after.split(end, 1)[1]
 
 
