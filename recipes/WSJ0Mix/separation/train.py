@@ -95,7 +95,6 @@ def main():
     hparams.setdefault(
         "precision", default_precision(run_opts["device"], hparams["MaskNet"])
     )
-    logger.info("Precision: %s", hparams["precision"])
     # What would otherwise be raised after the training.
     check_perceptual(hparams["more_metrics"], hparams["sample_rate"])
     if hparams["plot_results"]:
@@ -107,6 +106,7 @@ def main():
         hyperparams_to_save=hparams_file,
         overrides=overrides,
     )
+    logger.info("Precision: %s", hparams["precision"])
 
     try:
         prepare(hparams, not run_opts.get("noprogressbar", False))
