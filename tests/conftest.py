@@ -1,5 +1,6 @@
 """What several tests share: a small model, packed as training leaves it."""
 
+import builtins
 import importlib
 import os
 import shutil
@@ -137,3 +138,16 @@ def noise_mixtures(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _same_every_time():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def without_onnxruntime(monkeypatch):
+    """As where the extra onnx is not installed."""
+    real = builtins.__import__
+
+    def without(name, *arguments):
+        if name == "onnxruntime":
+            raise ImportError(name=name)
+        return real(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", without)

@@ -1,6 +1,5 @@
 """ONNX gives what torch gives, at every length and batch."""
 
-import builtins
 import gc
 import logging
 import re
@@ -313,14 +312,6 @@ class Program:
     )
 
 
-def test_a_missing_extra_is_named(model, tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *arguments):
-        if name == "onnxruntime":
-            raise ImportError(name=name)
-        return real(name, *arguments)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+def test_a_missing_extra_is_named(model, tmp_path, without_onnxruntime):
     with pytest.raises(ImportError, match=r"needs onnxruntime.*\[onnx\]"):
         export.export_onnx(model, tmp_path / "a.onnx")

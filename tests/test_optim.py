@@ -55,6 +55,14 @@ def test_bfloat16_only_where_the_cpu_has_instructions(monkeypatch, name):
     assert is_rounded == (name != "avx2")
 
 
+def test_half_precision_is_not_slow_without_instructions(monkeypatch):
+    set_capabilities(monkeypatch)
+    x = torch.randn(3, 12, 8).bfloat16()
+    options = (3.4445, -4.7750, 2.0315), 5, 1e-7
+    expected = orthogonalised(x.float(), *options).bfloat16()
+    assert torch.equal(orthogonalised(x, *options), expected)
+
+
 def test_orthogonalised_in_float32_is_exact(monkeypatch):
     set_capabilities(monkeypatch)
     matrices = torch.randn(3, 12, 8)

@@ -1,6 +1,5 @@
 """onnxruntime runs a stream as torch does, and never an old or broken graph."""
 
-import builtins
 import shutil
 from pathlib import Path
 
@@ -58,18 +57,6 @@ def no_export(monkeypatch):
         raise AssertionError("exported again")
 
     monkeypatch.setattr(runtime, "export_streaming_onnx", export)
-
-
-@pytest.fixture
-def without_onnxruntime(monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *arguments):
-        if name == "onnxruntime":
-            raise ImportError(name=name)
-        return real(name, *arguments)
-
-    monkeypatch.setattr(builtins, "__import__", without)
 
 
 def feed(stream, blocks):

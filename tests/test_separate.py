@@ -159,3 +159,14 @@ def test_pieces_are_of_the_type_of_the_whole(model, monkeypatch):
         found = separate(mixture, *model)
     assert found.dtype == whole.dtype
     torch.testing.assert_close(found, whole, atol=0.05, rtol=0.05)
+
+
+@torch.no_grad()
+def test_a_network_that_compiles_itself_gives_one_piece(model, monkeypatch):
+    encoder, masknet, decoder = model
+    mixture = torch.randn(1, 5000)
+    whole = separate(mixture, encoder, masknet, decoder)
+    monkeypatch.setattr(pieces, "PIECE", 50)
+    masknet.compile(backend="eager")
+    found = separate(mixture, encoder, masknet, decoder)
+    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-4)

@@ -156,7 +156,8 @@ def separate(mixture, encoder, masknet, decoder, lengths=None, statistics=None):
 
     def _add(masks, span):
         nonlocal sources
-        part, begin = _decode(masks, span), span.start * stride
+        # A network that compiles itself gives all in one piece.
+        part, begin = _decode(masks, span), (span.start or 0) * stride
         if sources is None:
             sources = part.new_zeros(len(masks), B, padded)
         sources[..., begin : begin + part.shape[2]] += part

@@ -161,8 +161,7 @@ def pit_si_snr_loss(targets, predictions, lengths=None):
 def pit_mixed_loss(targets, predictions, lengths=None):
     """``pit_si_snr_loss`` where all speak, else ``pit_snr_loss``.
 
-    SI-SNR teaches a network that separates little more than SNR does; SNR is
-    defined where somebody is silent, and fixes the level.
+    SNR is defined where somebody is silent, and fixes the level there.
 
     Arguments
     ---------

@@ -112,7 +112,8 @@ def orthogonalised(matrices, coefficients, steps, eps):
     True
     """
     a, b, c = coefficients
-    x = matrices.bfloat16() if has_fast_bfloat16(matrices.device) else matrices
+    fast = torch.bfloat16 if has_fast_bfloat16(matrices.device) else None
+    x = matrices.to(fast or torch.float32)
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT

@@ -286,7 +286,7 @@ def leave_group():
 def default_precision(device, masknet):
     """Half precision where the device has a bfloat16 worth using.
 
-    On a CPU for our network alone: of others' layers some are slower in it.
+    On a CPU for our network alone: those of others were not tried in it.
     """
     device = torch.device(device or infer_device())
     if device.type == "cpu" and not isinstance(masknet, FlashFormer):
