@@ -44,8 +44,8 @@ from gpu_speed import (
     snr,
     training_speed,
 )
-from models import build_separator
 
+from speechbrain_flashformer import build
 from speechbrain_flashformer.nnet import layers
 from speechbrain_flashformer.nnet.attention import (
     BACKENDS,
@@ -245,7 +245,7 @@ def compare_network(device, sizes):
         torch.manual_seed(0)
         exact = backend == "dense"
         numbers = {} if exact else {"attention_backend": backend}
-        model = build_separator("tiny", **numbers).to(device)
+        model = build("tiny", **numbers).to(device)
         weights = list(model.parameters())
         kernel = (
             patch.object(layers, "attend", dense) if exact else nullcontext()

@@ -12,6 +12,7 @@ import torch
 from models import build_separator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from speechbrain_flashformer import build
 from speechbrain_flashformer.nnet.attention import BACKENDS, attend
 from speechbrain_flashformer.nnet.step import StreamingStep
 from speechbrain_flashformer.nnet.streaming import StreamingSeparator
@@ -152,7 +153,7 @@ def compiled(device, sizes):
     if device.type != "cuda":
         yield "not run on a CPU"
         return
-    encoder, masknet, _ = build_separator("base").to(device).eval().parts
+    encoder, masknet, _ = build("base").to(device).eval().children()
     yield "The base masknet on 4 s, bfloat16, without and with gradients.\n"
     yield "| | forward (ms) | and backward (ms) | output to eager (dB) | |"
     yield "|---|---|---|---|---|"
@@ -181,7 +182,7 @@ def compiled(device, sizes):
 
 def graphed_stream(device, sizes):
     """A stream, step by step and as a graph that is replayed."""
-    model = build_separator("streaming").to(device).eval().parts
+    model = build("streaming").to(device).eval().children()
     step = StreamingStep(*model)
     overlap, size = step.kernel - step.stride, 2 * step.token
     mixture = 0.1 * torch.randn(1, overlap + 100 * size, device=device)

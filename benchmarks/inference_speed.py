@@ -36,9 +36,9 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from models import build_separator
 from records import megabytes, write_csv
 
+from speechbrain_flashformer import build
 from speechbrain_flashformer.inference import FlashFormerSeparation
 from speechbrain_flashformer.inference.export import (
     export_onnx,
@@ -46,7 +46,6 @@ from speechbrain_flashformer.inference.export import (
     onnx_session,
 )
 from speechbrain_flashformer.inference.runtime import OnnxSteps
-from speechbrain_flashformer.nnet.separator import MODULES
 from speechbrain_flashformer.nnet.step import CompiledSteps
 from speechbrain_flashformer.training.metrics import si_snr
 
@@ -170,9 +169,7 @@ def stream(runtime, threads, minutes, block_ms=BLOCK, **numbers):
     torch.set_num_threads(threads)
     rate, duration = 8000, block_ms / 1000
     model = FlashFormerSeparation(
-        dict(
-            zip(MODULES, build_separator("streaming", **numbers).eval().parts)
-        ),
+        dict(build("streaming", **numbers).eval().named_children()),
         {"num_spks": 2, "sample_rate": rate},
     )
     streams = torch_streams(model, runtime == "torch, traced")

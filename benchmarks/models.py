@@ -1,7 +1,7 @@
 """Whole models as one module each, [B, T] to [B, T, S]: ours and the peers."""
 
 import inspect
-from pathlib import Path
+from importlib.resources import files
 
 import torch
 import torch.nn as nn
@@ -13,25 +13,12 @@ from variants import NORMS, VARIANTS, WITHOUT
 
 from speechbrain_flashformer import FlashFormer
 from speechbrain_flashformer.nnet.filterbank import fourier_filters
-from speechbrain_flashformer.nnet.separator import encoder_frame, separate
-
-HPARAMS = Path(__file__).resolve().parent.parent / "hparams"
-OURS = tuple(
-    path.stem.removeprefix("flashformer-")
-    for path in sorted(HPARAMS.glob("flashformer-*.yaml"))
+from speechbrain_flashformer.nnet.separator import (
+    SIZES,
+    Separator,
+    build,
+    encoder_frame,
 )
-
-
-class Separator(nn.Module):
-    """Encoder, masknet and decoder as one module."""
-
-    def __init__(self, encoder, masknet, decoder):
-        super().__init__()
-        self.parts = nn.ModuleList([encoder, masknet, decoder])
-
-    def forward(self, mixture):
-        """Separate mixtures [B, T] into [B, T, S]."""
-        return separate(mixture, *self.parts)
 
 
 class Mapping(Separator):
@@ -39,7 +26,7 @@ class Mapping(Separator):
 
     def forward(self, mixture):
         """Separate mixtures [B, T] into [B, T, S]."""
-        encoder, masknet, decoder = self.parts
+        encoder, masknet, decoder = self.children()
         (B, T), (kernel, stride) = mixture.shape, encoder_frame(encoder)
         more = max(0, kernel - T) or (kernel - T) % stride
         features = masknet(encoder(F.pad(mixture, (0, more))))
@@ -80,7 +67,7 @@ def build_separator(
     Arguments
     ---------
     name : str
-        One of ``OURS``, with or without ``flashformer-`` before it, of
+        One of ``SIZES``, with or without ``flashformer-`` before it, of
         ``PEERS`` or of ``WHOLE``.
     output : str
         A key of ``OUTPUTS``: with ``map`` the network gives the sources, not
@@ -106,8 +93,7 @@ def build_separator(
 
     Example
     -------
-    >>> encoder, masknet, decoder = build_separator("tiny", num_layers=2).parts
-    >>> len(masknet.layers)
+    >>> len(build_separator("tiny", num_layers=2).masknet.layers)
     2
     """
     changes = {"without": without, "norm": norm, "variant": variant}
@@ -126,10 +112,10 @@ def build_separator(
         if asked or start or output != "mask":
             raise ValueError(f"{name} is built as it comes: it takes no keys")
         return WHOLE[name]()
-    if name.removeprefix("flashformer-") in OURS:
+    if name.removeprefix("flashformer-") in SIZES:
         model = _ours(name, numbers, **changes)
     elif name not in PEERS:
-        names = ", ".join((*OURS, *PEERS, *WHOLE))
+        names = ", ".join((*SIZES, *PEERS, *WHOLE))
         raise ValueError(f"no model named {name!r}: choose from {names}")
     elif asked:
         raise ValueError(
@@ -142,29 +128,29 @@ def build_separator(
         decoder = dual_path.Decoder(
             channels, 1, kernel_size=16, stride=8, bias=False
         )
-        model = [encoder, masknet, decoder]
+        model = Separator(encoder, masknet, decoder)
     if start is not None:
-        STARTS[start](model[0].conv1d, model[2])
-    return OUTPUTS[output](*model)
+        STARTS[start](model.encoder.conv1d, model.decoder)
+    return OUTPUTS[output](*model.children())
 
 
 def _ours(name, numbers, without, norm, variant):
     size = name.removeprefix("flashformer-")
-    try:
-        with open(HPARAMS / f"flashformer-{size}.yaml") as file:
-            hparams = load_hyperpyyaml(file, numbers, overrides_must_match=True)
-    except KeyError as error:
-        raise ValueError(f"{name}: {error.args[0]}") from error
-    encoder, masknet, decoder = (
-        hparams[part] for part in ("Encoder", "MaskNet", "Decoder")
-    )
+    model = build(size, **numbers)
     if variant is not None:
-        takes = inspect.signature(FlashFormer).parameters
-        numbers = {key: hparams[key] for key in takes if key in hparams}
-        numbers["in_channels"] = hparams["N_encoder_out"]
-        masknet = VARIANTS[variant](**numbers)
+        model.masknet = _variant(VARIANTS[variant], size, numbers)
     if without is not None:
-        WITHOUT[without](masknet)
+        WITHOUT[without](model.masknet)
     if norm is not None:
-        masknet.norm_in = NORMS[norm](masknet.in_channels)
-    return encoder, masknet, decoder
+        model.masknet.norm_in = NORMS[norm](model.masknet.in_channels)
+    return model
+
+
+def _variant(variant, size, numbers):
+    """A masknet of another class with the numbers of a size."""
+    yamls = files("speechbrain_flashformer.hparams")
+    with (yamls / f"flashformer-{size}.yaml").open() as file:
+        hparams = load_hyperpyyaml(file, numbers)
+    takes = inspect.signature(FlashFormer).parameters
+    numbers = {key: hparams[key] for key in takes if key in hparams}
+    return variant(in_channels=hparams["N_encoder_out"], **numbers)

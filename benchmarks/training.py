@@ -8,9 +8,9 @@ import time
 
 import torch
 import torch.nn as nn
-from models import OURS
 from speechbrain.dataio.batch import PaddedBatch
 
+from speechbrain_flashformer.nnet.separator import SIZES
 from speechbrain_flashformer.training.losses import (
     pit_mixed_loss,
     pit_si_snr_loss,
@@ -63,7 +63,7 @@ def parse(entry):
             numbers[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             numbers[key] = value
-    ours = name.removeprefix("flashformer-") in OURS
+    ours = name.removeprefix("flashformer-") in SIZES
     training = {
         "optimizer": "muon" if ours else "adamw",
         "lr": 0.002 if ours else 0.001,
@@ -107,7 +107,7 @@ def make_optimizers(model, kind, lr):
     """AdamW, or the recipe's pair: Muon on the masknet's matrices."""
     if kind == "adamw":
         return [torch.optim.AdamW(model.parameters(), lr)]
-    masknet = model.parts[1]
+    masknet = model.masknet
     matrices = matrix_groups(masknet)
     if kind == "muon-inner":
         ends = {id(masknet.get_parameter(name)) for name in ENDS}

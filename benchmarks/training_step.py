@@ -16,9 +16,9 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from models import build_separator
 from records import write_csv
 
+from speechbrain_flashformer import build
 from speechbrain_flashformer.training.losses import pit_snr_loss
 from speechbrain_flashformer.training.optim import Muon, matrix_groups
 
@@ -46,9 +46,7 @@ def main():
                     **{"num_layers": "as it is", **numbers},
                     "batch": f"{mixtures} x {seconds} s",
                     "threads": threads,
-                    **measure(
-                        build_separator(name, **numbers), mixtures, seconds
-                    ),
+                    **measure(build(name, **numbers), mixtures, seconds),
                 }
             )
             print(rows[-1], flush=True)
@@ -57,7 +55,7 @@ def main():
 
 def measure(model, mixtures, seconds):
     """Median seconds of each part, and the optimizer's share."""
-    masknet = model.parts[1]
+    masknet = model.masknet
     groups = matrix_groups(masknet)
     taken = {id(p) for group in groups for p in group["params"]}
     rest = [p for p in model.parameters() if id(p) not in taken]

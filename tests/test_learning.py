@@ -143,7 +143,7 @@ def test_all_models_learn_from_the_same_mixtures(
 @pytest.mark.parametrize(
     "line, says",
     [
-        ("best --examples 8", "choose from base"),
+        ("best --examples 8", "choose from tiny"),
         ("tiny:colour=3 --examples 8", "colour"),
         ("tiny:without=sense --examples 8", "without is one of attention"),
         ("tiny:lr=high --examples 8", "lr is a number above 0"),
@@ -245,7 +245,7 @@ def test_mixtures_of_a_batch_do_not_hear_each_other(bench, name):
     ],
 )
 def test_a_start_as_fourier_gives_the_mixture_back(bench, name, start, same):
-    encoder, _, decoder = bench.build_separator(name, start=start).parts
+    encoder, _, decoder = bench.build_separator(name, start=start).children()
     mixture = torch.randn(1, 1600)
     with torch.no_grad():
         out = decoder(encoder(mixture))
@@ -260,7 +260,7 @@ def test_a_mapping_gives_sources_as_long_as_the_mixture(bench, samples):
         out = model(torch.randn(2, samples))
         assert out.shape == (2, samples, 2)
         # No mask: with the mixture out of it something comes all the same.
-        model.parts[1].masks.bias.add_(1)
+        model.masknet.masks.bias.add_(1)
         assert model(torch.zeros(2, samples)).abs().sum() > 0
 
 
@@ -274,7 +274,7 @@ def test_training_is_in_the_precision_asked_for(
 
     def build(*args, **numbers):
         model = real(*args, **numbers)
-        model.parts[1].register_forward_hook(
+        model.masknet.register_forward_hook(
             lambda masknet, _, out: seen.add((masknet.training, out.dtype))
         )
         return model
@@ -288,7 +288,7 @@ def test_training_is_in_the_precision_asked_for(
 
 @pytest.mark.parametrize("norm", [None, "energy", "uniform"])
 def test_silence_changes_nothing_where_frames_have_weights(bench, norm):
-    masknet = bench.build_separator("tiny", norm=norm).parts[1]
+    masknet = bench.build_separator("tiny", norm=norm).masknet
     frames = torch.rand(2, 128, 100)
     padded = torch.nn.functional.pad(frames, (0, 300))
     with torch.no_grad():
@@ -302,7 +302,7 @@ def test_silence_changes_nothing_where_frames_have_weights(bench, norm):
 
 def test_a_cumulative_norm_hears_nothing_of_the_future(bench):
     norms = (
-        bench.build_separator("tiny", norm=name).parts[1].norm_in
+        bench.build_separator("tiny", norm=name).masknet.norm_in
         for name in ("cumulative", None)
     )
     x = torch.rand(2, 100, 128)
@@ -320,7 +320,7 @@ def test_what_is_left_out_of_the_layers_is_gone(bench, without):
     reached = []
     for left_out in (None, without):
         choice = {"without": left_out, "norm": "frame", **numbers}
-        masknet = bench.build_separator("tiny", **choice).parts[1]
+        masknet = bench.build_separator("tiny", **choice).masknet
         frames = torch.rand(1, 128, 400)
         other = frames.clone()
         other[:, :, -4:] = torch.rand(1, 128, 4)
@@ -350,7 +350,7 @@ def test_what_is_left_out_costs_nothing(bench):
 @pytest.mark.parametrize("size", ["tiny", "base"])
 def test_the_last_stage_is_what_the_network_gives(bench, size):
     plain, staged = (
-        bench.build_separator(size, num_layers=2, **variant).parts[1]
+        bench.build_separator(size, num_layers=2, **variant).masknet
         for variant in ({}, {"variant": "stage-losses"})
     )
     staged.load_state_dict(plain.state_dict())
@@ -387,7 +387,7 @@ def test_streams_of_an_early_split_are_alike_but_not_the_same(bench, variant):
     """Weights are shared: exchanged streams give exchanged masks."""
     numbers = {"variant": variant, "num_layers": 2}
     model = bench.build_separator("tiny", **numbers).eval()
-    mixture, divide = torch.randn(1, 1600), model.parts[1].divide
+    mixture, divide = torch.randn(1, 1600), model.masknet.divide
     with torch.no_grad():
         before = model(mixture)
         for parameter in (divide.weight, divide.bias):
@@ -400,7 +400,7 @@ def test_streams_of_an_early_split_are_alike_but_not_the_same(bench, variant):
 @torch.no_grad()
 def test_padding_is_not_heard_by_an_early_split(bench):
     numbers = {"variant": "early-split", "num_layers": 2}
-    masknet = bench.build_separator("tiny", **numbers).eval().parts[1]
+    masknet = bench.build_separator("tiny", **numbers).eval().masknet
     frames = torch.rand(2, masknet.in_channels, 101)
     masks = masknet(frames, torch.tensor([101, 61]))
     alone = masknet(frames[1:, :, :61])
