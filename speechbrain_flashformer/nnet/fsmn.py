@@ -39,9 +39,9 @@ def depthwise_filter(x, weight, pad):
 class _CpuFilter(torch.autograd.Function):
     """``depthwise_filter`` with a fast gradient for the weight.
 
-    On CPU the gradient for the weight is 2 to 10 times faster with time as
-    the height of the image rather than its width. Always in float32: the
-    bfloat16 kernel hangs for 16 channels or fewer (torch 2.11).
+    On CPU the gradient for the weight is fast if time is the height of an image
+    and the batch its width. Always in float32: the bfloat16 kernel hangs for 16
+    channels or fewer (torch 2.11).
     """
 
     @staticmethod
@@ -65,9 +65,17 @@ class _CpuFilter(torch.autograd.Function):
             mirrored = weight.flip(3)
             grad_x = depthwise_filter(grad, mirrored, taps - 1 - ctx.pad)
         if ctx.needs_input_grad[1]:
+            # [B, T, C] -> [1, C, T, B], channels last. Copied even if B is 1:
+            # with the strides of a view, though only those of an axis of one
+            # element differ, the kernel is wrong at some lengths (torch 2.11).
+            images = (
+                y.transpose(0, 1)
+                .clone(memory_format=torch.contiguous_format)[None]
+                .permute(0, 3, 1, 2)
+                for y in (grad, x)
+            )
             grad_weight = torch.ops.aten.convolution_backward(
-                grad.transpose(1, 2).unsqueeze(3),
-                x.transpose(1, 2).unsqueeze(3),
+                *images,
                 weight.transpose(2, 3),
                 None,
                 (1, 1),
