@@ -72,9 +72,9 @@ VOICES = {"sizes": (1000, 1, 200), "utterances": 5}
 VOICE = r"^\w{7}_(\w+?)[a-d]_"
 
 # Of all that decides what a run of a seed hears and does: raise it when mixing,
-# an optimizer or the way the networks begin changes. Rows of another version
-# stay, and count as other runs.
-VERSION = 2
+# an optimizer, a gradient or the way the networks begin changes. Rows of another
+# version stay, and count as other runs.
+VERSION = 3
 # What makes two runs the same, and what came of a run; then SI-SNRi by set.
 KEY = ("model", "seed", "data", "budget", "optimizer", "lr", "batch", "crop")
 KEY += ("test_mixtures", "threads", "parameters_m", "gmac_per_s", "version")

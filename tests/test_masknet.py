@@ -215,6 +215,22 @@ def test_special_starts_survive_a_recursive_reset(reset):
             assert 0.5 < p.std() / q.std() < 2, name
 
 
+# Kernels for float32 are others than those for float64, and depend on lengths.
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("B, L", [(1, 1999), (2, 1999), (3, 1000)])
+def test_gradients_in_float32_are_those_in_float64(B, L, causal):
+    options = {"window": (250, 250), "token_stride": 4, "causal": causal}
+    masknet = small(**options)
+    exact = small(**options).double()
+    x, grad = torch.rand(B, 12, L), torch.randn(2, B, 12, L)
+    masknet(x).backward(grad)
+    exact(x.double()).backward(grad.double())
+    pairs = zip(masknet.named_parameters(), exact.parameters())
+    for (name, ours), theirs in pairs:
+        error = (ours.grad - theirs.grad).norm() / theirs.grad.norm()
+        assert error < 1e-2, name
+
+
 def test_checkpointing_changes_memory_not_gradients():
     plain, saving = small().train(), small(checkpointing=True).train()
     x, runs = torch.rand(2, 12, 60), []

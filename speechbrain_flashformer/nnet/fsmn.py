@@ -123,6 +123,9 @@ class FSMN(nn.Module):
         self.dilation = dilation
         taps = lookback + 1 + lookahead
         self.weight = nn.Parameter(torch.empty(channels, 1, 1, taps))
+        # The tap that hears x itself.
+        itself = (torch.arange(taps) == lookback).float()
+        self.register_buffer("itself", itself, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -167,7 +170,7 @@ class FSMN(nn.Module):
         if mask is not None:
             x = x * mask
         if context is None:
-            return x + self._filter_whole(x)
+            return self._filter_whole(x)
         known = torch.cat([context["past"], x], 1)
         context["past"] = known[:, x.shape[1] :]
         # For the few frames of a block a product and a sum take a third of
@@ -192,10 +195,12 @@ class FSMN(nn.Module):
             # Padding that is wider on both sides than half the filter leads
             # to a gradient for the weight that takes 20 times as long.
             phases, pad = F.pad(phases, (0, 0, *sides)), 0
-        inputs, filtered = (phases, self.weight, pad), depthwise_filter
+        # One filter for both terms of the sum.
+        weight, filtered = self.weight + self.itself, depthwise_filter
+        inputs = phases, weight, pad
         if x.device.type == "cpu" and not exporting:
             wide = torch.promote_types(x.dtype, torch.float32)
-            inputs = phases.to(wide), self.weight.to(wide), pad
+            inputs = phases.to(wide), weight.to(wide), pad
             # What torch.jit traces is no place for a gradient of our own.
             if not torch.jit.is_tracing():
                 filtered = _CpuFilter.apply
