@@ -14,9 +14,10 @@ def bench(load_benchmark):
 
 
 @pytest.fixture
-def command(bench, tmp_path, monkeypatch):
+def command(bench, load_benchmark, tmp_path, monkeypatch):
     """Run the command on few lengths; its files are in tmp_path."""
-    page = f"before\n{bench.START}old\n{bench.END}after\n"
+    shown = load_benchmark("side_by_side_shown")
+    page = f"before\n{shown.START}old\n{shown.END}after\n"
     (tmp_path / "README.md").write_text(page)
     monkeypatch.setattr(bench, "RESULTS", tmp_path / "bench.csv")
     monkeypatch.setattr(bench, "README", tmp_path / "README.md")
@@ -72,7 +73,6 @@ def test_what_needs_too_much_is_told_as_such(bench, command):
 
 def test_what_does_not_run_says_why(bench, command, monkeypatch):
     monkeypatch.setattr(bench, "MODELS", ("none",))
-    monkeypatch.setattr(bench, "PEERS", ("none",))
     command("--models none --threads 1")
     outcomes = {row["outcome"] for row in bench.read()}
     (outcome,) = outcomes
