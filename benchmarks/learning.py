@@ -71,9 +71,9 @@ VOICES = {"sizes": (1000, 1, 200), "utterances": 5}
 # What else stands in a name: tr00997_mike2b_Hugod.wav is person b of mike2.
 VOICE = r"^\w{7}_(\w+?)[a-d]_"
 
-# Raise it when mixing, an optimizer, a gradient or the initial weights change:
-# what a run with the same seed hears and does. Rows of another version stay, and
-# count as other runs.
+# Raise it when mixing, an optimizer, a gradient or the initial weights change,
+# so that a run of a seed hears or does something else. Rows of another version
+# stay, and count as other runs.
 VERSION = 3
 # What makes two runs the same, and what came of a run; then SI-SNRi by set.
 KEY = ("model", "seed", "data", "budget", "optimizer", "lr", "batch", "crop")
