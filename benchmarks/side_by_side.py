@@ -1,22 +1,24 @@
 #!/usr/bin/env python3
-"""FlashFormer beside its peers: speed, memory and arithmetic over the length.
+"""Compare FlashFormer with other networks: speed, memory and arithmetic.
 
 > python -m pip install -e ".[bench]"
 > python benchmarks/side_by_side.py
 
-Random weights, float32, batch 1, 8 kHz, one thread and two; separation of 1 s
-to 10 min and training steps of 4 s. Every model has a process of its own for
-each task and number of threads. A separation that would take longer than
---limit seconds times threads (by the time of the length before, which never
-grows slower than the length) is not run, and one that needs more than --memory
-GB ends.
+Random weights, float32, batch size 1, 8 kHz, one and two threads: separation of
+1 s to 10 min, and training steps of 4 s. Each model, task and number of threads
+runs in its own process. The time for a length is predicted from the length
+before, assuming that it grows at least linearly. A separation with a predicted
+time of more than --limit seconds times threads is skipped. A separation that
+needs more than --memory GB is stopped.
 
-Each figure is kept as soon as it is there: the command goes on where it was
-interrupted, and --again begins anew. ``load`` is the machine's before a figure:
-one taken beside other work is none to quote, but for ``cpu_s``, the seconds of
-computing. Linux only. Writes, in ``benchmarks/results/``, ``side_by_side.csv``,
-the table ``side_by_side.md`` that the README repeats, and two plots; prints the
-ratios that the project promises.
+Every figure is saved at once: the command resumes where it was interrupted, and
+--again starts over. ``load`` is the load of the machine before a measurement.
+Do not quote figures measured while other programs were running, except
+``cpu_s``, the CPU time. Linux only.
+
+Writes to ``benchmarks/results/``: ``side_by_side.csv``, the table
+``side_by_side.md``, which is also in the README, and two plots. Prints the
+ratios that are goals of the project.
 """
 
 import argparse
@@ -49,8 +51,8 @@ MODELS = (*OURS, *PEERS)
 THREADS = (1, 2)
 LENGTHS = (1, 4, 16, 60, 240, 600)
 TRAINED = (4,)  # seconds
-# As published, dB on WSJ0-2mix: without and with dynamic mixing. MACs of those
-# that are not run here were counted by the same counter.
+# Published SI-SNRi on WSJ0-2mix in dB, without and with dynamic mixing. The
+# MACs of models that are not run here were counted with the same counter.
 PUBLISHED = {
     "conv-tasnet": (15.3, None),
     "sepformer": (20.4, 22.4),
@@ -79,18 +81,18 @@ COLUMNS = (
 )
 
 
-# --- all of them -------------------------------------------------------------
+# --- measurements ------------------------------------------------------------
 
 
 def main(words=None):
-    """Measure what is missing; write table and plots; print the ratios."""
+    """Measure what is missing, write table and plots, print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--models", nargs="+", default=MODELS, choices=MODELS)
     add("--threads", nargs="+", type=int, default=THREADS)
     add("--limit", type=float, default=45, metavar="SECONDS")
     add("--memory", type=float, default=16, metavar="GB")
-    add("--again", action="store_true", help="forget what was measured")
+    add("--again", action="store_true", help="measure everything again")
     add("--job", help=argparse.SUPPRESS)
     parsed = parser.parse_args(words)
     if parsed.job:
@@ -105,7 +107,7 @@ def main(words=None):
             for model in parsed.models:
                 rows = read()
                 done = {tuple(row[key] for key in KEYS) for row in rows}
-                # A shorter one is timed again: the next rests on it.
+                # All lengths are measured again: each predicts the next.
                 wanted = (task, model, threads)
                 if all((*wanted, seconds) in done for seconds in lengths):
                     continue
@@ -126,7 +128,7 @@ def main(words=None):
 
 
 def one_job(task, model, threads, lengths, parsed):
-    """Yield the rows of one process; what it did not reach, too."""
+    """Yield the rows of one process, also for lengths that it did not reach."""
     macs = {row["model"]: row["gmac_per_s"] for row in read()}
     job = [task, model, threads, lengths, parsed.limit, parsed.memory]
     job.append(macs.get(model))
@@ -135,7 +137,7 @@ def one_job(task, model, threads, lengths, parsed):
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     reached, row = 0, {}
-    # Room for a warning or two; nothing else is said there.
+    # The pipe of stderr has room for a few warnings; more are not expected.
     for line in process.stdout:
         if line.startswith("{"):
             row = json.loads(line)
@@ -162,7 +164,7 @@ def _whole(row):
 
 
 def read():
-    """The rows measured so far, numbers as numbers."""
+    """Read the rows measured so far, with numbers converted."""
     _, rows = read_csv(RESULTS)
     for row in rows:
         for key, value in row.items():
@@ -172,7 +174,7 @@ def read():
 
 
 def write(rows):
-    """Write the rows, all or none."""
+    """Write all rows, sorted."""
     place = {model: i for i, model in enumerate(MODELS)}
     rows = sorted(
         rows,
@@ -186,14 +188,14 @@ def write(rows):
     write_csv(RESULTS, rows, COLUMNS)
 
 
-# --- what is shown of them ---------------------------------------------------
+# --- table and plots ---------------------------------------------------------
 
 START = "<!-- table: python benchmarks/side_by_side.py -->\n"
 END = "<!-- end of table -->\n"
 
 
 def table(rows):
-    """The table of the README, two threads, as Markdown."""
+    """Return the table of the README as Markdown, for two threads."""
     found = {tuple(row[key] for key in KEYS): row for row in rows}
 
     def cell(task, model, seconds, column, digits):
@@ -238,16 +240,16 @@ def table(rows):
 
 
 def with_table(text, lines):
-    """A page with the table between its marks."""
+    """Return a page with the table between its markers replaced."""
     before, rest = text.split(START)
     return before + START + lines + END + rest.split(END)[1]
 
 
 def draw(rows):
-    """Plot time and memory over the length, and quality over the MACs."""
+    """Plot time and memory over the length, and quality over MACs."""
     from matplotlib.figure import Figure
 
-    # On a log axis there must be something.
+    # A log axis needs at least one point.
     if not any(row["threads"] == 2 and row["outcome"] == "ok" for row in rows):
         return
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -326,7 +328,7 @@ def _save(figure, what):
 
 
 def report(rows):
-    """Lines that put the promised ratios beside their bars, two threads."""
+    """Yield lines that compare the ratios with their goals, two threads."""
     found = {
         tuple(row[key] for key in KEYS): row
         for row in rows

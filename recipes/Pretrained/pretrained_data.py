@@ -8,10 +8,10 @@ speech-to-intent and wake-word benchmarks of Picovoice, as 8 kHz FLAC). Every
 tenth command is held out for validation.
 
 Because there are few speakers, voices are modified: sentences are resynthesised
-with other vocal tracts and pitch, and words are concatenated. Synthetic voices,
-those of pretrained_voices.py (folder VOICES) and the speakers of
-packaged_speakers.py (folder PEOPLE) are added. Use OUT/recordings.csv as
-``base_folder_dm`` of the recipe. Needs praat-parselmouth.
+with other vocal tracts and pitch, and words are concatenated. The script adds
+the synthetic voices of the starter set, the voices of pretrained_voices.py
+(folder VOICES) and the speakers of packaged_speakers.py (folder PEOPLE). Use
+OUT/recordings.csv as ``base_folder_dm`` of the recipe. Needs praat-parselmouth.
 """
 
 import csv
