@@ -1,4 +1,4 @@
-"""What is done to a mixture, or taken from a network, before it is scored.
+"""Changes to mixtures, and ablations of networks, for evaluate_model.py.
 
 Axes: T samples, S speakers.
 """
@@ -16,31 +16,31 @@ BAND = (300, 3400)  # Hz
 WINDOWS = (0.1, 0.25, 0.5, 1)  # seconds to each side
 
 
-# --- mixtures that are heard otherwise ---------------------------------------
+# --- changes to mixtures -----------------------------------------------------
 
 
 def after_silence(seconds, rate, signals):
-    """Let all be silent at first."""
+    """Add silence before all signals."""
     silence = signals.new_zeros(round(seconds * rate), signals.shape[1])
     return torch.cat([silence, signals])
 
 
 def after_click(rate, signals):
-    """Let one loud sample be heard in the silence 50 ms before the rest."""
+    """Add silence with one loud sample, 50 ms before all signals."""
     signals = after_silence(0.1, rate, signals)
     signals[rate // 20, 0] = 10 * signals[:, 0].abs().max()
     return signals
 
 
 def through_telephone(rate, signals):
-    """Keep a band of all signals."""
+    """Limit all signals to the band of a telephone."""
     band = butter(4, BAND, "bandpass", fs=rate, output="sos")
     heard = sosfilt(band, signals.double().numpy(), axis=0)
     return torch.from_numpy(heard).to(signals)
 
 
 def with_noise(ratio_db, rate, signals):
-    """Add noise to the mixture alone."""
+    """Add white noise to the mixture only."""
     signals = signals.clone()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(signals), generator=generator)
@@ -50,7 +50,7 @@ def with_noise(ratio_db, rate, signals):
 
 
 def clipped(rate, signals):
-    """Clip the mixture alone."""
+    """Clip the mixture only, at twice its standard deviation."""
     signals = signals.clone()
     most = 2 * signals[:, 0].std()
     signals[:, 0] = signals[:, 0].clamp(-most, most)
@@ -58,7 +58,7 @@ def clipped(rate, signals):
 
 
 def invert_one(rate, signals):
-    """Invert the first source, alone and in the mixture."""
+    """Invert the first source, also in the mixture."""
     signals = signals.clone()
     signals[:, 0] -= 2 * signals[:, 1]
     signals[:, 1] *= -1
@@ -66,12 +66,12 @@ def invert_one(rate, signals):
 
 
 def in_one_order(rate, targets, estimates):
-    """Leave the estimates as they are."""
+    """Return the estimates unchanged."""
     return estimates
 
 
 def in_order_of_each(seconds, rate, targets, estimates):
-    """Give each stretch of [1, T, S] its best order of speakers."""
+    """Reorder each segment of [1, T, S] to its best order of speakers."""
     length = round(seconds * rate)
     parts = []
     for target, estimate in zip(
@@ -81,7 +81,7 @@ def in_order_of_each(seconds, rate, targets, estimates):
     return torch.cat(parts, 1)
 
 
-# Name, what is done to the signals [T, 1 + S] (the mixture first), and to the
+# Name, change to the signals [T, 1 + S] (the mixture first), and change to the
 # estimates.
 CONDITIONS = (
     ("as is", lambda rate, signals: signals, in_one_order),
@@ -111,7 +111,7 @@ CONDITIONS = (
 
 
 def narrow(masknet, tokens):
-    """Let attention see at most so many tokens to each side."""
+    """Limit the attention window to this many tokens on each side."""
     for layer in masknet.layers:
         layer.attention.window = tuple(
             tokens if side < 0 else min(side, tokens)
@@ -120,12 +120,12 @@ def narrow(masknet, tokens):
 
 
 def ablations(model):
-    """What is done to the masknet of a model, by name; nothing first.
+    """Return functions that change the masknet, by name; none changes nothing.
 
     Raises
     ------
     ValueError
-        When it is causal: its windows have no two sides.
+        If the model is causal: its windows have only one side.
     """
     masknet = model.mods.masknet
     if masknet.causal:

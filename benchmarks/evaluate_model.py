@@ -3,36 +3,37 @@
 
 > python benchmarks/evaluate_model.py MODEL NAME=FOLDER [NAME=FOLDER ...]
 
-FOLDER holds mix/, s1/ and s2/ with files of one name, at the model's rate, as
-test_sets.py writes them; or a folder for each speaker, of whose recordings of
-3 s and more mixtures are made. The NAME voices needs no folder: mixtures of
-generated voices that occur in no training set of seed 0. Writes
-results/evaluate_model.csv, a row for each set:
+FOLDER holds mix/, s1/ and s2/ with files of the same names, at the sampling
+rate of the model, as test_sets.py writes them. It may also hold one folder per
+speaker; mixtures are then made of the recordings of 3 s or more. The NAME
+``voices`` needs no folder: it stands for mixtures of generated voices that are
+in no training set of seed 0.
 
-* of mixtures: mean SI-SNRi and its 5th percentile in dB, the share that comes
-  out worse than it went in, and how much louder the outputs are than the
-  sources;
-* of recordings of one person, where s2/ is silence: SI-SNR of the louder output
-  and how far the other one lies below it, medians in dB;
-* of conversations, which have turns/: the share of the turns that come out
-  where most of that speaker's speech does not. Beside the model stands an
-  oracle, which knows the sources but for a leak of 20 dB and orders them at
-  random in every chunk: its wrong turns are those of the chunks' order, the
-  model's are also its own.
+Writes results/evaluate_model.csv, one row per set:
 
-With ``--table robustness`` it writes results/robustness.csv instead, a row for
-each of the CONDITIONS in conditions.py: mean SI-SNRi in dB over the first 50
-mixtures of each set, of the time that the mixture takes. The last rows choose
-the order of the speakers anew for each second, or quarter of one, by the
-sources: what is lost by confusing who is who, and not by failing to separate.
+* mixtures: mean and 5th percentile of SI-SNRi in dB, the share of mixtures with
+  a negative SI-SNRi, and the level of the outputs relative to the sources;
+* recordings of one person, where s2/ is silence: SI-SNR of the louder output,
+  and how far the level of the other output is below it, medians in dB;
+* conversations, which have turns/: the share of wrong turns, those that come
+  out in the output that does not hold most turns of that speaker. An oracle is
+  scored too. It knows the sources, with a leak of 20 dB, and orders them at
+  random in every chunk. Its wrong turns are errors of the chunk order only.
 
-With ``--table ablation_at_inference``: mean SI-SNRi in dB of all mixtures, with
-a part of the network taken away. Nothing is trained again: a network that never
-had the part might do without it, so this does not measure what a part is worth,
-but a part that is hardly missed is idle. Not for causal models.
+``--table robustness`` writes results/robustness.csv, one row for each of the
+CONDITIONS in conditions.py: mean SI-SNRi in dB over the first 50 mixtures of
+each set, scored without the added silence. The last rows choose the best order
+of the speakers for every second, or quarter of a second. The difference to the
+first row is the loss from swapped speakers, as opposed to poor separation.
 
-MODEL may also be an .onnx of ``flashformer export``, for sets of mixtures; its
-row is printed alone.
+``--table ablation_at_inference`` writes the mean SI-SNRi in dB over all
+mixtures with a part of the network removed and no further training. This does
+not measure the value of a part, because a network trained without it might
+compensate. But a part whose removal changes little is hardly used. Not for
+causal models.
+
+MODEL may also be an .onnx file of ``flashformer export``, for sets of mixtures;
+its rows are only printed.
 """
 
 import argparse
@@ -57,9 +58,9 @@ from speechbrain_flashformer.training.recordings import find_recordings
 from speechbrain_flashformer.training.voices import make_voices
 
 RESULTS = Path(__file__).parent / "results"
-MADE = 200  # mixtures of generated voices, or of a folder of speakers
+MADE = 200  # mixtures made of generated voices, or of a folder of speakers
 SECONDS = 3
-HEARD_OTHERWISE = 50  # mixtures of a set
+HEARD_OTHERWISE = 50  # mixtures of each set in the table robustness
 COLUMNS = (
     "set",
     "mixtures",
@@ -76,7 +77,7 @@ COLUMNS = (
 
 
 def main(words=None):
-    """Score each set, write the rows."""
+    """Score all sets and write the table."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -84,7 +85,7 @@ def main(words=None):
     parser.add_argument("model")
     parser.add_argument("sets", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--table", choices=TABLES, default="evaluate_model")
-    parser.add_argument("--out", help="results/OUT.csv in place of the table's")
+    parser.add_argument("--out", help="write results/OUT.csv instead")
     options = parser.parse_args(words)
     try:
         with tempfile.TemporaryDirectory() as scratch:
@@ -100,7 +101,7 @@ def main(words=None):
 
 
 def quality(model, sets):
-    """A row for each set."""
+    """Yield a row for each set."""
     model = load_separation(model)
     for name, folder in sets:
         row = {"set": name, **score(model, folder)}
@@ -108,7 +109,7 @@ def quality(model, sets):
 
 
 def robustness(model, sets):
-    """A row for each condition."""
+    """Yield a row for each condition."""
     model = load_separation(model)
     heard = {
         name: [
@@ -128,7 +129,7 @@ def robustness(model, sets):
 
 
 def ablation_at_inference(source, sets):
-    """A row for each part that is taken away."""
+    """Yield a row for each ablation."""
     model = FlashFormerSeparation.from_hparams(source)
     for name, change in ablations(model).items():
         model = FlashFormerSeparation.from_hparams(source)
@@ -147,7 +148,7 @@ TABLES = {
 
 
 def find_sets(words, scratch):
-    """Name and folder of each set; generated voices go to ``scratch``."""
+    """Return name and folder of each set; make generated voices in scratch."""
     sets = []
     for word in words:
         name, _, folder = word.partition("=")
@@ -161,7 +162,7 @@ def find_sets(words, scratch):
 
 
 def score(model, folder):
-    """What is said of the mixtures of a folder."""
+    """Return the scores of the mixtures in a folder, by column."""
     if (folder / "turns").is_dir():
         return score_turns(model, folder)
     mixtures = list(load_mixtures(model, folder))
@@ -171,7 +172,7 @@ def score(model, folder):
 
 
 def score_alone(model, mixtures):
-    """One person alone: is the speech in one output, and that unharmed?"""
+    """Score recordings of one person: quality, level of the other output."""
     kept, below = [], []
     for mixture, target, _ in mixtures:
         estimates = model.separate_batch(mixture[None])
@@ -189,7 +190,7 @@ def score_alone(model, mixtures):
 
 
 def score_turns(model, folder):
-    """Conversations, separated as recordings are."""
+    """Score conversations, separated in chunks as recordings are."""
     rate, rng = model.hparams.sample_rate, np.random.default_rng(0)
     plan = ChunkPlan(10 * rate, round(2.5 * rate), align=1)
     wrong, of_order, count, mixtures = 0, 0, 0, 0
@@ -218,9 +219,9 @@ def score_turns(model, folder):
 
 
 def wrong_turns(out, sources, turns):
-    """Turns (speaker, start, stop) that came out in the wrong place.
+    """Count the turns (speaker, start, stop) that are in the wrong output.
 
-    out and sources are [2, T].
+    out and sources are [2, T]. The outputs may be in either order.
     """
     straight = 0
     for speaker, start, stop in turns:
@@ -231,7 +232,7 @@ def wrong_turns(out, sources, turns):
 
 
 class Oracle:
-    """A network that is told the sources [2, T], chunk by chunk."""
+    """A network that returns the true sources [2, T] of each chunk."""
 
     LEAK = 0.1
 
@@ -240,7 +241,7 @@ class Oracle:
         self.calls = 0
 
     def __call__(self, chunks):
-        """Take chunks [1, n], give the sources [1, 2, n]."""
+        """Return the sources [1, 2, n] of a chunk [1, n], in random order."""
         samples = chunks.shape[1]
         last = self.sources.shape[1] - samples
         start = min(self.calls * self.plan.hop, last)
@@ -251,7 +252,7 @@ class Oracle:
 
 
 def score_mixtures(model, mixtures):
-    """Means over mixtures [T], each with its sources."""
+    """Score mixtures [T], each with its sources."""
     gains, levels = [], []
     for mixture, *sources in mixtures:
         targets = torch.stack(sources, 1)[None]
@@ -301,7 +302,7 @@ def read_mixtures(folder, rate):
 
 
 def read_mixture(folder, name, rate):
-    """A mixture of a set and its sources, each [T]."""
+    """Read a mixture of a set and its sources, each [T]."""
     signals = []
     for part in ("mix", "s1", "s2"):
         path = folder / part / name
@@ -320,7 +321,7 @@ def read_mixture(folder, name, rate):
 
 
 def make_mixtures(model, folder):
-    """Mixtures of the speakers in a folder and their sources, each [T]."""
+    """Yield mixtures of a folder's speakers with their sources, each [T]."""
     recordings = [
         recording
         for recording in find_recordings(folder)

@@ -1,4 +1,4 @@
-"""What ``flashformer export`` wrote, in the place of a model."""
+"""Models exported by ``flashformer export``, with the interface of a model."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from speechbrain_flashformer.inference.export import onnx_session
 
 
 class ExportedModel:
-    """A graph for mixtures of any length, on the CPU."""
+    """An ONNX graph for mixtures of any length, on the CPU."""
 
     def __init__(self, path):
         self.session = onnx_session(path)
@@ -17,13 +17,13 @@ class ExportedModel:
         self.hparams = SimpleNamespace(sample_rate=int(told["sample_rate"]))
 
     def separate_batch(self, mix):
-        """Sources [B, T, S] of mixtures [B, T]."""
+        """Separate mixtures [B, T] into [B, T, S]."""
         (sources,) = self.session.run(None, {"mixture": mix.numpy()})
         return torch.from_numpy(sources)
 
 
 def load_separation(source):
-    """The model of a packed folder, or of an .onnx file."""
+    """Load a packed folder or an .onnx file."""
     if source.endswith(".onnx"):
         return ExportedModel(source)
     return FlashFormerSeparation.from_hparams(source)

@@ -1,18 +1,20 @@
 #!/usr/bin/env python3
-"""Is it right on this GPU, and how fast: one report.
+"""Check correctness and speed on a GPU, and print one report.
 
 > python benchmarks/gpu_check.py > docs/gpu.md
 
-Every attention backend that the GPU and the installed packages allow is
-compared with dense attention in float64: outputs and gradients, in bfloat16
-and float16, alone and in the whole network. The recipe trains, goes on and
-tests. Then speed and memory of attention over the length, training throughput
-beside SepFormer, torch.compile, and a stream in a CUDA graph.
+Correctness: every attention backend that can run is compared with dense
+attention in float64: outputs and gradients, in bfloat16 and float16, alone and
+in the whole network. The recipe trains, resumes and tests.
 
-The bar for attention is what dense attention in the same precision loses to
-rounding, twice; for the network, 3 dB more noise than with dense attention.
-The exit status is 1 when a comparison fails, 2 without a GPU. ``--device cpu``
-runs what a CPU can, on small sizes: a test of this script, no figures.
+Speed: time and memory of attention over the length, training throughput
+compared with SepFormer, torch.compile, and a stream in a CUDA graph.
+
+The limit for the error of attention is twice the rounding error of dense
+attention in the same precision. The limit for the network is 3 dB more noise
+than with dense attention. The exit status is 1 if a comparison fails, and 2
+without a GPU. ``--device cpu`` runs what a CPU can run, on small sizes, to test
+this script; its figures mean nothing.
 """
 
 import argparse
@@ -56,7 +58,7 @@ from speechbrain_flashformer.nnet.attention import (
 from speechbrain_flashformer.training.losses import pit_si_snr_loss
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes/WSJ0Mix/separation"
-# Of attention: name, queries, keys, heads, width, options of attend.
+# Cases of attention: name, tokens, heads, width, options of attend.
 CASES = (
     ("full", 257, 6, 64, {}),
     ("causal", 257, 6, 64, {"window": (-1, 0)}),
@@ -68,7 +70,7 @@ CASES = (
     ("odd heads", 130, 2, 12, {"window": (20, 20)}),
 )
 MARGIN_DB = 3
-# What is measured on a GPU, and on a CPU to see that the script works.
+# Sizes of the measurements on a GPU, and on a CPU to test the script.
 SIZES = {
     "cuda": {
         "tokens": [2**n for n in range(10, 18)],
@@ -88,7 +90,7 @@ SIZES = {
 
 
 def main(words=None):
-    """Print the report; the exit status."""
+    """Print the report and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     device = torch.device(parser.parse_args(words).device)
@@ -118,7 +120,7 @@ def main(words=None):
                 print(line, flush=True)
                 if "FAILED" in line:
                     failed.append(line)
-        # The other sections are still worth reading.
+        # A failed section does not stop the report.
         except Exception as error:
             failed.append(title)
             print(f"\nFAILED: {type(error).__name__}: {error}", flush=True)
@@ -127,7 +129,7 @@ def main(words=None):
 
 
 def machine(device, sizes):
-    """Lines that say what was used."""
+    """Yield lines that describe the machine and the packages."""
     yield f"- date: {datetime.date.today()}"
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
@@ -145,18 +147,18 @@ def machine(device, sizes):
         yield f"- {package}: {version}"
 
 
-# --- is it right? ------------------------------------------------------------
+# --- correctness -------------------------------------------------------------
 
 
 def precisions(device):
-    """What is compared on a device."""
+    """Return the precisions to compare on a device."""
     if device.type == "cuda":
         return (torch.bfloat16, torch.float16)
     return (torch.float32, torch.bfloat16)
 
 
 def compare_attention(device, sizes):
-    """A row for each case, precision and backend."""
+    """Yield a row for each case, precision and backend."""
     yield (
         "| backend | precision | case | output error | its bar "
         "| gradient error | its bar | |"
@@ -171,7 +173,7 @@ def compare_attention(device, sizes):
 
 
 def compare_one(backend, dtype, case, device):
-    """The rest of a row: errors beside what dense attention loses, twice."""
+    """Return the cells of a row: errors and their limits."""
     _, tokens, heads, width, options = case
     options = dict(options)
     torch.manual_seed(1)
@@ -214,7 +216,7 @@ def compare_one(backend, dtype, case, device):
 
 
 def dense(q, k, v, window=(-1, -1), backend="dense", rows=None):
-    """Softmax attention in the precision of q: the yardstick of rounding."""
+    """Softmax attention in the precision of q: the reference for rounding."""
     T = q.shape[1]
     left, right = (side if side >= 0 else T for side in window)
     place = torch.arange(T, device=q.device)
@@ -231,7 +233,7 @@ def dense(q, k, v, window=(-1, -1), backend="dense", rows=None):
 
 
 def compare_network(device, sizes):
-    """A row for each backend: signal to noise of outputs and gradients."""
+    """Yield a row for each backend: SNR of outputs and gradients."""
     yield (
         "Noise is what differs from float32 with dense attention; the bar is "
         f"dense attention under the same autocast, less {MARGIN_DB} dB.\n"
@@ -281,7 +283,7 @@ def compare_network(device, sizes):
 
 
 def recipe(device, sizes):
-    """A row for each start: one epoch, another one, the test alone."""
+    """Yield a row for each run: one epoch, one more, only the test."""
     yield "`flashformer-demo.yaml` in bfloat16, from the command line.\n"
     yield "| start | seconds | epochs | SI-SNRi of the test (dB) | |"
     yield "|---|---|---|---|---|"
@@ -301,7 +303,7 @@ def recipe(device, sizes):
             ("resumed", {"N_epochs": 2}, [1, 2]),
             ("test alone", {"N_epochs": 2, "test_only": None}, [1, 2]),
         ):
-            # Each test has to write its own.
+            # Each run must write its own results.
             results.unlink(missing_ok=True)
             words = ["hparams/flashformer-demo.yaml", "--output_folder", folder]
             for key, value in {**options, **more}.items():
@@ -319,7 +321,7 @@ def recipe(device, sizes):
 
 
 def run_recipe(words):
-    """Run ``train.py``; what it last said if it failed, else nothing."""
+    """Run ``train.py``; return the last line of its error, or ""."""
     done = subprocess.run(
         [sys.executable, "train.py", *words],
         cwd=RECIPE,
@@ -332,7 +334,7 @@ def run_recipe(words):
 
 
 def _test_gain(results):
-    """SI-SNRi in dB, over all mixtures; NaN without results."""
+    """Return the mean SI-SNRi in dB, or NaN without results."""
     if not results.is_file():
         return math.nan
     with results.open(newline="", encoding="utf-8") as file:

@@ -1,6 +1,6 @@
-"""How fast it is on a GPU: sections of the report of gpu_check.py.
+"""Speed on a GPU: sections of the report of gpu_check.py.
 
-Each takes the device and its sizes, and yields lines of Markdown.
+Each section takes the device and its sizes, and yields lines of Markdown.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ WINDOW = (250, 250)
 
 
 def name_of(dtype):
-    """Of a dtype: without ``torch.``."""
+    """Return the name of a dtype without ``torch.``."""
     return str(dtype).removeprefix("torch.")
 
 
 def autocast(device, dtype):
-    """Autocast to a half precision; nothing for float32."""
+    """Return an autocast context; for float32 it does nothing."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
@@ -42,7 +42,7 @@ def snr(truth, found):
 
 
 def measure(function, device):
-    """Median milliseconds of a call, and the megabytes it takes beyond."""
+    """Return the median time of a call in ms, and its extra memory in MB."""
     on_gpu = device.type == "cuda"
 
     def wait():
@@ -67,7 +67,7 @@ def measure(function, device):
 
 
 def attention_speed(device, sizes):
-    """A row for each length and way: forward alone, and with gradients."""
+    """Yield a row for each length and method, without and with gradients."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     yield f"6 heads of 64, {name_of(dtype)}, batch 1, window {WINDOW}.\n"
     yield "| tokens | way | forward (ms) | MB | and backward (ms) | MB |"
@@ -118,7 +118,7 @@ def _figure(value):
 
 
 def training_speed(device, sizes):
-    """A row for each model and batch: a training step under bfloat16."""
+    """Yield a row for each model and batch size: training steps in bfloat16."""
     seconds = sizes["seconds"]
     yield f"Forward, loss, backward and AdamW; mixtures of {seconds} s.\n"
     yield "| model | batch | autocast | ms per step | audio s per s | MB |"
@@ -149,7 +149,7 @@ def training_speed(device, sizes):
 
 
 def compiled(device, sizes):
-    """Whether the compiled masknet gives the same, and its speed."""
+    """Compare the compiled masknet with the eager one: output and speed."""
     if device.type != "cuda":
         yield "not run on a CPU"
         return
@@ -181,7 +181,7 @@ def compiled(device, sizes):
 
 
 def graphed_stream(device, sizes):
-    """A stream, step by step and as a graph that is replayed."""
+    """Compare a stream run step by step with a replayed CUDA graph."""
     model = build("streaming").to(device).eval().children()
     step = StreamingStep(*model)
     overlap, size = step.kernel - step.stride, 2 * step.token
@@ -206,19 +206,19 @@ def graphed_stream(device, sizes):
 
 
 class GraphedStep:
-    """``StreamingStep`` on tensors that stay where they are.
+    """``StreamingStep`` on tensors at fixed addresses.
 
-    On a GPU one step is captured as a CUDA graph, and calls replay it: no
-    kernel is launched from Python. Elsewhere the step itself runs.
+    On a GPU, one step is captured as a CUDA graph, and calls replay it, so that
+    Python launches no kernels. On other devices the step itself runs.
 
     Arguments
     ---------
     step : StreamingStep
-        Of a network that hears nothing ahead.
+        Step of a network without look-ahead.
     first : torch.Tensor
         The first samples of the streams, [B, kernel - stride].
     block : torch.Tensor
-        [B, n], a block like all that come after them.
+        [B, n], an example of the blocks that follow.
     """
 
     def __init__(self, step, first, block):
@@ -251,7 +251,7 @@ class GraphedStep:
             tensor.copy_(value)
 
     def __call__(self, block):
-        """Sources [B, n, S] of the next block [B, n]."""
+        """Return the sources [B, n, S] of the next block [B, n]."""
         self.block.copy_(block)
         if self.graph is None:
             self._run()

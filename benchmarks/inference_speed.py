@@ -1,26 +1,27 @@
 #!/usr/bin/env python3
-"""Time and memory of separation: whole, in a stream, and over the length.
+"""Measure time and memory of separation: whole, as a stream, over the length.
 
 > python benchmarks/inference_speed.py whole MODEL [--threads 1 2]
 > python benchmarks/inference_speed.py stream [--minutes 10]
 > python benchmarks/inference_speed.py length MODEL
 
-MODEL is a packed folder. Each writes results/inference_speed_WHAT.csv:
+MODEL is a packed folder. Each command writes
+results/inference_speed_COMMAND.csv:
 
-* whole: seconds of computing per second of audio in torch, in onnxruntime, and
-  there in int8, medians of runs that take turns; and how far the outputs are
-  from those of torch (SI-SNR in dB; a model of 10 dB loses 0.2 dB to an error
-  at 23 dB).
-* stream: noise in blocks of 16 ms to hparams/flashformer-streaming.yaml (the
-  time does not depend on the weights), as fast as it goes: torch with one
-  thread and with two, onnxruntime with one and there in int8, each in a process
-  of its own. The first then goes on for an hour in blocks of 1 s, for the
-  memory. Load is time over audio. Columns with ``cpu`` count the processor's
-  time alone, which other programs on the machine (``machine load``) change
-  less. ``old stream over new`` is what a block costs at the end beside one of a
-  stream that just began.
+* whole: computing time over audio time in torch, onnxruntime and onnxruntime
+  with int8 weights. The runs alternate, and the figures are medians. SI-SNR in
+  dB compares the outputs with those of torch; an error at 23 dB costs a model
+  of 10 dB about 0.2 dB.
+* stream: noise in blocks of 16 ms through hparams/flashformer-streaming.yaml
+  (the time does not depend on the weights), as fast as possible: torch with one
+  and two threads, onnxruntime with one, in float32 and int8, each in its own
+  process. The first run then processes another hour in blocks of 1 s, to
+  measure its memory. Load is computing time over audio time. Columns with
+  ``cpu`` count CPU time only, which depends less on other programs (``machine
+  load``). ``old stream over new`` is the time of a block at the end of the run
+  relative to that of a new stream.
 * length: real-time factor and extra peak memory of ``separate_to_files`` for 1
-  minute to 2 hours of noise, each in a process of its own.
+  minute to 2 hours of noise, each in its own process.
 """
 
 import argparse
@@ -50,9 +51,9 @@ from speechbrain_flashformer.nnet.step import CompiledSteps
 from speechbrain_flashformer.training.metrics import si_snr
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# Whole.
+# For whole.
 SECONDS, RUNS = (4, 20), 9
-# Of a stream.
+# For stream.
 BLOCK = 16  # milliseconds
 BLOCKS_TO_COMPARE = 5000
 RUNTIMES = (
@@ -62,12 +63,12 @@ RUNTIMES = (
     ("onnxruntime", 1),
     ("onnxruntime, int8", 1),
 )
-# Over the length.
+# For length.
 MINUTES = (1, 10, 60, 120)
 
 
 def main(words=None):
-    """Measure what is asked for, write the rows."""
+    """Run one measurement and write its rows."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -101,7 +102,7 @@ def main(words=None):
 
 
 def run_alone(what, *words, **numbers):
-    """A row, measured in a process of its own."""
+    """Return a row that is measured in its own process."""
     job = json.dumps([words, numbers])
     command = [sys.executable, __file__, what, "--job", job]
     command += ["any"] if what == "length" else []
@@ -113,7 +114,7 @@ def run_alone(what, *words, **numbers):
 
 
 def whole(model, numbers):
-    """A row for each runtime, length and number of threads."""
+    """Yield a row for each runtime, length and number of threads."""
     model = FlashFormerSeparation.from_hparams(model)
     with tempfile.TemporaryDirectory() as folder:
         plain = export_onnx(model, Path(folder) / "model.onnx")
@@ -132,7 +133,7 @@ def whole(model, numbers):
 
 
 def time_in_turns(model, runners, seconds):
-    """Name and figures of each runner."""
+    """Yield the name and the figures of each runner."""
     torch.manual_seed(0)
     mixture = 0.1 * torch.randn(1, seconds * model.hparams.sample_rate)
     times = {name: [] for name in runners}
@@ -152,7 +153,7 @@ def time_in_turns(model, runners, seconds):
 
 
 def onnx_separator(path, threads):
-    """A session as a function [B, T] -> [B, T, S]."""
+    """Return an onnxruntime session as a function [B, T] -> [B, T, S]."""
     run = onnx_session(path, threads).run
 
     def separate(mixture):
@@ -165,7 +166,7 @@ def onnx_separator(path, threads):
 
 
 def stream(runtime, threads, minutes, block_ms=BLOCK, **numbers):
-    """Feed a stream in such blocks; a row of figures."""
+    """Feed a stream block by block; return a row of figures."""
     torch.set_num_threads(threads)
     rate, duration = 8000, block_ms / 1000
     model = FlashFormerSeparation(
@@ -185,7 +186,7 @@ def stream(runtime, threads, minutes, block_ms=BLOCK, **numbers):
         feed(block)
         times.append(time.perf_counter() - start[0])
         cpu.append(time.process_time() - start[1])
-    # In turns: a machine's pace changes over minutes.
+    # Alternate, because the speed of the machine varies over minutes.
     old, new = [], []
     for each, spent in BLOCKS_TO_COMPARE * [(feed, old), (next(streams), new)]:
         start = time.process_time()
@@ -215,17 +216,17 @@ def stream(runtime, threads, minutes, block_ms=BLOCK, **numbers):
 
 
 def milliseconds(seconds):
-    """Rounded for the table."""
+    """Convert to milliseconds, rounded for the table."""
     return round(1000 * seconds, 3)
 
 
 def percentile(times):
-    """What 99.9 % of the times are below."""
+    """Return the 99.9th percentile."""
     return statistics.quantiles(times, n=1000)[-1]
 
 
 def torch_streams(model, traced):
-    """``feed`` of one new stream after another."""
+    """Yield the ``feed`` of new streams in torch."""
     steps = CompiledSteps(model.make_stream().step) if traced else None
     while True:
         stream = model.make_stream()
@@ -234,7 +235,7 @@ def torch_streams(model, traced):
 
 
 def onnx_streams(model, threads, block_ms, int8):
-    """``torch_streams`` in onnxruntime."""
+    """Yield the ``feed`` of new streams in onnxruntime."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "step.onnx")
         export_streaming_onnx(model, path, block=block_ms, int8=int8)
@@ -246,7 +247,7 @@ def onnx_streams(model, threads, block_ms, int8):
 
 
 def hour(feed, rate):
-    """Megabytes that the process grows by over an hour of audio."""
+    """Return the memory growth over one hour of audio, in MB."""
     block = 0.1 * torch.randn(1, rate)
     for _ in range(60):
         feed(block)
@@ -260,7 +261,7 @@ def hour(feed, rate):
 
 
 def length(model, minutes):
-    """Time and memory beyond those of the loaded model."""
+    """Return time, and memory beyond the loaded model."""
     model = FlashFormerSeparation.from_hparams(model)
     rate = model.hparams.sample_rate
     with tempfile.TemporaryDirectory() as folder:

@@ -1,38 +1,46 @@
 #!/usr/bin/env python3
-"""Train models on the same mixtures and see how fast they learn.
+"""Train models on the same mixtures and compare how fast they learn.
 
 > python benchmarks/learning.py --speech SPEECH --test cv=CV --test tt=TT \
       --examples 4800 tiny tiny:num_layers=2 conv-tasnet
 
-SPEECH is a folder or CSV file of single-speaker recordings, as dynamic mixing
-takes it, or the folder of pretrained_data.py, whose validation part
-is left out; several may be given; without any, generated voices. CV and TT hold
-mix/, s1/ and s2/; the test set ``voices`` needs no folder. All models have the
-same mixtures, gradient clip and shape of schedule; every run is one of MODEL x
-SEED, for so many --examples or --minutes of training.
+SPEECH is a folder or CSV file of single-speaker recordings, as in dynamic
+mixing, or the input folder of pretrained_data.py, whose validation part is left
+out. Several SPEECH may be given; the default is generated voices. CV and TT
+hold mix/, s1/ and s2/; the test set ``voices`` needs no folder. Every MODEL is
+trained with every SEED, for a number of --examples or --minutes. All models get
+the same mixtures, gradient clipping and shape of the learning rate schedule.
 
-MODEL is NAME[:KEY=VALUE]...: a size of hparams/ with numbers of its yaml
-(tiny:d_model=96:window=(62,62)), conv-tasnet, sepformer, re-sepformer, skim,
-dprnn, or with the extra ``bench`` mossformer2 or fla-sepreformer.
-Further keys are ``optimizer`` (muon, the recipe's pair, the default of ours;
-muon-inner, that without the input projection and the mask head; or adamw, that
-of the peers), ``lr``, ``batch``, ``crop`` (samples; (4000,12000) goes from one
-to the other in the first 70 %, as batch may), ``levels`` (how much of the
-difference in level between the speakers is kept; (0,1) goes likewise),
-``speeds`` (least and greatest, in percent), ``precision=bf16``, ``flip`` (the
-share of the mixtures whose polarity is inverted: 0, 0.5 or 1), ``loss``
-(si-snr, snr or mixed), ``absent`` (the share of the mixtures in which one
-speaker is alone), ``start``, ``output=map`` and, of ours, ``without``, ``norm``
-and ``variant`` (see models.py).
+MODEL is NAME[:KEY=VALUE]... NAME is a size of hparams/, conv-tasnet, sepformer,
+re-sepformer, skim or dprnn, or, with the extra ``bench``, mossformer2 or
+fla-sepreformer. A KEY is a number of the yaml of a size
+(tiny:d_model=96:window=(62,62)) or one of these:
 
-Writes OUT.csv, a row per run; OUT_curves.csv, what was measured on the way;
-OUT.md, the rows as a table; OUT.png, the curves. ``training`` is the mean loss
-in training since the point before, its sign changed, the rest is SI-SNRi, all
-in dB. A run that OUT.csv has is not run again, unless by another ``version`` of
-this project's mixing and optimizers; what it heard is known by the names of the
-folders and the number of recordings, so give other speech or other test sets
-another OUT. On one thread, minutes are of CPU time, so that other
-work on the machine does not count; on more, of the clock.
+* ``optimizer``: muon (Muon and AdamW as in the recipe, the default of our
+  models), muon-inner (the same without Muon on the input projection and the
+  mask head) or adamw (the default of the other models);
+* ``lr``, ``batch``, ``crop`` (samples). ``crop`` and ``batch`` may be a range:
+  (4000,12000) grows from 4000 to 12000 in the first 70 % of the training;
+* ``levels``: share of the level difference between the speakers that is kept;
+  (0,1) grows in the same way;
+* ``speeds``: least and greatest speed in percent;
+* ``precision=bf16``;
+* ``flip``: share of the mixtures with inverted polarity, 0, 0.5 or 1;
+* ``loss``: si-snr, snr or mixed;
+* ``absent``: share of the mixtures with only one speaker;
+* ``start``, ``output=map`` and, for our models, ``without``, ``norm`` and
+  ``variant``: see models.py.
+
+Writes OUT.csv (a row per run), OUT_curves.csv (scores during training), OUT.md
+(the rows as a table) and OUT.png (the curves). ``training`` is the mean
+negative loss since the previous point; all other scores are SI-SNRi; both in
+dB.
+
+A run that is in OUT.csv is skipped, unless it has another ``version`` of this
+project's mixing and optimizers. Data sets are identified only by the names of
+the folders and the number of recordings, so use another OUT for other speech or
+other test sets. With one thread, minutes are CPU time, so other programs do not
+count; with more threads they are wall-clock time.
 """
 
 import argparse
@@ -66,16 +74,16 @@ sys.path.append(str(ROOT.parent / "recipes/Pretrained"))
 
 from pretrained_data import real_speech  # noqa: E402
 
-# The set of generated voices, for training or test.
+# The data set of generated voices, for training and test.
 VOICES = {"sizes": (1000, 1, 200), "utterances": 5}
-# What else stands in a name: tr00997_mike2b_Hugod.wav is person b of mike2.
+# The speaker in a file name: tr00997_mike2b_Hugod.wav is person b of mike2.
 VOICE = r"^\w{7}_(\w+?)[a-d]_"
 
-# Raise it when mixing, an optimizer, a gradient or the initial weights change,
-# so that a run of a seed hears or does something else. Rows of another version
-# stay, and count as other runs.
+# Version of everything that determines the result of a run: increase it if
+# mixing, an optimizer, a gradient or an initialisation changes. Rows of other
+# versions are kept and count as other runs.
 VERSION = 3
-# What makes two runs the same, and what came of a run; then SI-SNRi by set.
+# Columns that identify a run, and results; then SI-SNRi for each set.
 KEY = ("model", "seed", "data", "budget", "optimizer", "lr", "batch", "crop")
 KEY += ("test_mixtures", "threads", "parameters_m", "gmac_per_s", "version")
 MEASURED = ("steps", "examples", "minutes", "rtf", "training")
@@ -83,7 +91,7 @@ CURVES = (*KEY, "examples", "minutes", "set", "db")
 
 
 def first_mixtures(folder, count):
-    """The first mixtures of a folder, as ``score`` takes them."""
+    """Read the first mixtures of a folder, in the form that ``score`` takes."""
     names = sorted(path.name for path in (folder / "mix").glob("*.wav"))
     if len(names) < count:
         raise ValueError(
@@ -101,7 +109,7 @@ def first_mixtures(folder, count):
 
 
 def load_speech(arguments):
-    """What is trained on: its name, and its recordings."""
+    """Return the name and the recordings of the training data."""
     if not arguments.speech:
         folder = make_voices(arguments.scratch / "voices", **VOICES)
         folder = folder / "wav8k/min/tr/s1"
@@ -116,7 +124,7 @@ def load_speech(arguments):
 
 
 def load_tests(arguments):
-    """Test mixtures by the name of their set."""
+    """Return the test mixtures by the name of their set."""
     tests = {}
     for word in arguments.test:
         name, _, folder = word.partition("=")
@@ -130,7 +138,7 @@ def load_tests(arguments):
 
 
 def run(entry, seed, speech, tests, arguments, done):
-    """One run: its row and the rows of its curve; None if it is done."""
+    """Do one run; return its row and the rows of its curve, None if done."""
     name, training, numbers = parse(entry)
     torch.manual_seed(seed)
     model = build_separator(name, **numbers)
@@ -142,7 +150,7 @@ def run(entry, seed, speech, tests, arguments, done):
         effects=[Absence(training["absent"]), PolarityFlip(training["flip"])],
     )
     seconds = torch.randn(1, TEST_SECONDS * RATE)
-    # Without the fused kernel, of which the counter sees nothing in an LSTM.
+    # Without oneDNN, because the counter does not see its fused LSTM kernel.
     with torch.backends.mkldnn.flags(enabled=False):
         macs = count_macs(model, seconds) / TEST_SECONDS
     count = sum(p.numel() for p in model.parameters())
@@ -183,7 +191,7 @@ def run(entry, seed, speech, tests, arguments, done):
 
 
 def read(path, columns):
-    """Rows of a CSV that this command wrote, none if there is no file."""
+    """Read the rows of a CSV of this command; without a file, no rows."""
     found, rows = read_csv(path)
     if path.exists() and found != columns:
         raise ValueError(
@@ -193,7 +201,7 @@ def read(path, columns):
 
 
 def table(rows):
-    """Rows of OUT.csv as a Markdown table."""
+    """Format rows of OUT.csv as a Markdown table."""
     sets = list(rows[0])[len(KEY) + len(MEASURED) :]
     titles = ("model", "seed", "budget", "optimizer, rate", "batch x crop")
     titles += ("parameters (M)", "GMAC/s", "minutes", "RTF", *sets)
@@ -212,7 +220,7 @@ def table(rows):
 
 
 def draw(path, curves):
-    """Draw SI-SNRi over examples and over minutes, a row for each set."""
+    """Plot SI-SNRi over examples and over minutes, one row of plots per set."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -258,7 +266,7 @@ def draw(path, curves):
 
 
 def main(words=None):
-    """Train what is not trained yet; write all after each run."""
+    """Do all runs that are missing; write all files after each run."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -268,25 +276,23 @@ def main(words=None):
         "--speech", type=Path, action="append", help="may be repeated"
     )
     parser.add_argument(
-        "--speaker", default="folder", help="who speaks, as dm_speaker"
+        "--speaker", default="folder", help="as dm_speaker of the recipe"
     )
     parser.add_argument(
         "--test",
         action="append",
         metavar="NAME=FOLDER",
-        help="default voices; may be repeated",
+        help="default: voices; may be repeated",
     )
-    parser.add_argument(
-        "--mixtures", type=int, default=50, help="of each test set"
-    )
+    parser.add_argument("--mixtures", type=int, default=50, help="per test set")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--examples", type=int)
     budget.add_argument("--minutes", type=float)
     parser.add_argument(
-        "--seed", type=int, action="append", help="default 1; may be repeated"
+        "--seed", type=int, action="append", help="default: 1; may be repeated"
     )
     parser.add_argument(
-        "--points", type=int, default=3, help="of each learning curve"
+        "--points", type=int, default=3, help="per learning curve"
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=ROOT / "results/learning")
@@ -294,7 +300,7 @@ def main(words=None):
         "--scratch",
         type=Path,
         default=ROOT / "scratch",
-        help="where generated voices are kept",
+        help="folder for generated voices",
     )
     arguments = parser.parse_args(words)
     arguments.test = arguments.test or ["voices"]
@@ -311,7 +317,7 @@ def main(words=None):
 
 
 def compare(arguments):
-    """All runs, and the files of ``--out``."""
+    """Do all runs, and write the files of ``--out``."""
     for entry in arguments.models:
         name, _, numbers = parse(entry)
         build_separator(name, **numbers)
@@ -327,12 +333,12 @@ def compare(arguments):
     out.parent.mkdir(parents=True, exist_ok=True)
     for entry in arguments.models:
         for seed in arguments.seed:
-            # Read each time: another command may have written in between.
+            # Read again: another process may have written to it.
             rows = read(files[".csv"], columns)
             made = run(entry, seed, speech, tests, arguments, rows)
             if made is None:
                 continue
-            # In the order of the columns, as those that are read.
+            # Same order of columns as in the rows that were read.
             row = {name: made[0][name] for name in columns}
             rows = [*read(files[".csv"], columns), row]
             curves = [*read(files["_curves.csv"], CURVES), *made[1]]

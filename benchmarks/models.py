@@ -1,4 +1,4 @@
-"""Whole models as one module each, [B, T] to [B, T, S]: ours and the peers."""
+"""Build our models and others as modules from [B, T] to [B, T, S]."""
 
 import inspect
 from importlib.resources import files
@@ -22,7 +22,7 @@ from speechbrain_flashformer.nnet.separator import (
 
 
 class Mapping(Separator):
-    """The sources are what the masknet gives, not masks of the mixture."""
+    """A separator whose masknet estimates the encoded sources, not masks."""
 
     def forward(self, mixture):
         """Separate mixtures [B, T] into [B, T, S]."""
@@ -67,29 +67,29 @@ def build_separator(
     Arguments
     ---------
     name : str
-        One of ``SIZES``, with or without ``flashformer-`` before it, of
+        One of ``SIZES``, with or without the prefix ``flashformer-``, of
         ``PEERS`` or of ``WHOLE``.
     output : str
-        A key of ``OUTPUTS``: with ``map`` the network gives the sources, not
-        masks.
+        A key of ``OUTPUTS``: with ``map``, the network estimates the encoded
+        sources instead of masks.
     without : str, optional
-        A part of one of ours to leave out, a key of ``WITHOUT``.
+        A part to remove from one of our models, a key of ``WITHOUT``.
     norm : str, optional
-        How one of ours normalises its input, a key of ``NORMS``.
+        Another input norm for one of our models, a key of ``NORMS``.
     start : str, optional
-        How encoder and decoder begin, a key of ``STARTS``; else ours as in
-        its yaml and a peer at random.
+        Initialisation of encoder and decoder, a key of ``STARTS``. The default
+        is that of the yaml for our models, and random for others.
     variant : str, optional
-        Another shape of one of ours, a key of ``VARIANTS``.
+        Another architecture of one of our models, a key of ``VARIANTS``.
     **numbers
-        Take the place of those in the yaml of one of ours.
+        Replace numbers in the yaml of one of our models.
 
     Raises
     ------
     ImportError
-        When the extra ``bench`` is missing.
+        If the extra ``bench`` is missing.
     ValueError
-        When there is no such model, or it has no such number.
+        If there is no such model, or it has no such number.
 
     Example
     -------
@@ -147,7 +147,7 @@ def _ours(name, numbers, without, norm, variant):
 
 
 def _variant(variant, size, numbers):
-    """A masknet of another class with the numbers of a size."""
+    """Build a masknet of another class with the numbers of a size."""
     yamls = files("speechbrain_flashformer.hparams")
     with (yamls / f"flashformer-{size}.yaml").open() as file:
         hparams = load_hyperpyyaml(file, numbers)

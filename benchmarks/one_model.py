@@ -1,4 +1,4 @@
-"""One model of side_by_side.py, in a process of its own."""
+"""Measure one model of side_by_side.py, in its own process."""
 
 import json
 import os
@@ -19,9 +19,9 @@ RATE = 8000
 
 
 def measure(task, name, threads, lengths, limit, gigabytes, gmac_per_s):
-    """Print a row, as JSON, for each length; in the order given.
+    """Print a row as JSON for each length, in the given order.
 
-    gmac_per_s is counted unless it is known.
+    gmac_per_s is counted if it is None.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -30,7 +30,7 @@ def measure(task, name, threads, lengths, limit, gigabytes, gmac_per_s):
     model.train(task == "train")
     weights = list(model.parameters())
     optimizer = torch.optim.AdamW(weights, lr=1e-4)
-    # Load libraries and kernels on a short input, then look at memory.
+    # A short input loads libraries and kernels; then memory is measured.
     with torch.no_grad():
         model(torch.randn(1, RATE))
     before = megabytes("VmRSS")
@@ -60,7 +60,7 @@ def measure(task, name, threads, lengths, limit, gigabytes, gmac_per_s):
         mixture = torch.randn(1, seconds * RATE) * 0.1
         targets = torch.randn(1, seconds * RATE, 2) * 0.1
         times, computing = [], []
-        # The highest so far is forgotten.
+        # Reset the peak memory of the process.
         Path("/proc/self/clear_refs").write_text("5")
         try:
             while not times or (len(times) < 5 and sum(times) < 3):
@@ -69,7 +69,7 @@ def measure(task, name, threads, lengths, limit, gigabytes, gmac_per_s):
                 times.append(time.perf_counter() - start[0])
                 computing.append(time.process_time() - start[1])
         except (MemoryError, RuntimeError) as error:
-            # oneDNN, without room for its kernels, cannot create them.
+            # oneDNN reports this if it cannot allocate its kernels.
             told = ("memory", "could not create a primitive")
             if str(error) and not any(text in str(error) for text in told):
                 raise
@@ -90,15 +90,15 @@ def measure(task, name, threads, lengths, limit, gigabytes, gmac_per_s):
 
 
 def macs_of(model, samples):
-    """MACs of a mixture of so many samples."""
-    # The counter passes over LSTMs that oneDNN runs.
+    """Count the MACs for a mixture of this many samples."""
+    # The counter does not see LSTMs that oneDNN runs.
     recurrent = any(isinstance(m, torch.nn.RNNBase) for m in model.modules())
     with torch.backends.mkldnn.flags(enabled=not recurrent):
         return count_macs(model, torch.randn(1, samples))
 
 
 def allow(gigabytes):
-    """So much more than now; then allocations fail, not the machine."""
+    """Limit additional memory, so that allocations fail, not the machine."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + int(gigabytes * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))

@@ -1,9 +1,9 @@
-"""The networks beside ours, with random weights.
+"""The networks that ours is compared with, with random weights.
 
-SpeechBrain's are at the sizes of its recipes for WSJ0-mix, but that Conv-TasNet
-hears the future too (its yaml says ``causal: True``, which would be no fair
-match for networks that do). MossFormer2 and FLA-SepReformer come whole, from
-the package modelscope (extra ``bench``).
+SpeechBrain's networks have the sizes of its recipes for WSJ0-mix. The exception
+is Conv-TasNet: its yaml says ``causal: True``, but here it is not causal,
+because the others are not. MossFormer2 and FLA-SepReformer are complete models
+of the package modelscope (extra ``bench``).
 """
 
 import tempfile
@@ -16,10 +16,11 @@ from speechbrain.lobes.models import conv_tasnet, dual_path, resepformer
 
 
 class RowByRow(nn.Module):
-    """Runs a masknet on each row of a batch alone.
+    """Runs a masknet on each row of a batch separately.
 
-    RE-SepFormer's memory takes the segments of all rows for one sequence, so
-    that mixtures of a batch hear each other; its recipe has batches of one.
+    RE-SepFormer's memory treats the segments of all rows as one sequence, so
+    the mixtures of a batch would influence each other. Its recipe uses a batch
+    size of one.
     """
 
     def __init__(self, masknet):
@@ -151,7 +152,7 @@ def _skim():
     return masknet, 128
 
 
-# Each gives a masknet and its channels.
+# Each function returns a masknet and its number of channels.
 PEERS = {
     "conv-tasnet": _conv_tasnet,
     "dprnn": _dprnn,
@@ -165,7 +166,7 @@ PEERS = {
 
 
 class Stacked(nn.Module):
-    """A model that gives a list of speakers [B, T]."""
+    """Wraps a model that returns a list of speakers [B, T]."""
 
     def __init__(self, model):
         super().__init__()
@@ -179,12 +180,15 @@ class Stacked(nn.Module):
 def _mossformer2():
     from modelscope.models.audio.separation.m2.mossformer import MossFormer2
 
-    # It wants a folder of weights, and reads none of it.
+    # It requires a folder of weights, but does not read it.
     return MossFormer2(tempfile.gettempdir(), num_spks=2)
 
 
 def _fla_sepreformer():
-    """At the size of SepReformer-B; its own numbers are with its weights."""
+    """FLA-SepReformer at the size of SepReformer-B.
+
+    Its own numbers are published only with its weights.
+    """
     from modelscope.models.audio.separation.tsepreformer import (
         sepreformer_layers,
     )
@@ -251,7 +255,7 @@ def _fla_sepreformer():
             "stride": stride,
             "bias": False,
         },
-        # The heads of its training losses, which are not run.
+        # No heads for auxiliary training losses; they are not used here.
         aux_part=False,
     )
     return Stacked(model)

@@ -1,4 +1,4 @@
-"""What the commands here share: files whole or not at all, memory in use."""
+"""Helpers of the benchmarks: atomic files, CSV, memory use."""
 
 import contextlib
 import csv
@@ -8,12 +8,12 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def written_whole(path):
-    """A path beside ``path`` to write to, which takes its place at the end.
+    """Yield a temporary path; it replaces ``path`` at the end.
 
     Arguments
     ---------
     path : Path
-        The folder it is in is made.
+        Its folder is created if needed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -32,7 +32,7 @@ def write_csv(path, rows, columns=None):
     path : Path
     rows : list of dict
     columns : tuple of str, optional
-        Those of the first row by default; needed where there may be no row.
+        Default: the keys of the first row. Needed if there may be no row.
     """
     with (
         written_whole(path) as partial,
@@ -44,7 +44,7 @@ def write_csv(path, rows, columns=None):
 
 
 def read_csv(path):
-    """Columns and rows of a CSV file, none if there is no file.
+    """Read columns and rows of a CSV file; both are empty without a file.
 
     Returns
     -------
@@ -64,13 +64,13 @@ def write_text(path, text):
 
 
 def write_figure(path, figure):
-    """Write a figure of matplotlib as PNG."""
+    """Write a matplotlib figure as PNG."""
     with written_whole(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
 
 
 def megabytes(name):
-    """Memory of this process, by its name in Linux's status file."""
+    """Return a memory figure of this process in MB, e.g. VmRSS or VmHWM."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith(f"{name}:"))
     return int(line.split()[1]) / 1024

@@ -4,19 +4,21 @@
 > python -m pip install -e ".[bench]"
 > python benchmarks/side_by_side.py
 
-Random weights, float32, batch 1, 8 kHz, two threads; separation of 1 s to 10
-min and training steps of 4 s. Base is also measured without its window, and
-without its low rate. Every task of a model runs in a new process. A separation
-that would take longer than --limit seconds times threads (predicted from the
-length before) is not run, and one that needs more than --memory GB ends.
+Random weights, float32, batch size 1, 8 kHz, two threads: separation of 1 s to
+10 min, and training steps of 4 s. Base is also measured without its window and
+without its low rate. Each task of a model runs in its own process. The time for
+a length is predicted from the length before, assuming that it grows at least
+linearly. A separation with a predicted time of more than --limit seconds times
+threads is skipped. A separation that needs more than --memory GB is stopped.
 
-Each figure is saved as soon as it is measured: an interrupted command continues
-where it stopped, and --again measures everything anew. ``load`` is the load of
-the machine before a figure: above the number of threads other work ran beside,
-and only ``cpu_s``, the seconds of computing, may be quoted. Linux only. Writes
-to ``benchmarks/results/``: ``side_by_side.csv``, the table ``side_by_side.md``
-that the README repeats, and two plots; prints the ratios that the project
-promises.
+Every figure is saved at once: the command resumes where it was interrupted, and
+--again starts over. ``load`` is the load of the machine before a measurement.
+Do not quote figures measured while other programs were running, except
+``cpu_s``, the CPU time. Linux only.
+
+Writes to ``benchmarks/results/``: ``side_by_side.csv``, the table
+``side_by_side.md``, which is also in the README, and two plots. Prints the
+ratios that are goals of the project.
 """
 
 import argparse
@@ -56,7 +58,7 @@ COLUMNS = (
 
 
 def main(words=None):
-    """Measure what is missing; write table and plots; print the ratios."""
+    """Measure what is missing, write table and plots, print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--models", nargs="+", default=MODELS, choices=MODELS)

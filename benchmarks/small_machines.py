@@ -1,23 +1,23 @@
 #!/usr/bin/env python3
-"""What the models cost on a small machine: the table of docs/small_machines.md.
+"""Measure the models on a small machine: the tables of docs/small_machines.md.
 
 > python benchmarks/small_machines.py
 
-Ours (``shipped`` is the network of the models that come with the package) and
-the peers of the same order of cost, random weights, float32, 8 kHz, on one
-thread and on two:
+Our models (``shipped`` is the network of the pretrained models of the package)
+and other models of similar cost, random weights, float32, 8 kHz, one and two
+threads:
 
-* separation of 4 s and of 60 s at once: computing time over audio time (RTF),
-  and the memory beyond the loaded model, as side_by_side.py measures them;
-* a minute of a stream through the shipped streaming network, in blocks of 16, 8
-  and 4 ms: the load (computing time over audio time) and the 99.9th percentile
-  of a block, by runtime, on one thread;
-* the start: seconds that commands take from nothing to their end, one thread,
-  medians of five.
+* separation of 4 s and of 60 s in one call: computing time over audio time
+  (RTF), and the memory beyond the loaded model, measured as in side_by_side.py;
+* one minute of audio through the pretrained streaming network, in blocks of 16,
+  8 and 4 ms, for each runtime, on one thread: load (computing time over audio
+  time) and the 99.9th percentile of the block times;
+* run time of whole commands, including the start of Python, on one thread:
+  median of five runs.
 
-Each in a process of its own, on a machine that should have nothing else to do
-(``machine load`` tells). Writes results/small_machines.csv and the page's
-tables.
+Each measurement has its own process. The machine should run nothing else
+(``machine load`` shows it). Writes results/small_machines.csv and the tables of
+the page.
 """
 
 import os
@@ -51,7 +51,7 @@ MODELS = {
 }
 SECONDS = (4, 60)
 LIMITS = Namespace(limit=120, memory=16)
-# Runtime and milliseconds of a block.
+# Runtime, and block length in milliseconds.
 STREAMS = (
     ("torch", 16),
     ("torch, traced", 16),
@@ -69,7 +69,7 @@ RUNS = 5
 
 
 def main():
-    """Measure all, write the rows and the page."""
+    """Run all measurements, write the rows and the page."""
     kept = {"whole": [], "stream": [], "start": []}
     for what, rows in (("whole", whole()), ("stream", streams())):
         for row in rows:
@@ -86,7 +86,7 @@ def main():
 
 
 def whole():
-    """Rows of separation at once."""
+    """Yield the rows of separation in one call."""
     for title, name in MODELS.items():
         row = {"model": title}
         for threads in (1, 2):
@@ -103,7 +103,7 @@ def whole():
 
 
 def streams():
-    """Rows of a stream."""
+    """Yield the rows of streams."""
     for runtime, block in STREAMS:
         job = "stream", runtime, 1, 1, block
         found = inference_speed.run_alone(*job, **SHIPPED)
@@ -117,7 +117,7 @@ def streams():
 
 
 def starts():
-    """Rows of commands."""
+    """Return the rows of commands."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         noise = 0.1 * np.random.default_rng(0).standard_normal(40000)
@@ -142,7 +142,7 @@ def starts():
 
 
 def with_table(text, name, rows):
-    """A page with a table between its marks."""
+    """Return a page with the table between its markers replaced."""
     start, end = f"<!-- table: {name} -->\n", "<!-- end of table -->\n"
     cells = [list(rows[0]), ["---"] * len(rows[0])]
     cells += [map(str, row.values()) for row in rows]

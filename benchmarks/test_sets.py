@@ -1,21 +1,24 @@
 #!/usr/bin/env python3
-"""Write the sets that packed models are tested on.
+"""Write the test sets for packed models.
 
 > python benchmarks/test_sets.py SPEECH.csv OUT [NAME=FOLDER ...]
 
-SPEECH.csv lists speech by people whom no model was trained on: ``wav``,
-``speaker``, ``corpus`` and ``language`` (``en`` for English). FOLDER holds a
-folder for each speaker, such as that of prompt_speakers.py. Of a set OUT/NAME
-gets mix/, s1/ and s2/ with files of one name at 8 kHz, the same each time:
+SPEECH.csv lists speech of people who are in no training data, with the columns
+``wav``, ``speaker``, ``corpus`` and ``language`` (``en`` for English). FOLDER
+holds one folder per speaker, such as the output of prompt_speakers.py. Each set
+is a folder in OUT with mix/, s1/ and s2/ at 8 kHz; a mixture and its sources
+have the same file name. The sets are reproducible:
 
-* english, other: 200 mixtures of two people, in other languages than English
-  too, of up to 6 s at the levels of WSJ0-mix;
-* noisy, reverberant: those of english with noise 0 to 15 dB below the mixture,
-  or each speaker in the same synthetic room (the sources are as in the room);
-* NAME: 200 mixtures of a folder's speakers;
-* alone: 50 recordings of one person, s2/ is silence;
-* conversations: 20 of 40 s with turns, some of both at once, and pauses; turns/
-  says who speaks from which sample to which; meetings: 4 of 10 minutes.
+* english, other: 200 mixtures each of two people who speak English, or other
+  languages, of up to 6 s, with the levels of WSJ0-mix;
+* noisy, reverberant: the mixtures of english with noise 0 to 15 dB below the
+  mixture, or with both speakers in one synthetic room (the sources are
+  reverberant too);
+* NAME: 200 mixtures of the speakers in a folder;
+* alone: 50 recordings of one person; s2/ is silence;
+* conversations: 20 conversations of 40 s, with turns, overlapping speech and
+  pauses; turns/ lists the speaker, first and last sample of each turn;
+* meetings: 4 conversations of 10 minutes.
 """
 
 import csv
@@ -35,12 +38,12 @@ from speechbrain_flashformer.training.recordings import (
 
 RATE = 8000
 MIXTURES, ALONE = 200, 50
-LONGEST = 6 * RATE  # of a mixture
-LEAST = 3 * RATE  # of a recording
-CONVERSATIONS, MEETINGS = (20, 40), (4, 600)  # how many, and seconds of each
-ENOUGH = 10  # seconds by one speaker
-TURN, PAUSE = (2, 6), (0.2, 1.5)  # seconds, shortest and longest
-BOTH = 0.2  # share of the turns
+LONGEST = 6 * RATE  # maximum length of a mixture
+LEAST = 3 * RATE  # minimum length of a recording
+CONVERSATIONS, MEETINGS = (20, 40), (4, 600)  # number, and seconds of each
+ENOUGH = 10  # minimum seconds of speech of a speaker in conversations
+TURN, PAUSE = (2, 6), (0.2, 1.5)  # minimum and maximum seconds
+BOTH = 0.2  # share of the turns in which both speak
 SNR_DB, T60 = (0, 15), (0.2, 0.5)
 
 
@@ -48,7 +51,7 @@ def main(speech, out, folders):
     """Write all sets."""
     with open(speech, newline="", encoding="utf-8") as file:
         languages = [row["language"] for row in csv.DictReader(file)]
-    # By name: the sets do not depend on how the list was made.
+    # Sorted, so that the sets do not depend on the order of the list.
     every = sorted(
         zip(find_recordings(speech), languages),
         key=lambda x: (x[0].speaker, x[0].path.name),
@@ -68,7 +71,7 @@ def main(speech, out, folders):
 
 
 def mix(recordings, out):
-    """Mixtures of two speakers each."""
+    """Write mixtures of two speakers each."""
     long = [x for x in recordings if seconds(x) * RATE >= LEAST]
     made = DynamicMixtures(
         long, 2, RATE, LONGEST, seed=0, same_corpus_share=0.5
@@ -80,7 +83,7 @@ def mix(recordings, out):
 
 
 def change(begin, out, change_mixture):
-    """Each mixture of a set as ``change_mixture`` makes it."""
+    """Write a set whose mixtures are changed by ``change_mixture``."""
     for n in range(MIXTURES):
         sources = [
             soundfile.read(begin / part / f"{n:03}.wav")[0]
@@ -93,7 +96,7 @@ def change(begin, out, change_mixture):
 
 
 def add_noise(sources, rng):
-    """Noise of a random colour in the mixture."""
+    """Add noise with a random spectrum to the mixture."""
     mixture = sum(sources)
     noise = random_noise(len(mixture), rng)
     noise *= np.linalg.norm(mixture) / np.linalg.norm(noise)
@@ -101,14 +104,14 @@ def add_noise(sources, rng):
 
 
 def place_in_room(sources, rng):
-    """Both speakers in one synthetic room."""
+    """Place both speakers in one synthetic room."""
     t60 = rng.uniform(*T60)
     sources = [reverberate(x, t60, RATE, rng) for x in sources]
     return sum(sources), sources
 
 
 def leave_alone(recordings, out):
-    """One person each."""
+    """Write recordings of one person each."""
     rng = np.random.default_rng(2)
     for n, who in enumerate(rng.permutation(speakers(recordings))[:ALONE]):
         theirs = [x for x in recordings if x.speaker == who]
@@ -117,7 +120,7 @@ def leave_alone(recordings, out):
 
 
 def converse(recordings, out, count, length):
-    """Conversations of two people."""
+    """Write conversations of two people."""
     rng = np.random.default_rng(3)
     enough = [
         who
@@ -146,7 +149,7 @@ def converse(recordings, out, count, length):
 
 
 def say(signals, samples, rng):
-    """So many samples of what a speaker says, all at one level."""
+    """Return this many samples of a speaker, all recordings at one level."""
     said, length = [], 0
     while length < samples:
         signal = signals[rng.integers(len(signals))]
@@ -156,17 +159,17 @@ def say(signals, samples, rng):
 
 
 def speakers(recordings):
-    """Names of those who speak."""
+    """Return the names of all speakers."""
     return sorted({x.speaker for x in recordings})
 
 
 def seconds(recording: Recording):
-    """Duration of a recording."""
+    """Return the duration of a recording."""
     return soundfile.info(recording.path).duration
 
 
 def read(recording):
-    """A recording at RATE, [T]."""
+    """Read a recording at RATE, [T]."""
     signal, rate = soundfile.read(recording.path)
     if rate != RATE:
         raise ValueError(f"{recording.path} is at {rate} Hz, not at {RATE}")
@@ -174,7 +177,7 @@ def read(recording):
 
 
 def write(out, n, mixture, sources):
-    """One mixture and its sources."""
+    """Write one mixture and its sources."""
     signals = {"mix": mixture, "s1": sources[0], "s2": sources[1]}
     for part, signal in signals.items():
         (out / part).mkdir(parents=True, exist_ok=True)

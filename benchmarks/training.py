@@ -1,4 +1,4 @@
-"""One training of learning.py: what a MODEL asks for, its steps, its score."""
+"""The training loop of learning.py: options of a MODEL, steps, scores."""
 
 import ast
 import math
@@ -20,24 +20,24 @@ from speechbrain_flashformer.training.metrics import best_order, si_snr
 from speechbrain_flashformer.training.optim import Muon, matrix_groups
 
 RATE = 8000
-# Test mixtures are cut to this; RTF and MACs are of so much audio too.
+# Length of test mixtures, and of the audio for RTF and MACs.
 TEST_SECONDS = 4
 SPEEDS = (95, 105)
 MAX_GRAD_NORM = 5
 PRECISIONS = ("fp32", "bf16")
 OPTIMIZERS = ("muon", "muon-inner", "adamw")
-# Of the masknet: muon-inner leaves them to AdamW.
+# First and last weight of the masknet: muon-inner uses AdamW for them.
 ENDS = ("project.weight", "masks.weight")
 LOSSES = {
     "si-snr": pit_si_snr_loss,
     "snr": pit_snr_loss,
     "mixed": pit_mixed_loss,
 }
-# Keys that may change from one number to another over the first part of a
-# training.
+# Keys that may grow from one number to another, and the first part of the
+# training in which they do.
 GROW = ("batch", "crop", "levels")
 GROWTH = 0.7
-# Of these keys: what a number is, the least one, how many, and this in words.
+# Key -> type, least value, allowed number of values, and description.
 LIMITS = {
     "lr": (int | float, sys.float_info.min, (1,), "a number above 0"),
     "batch": (int, 1, (1, 2), "a whole number above 0, or (FIRST,LAST)"),
@@ -45,14 +45,15 @@ LIMITS = {
     "levels": (int | float, 0, (1, 2), "a number from 0 on, or (FIRST,LAST)"),
     "speeds": (int, 1, (2,), "(LEAST,GREATEST), whole numbers above 0"),
 }
-# Steps of rising, and the last part of the training, of falling rate.
+# Warm-up steps of the learning rate, and the share of the training over which
+# it falls to 0.
 WARMUP, COOLDOWN = 50, 0.75
-# Of the mean loss of the stages before the last.
+# Weight of the mean loss of all stages except the last.
 STAGE_WEIGHT = 0.4
 
 
 def parse(entry):
-    """Split MODEL into its name, how it is trained, and its numbers."""
+    """Split MODEL into its name, its training options and its numbers."""
     name, *pairs = entry.split(":")
     numbers = {}
     for pair in pairs:
@@ -104,7 +105,7 @@ def parse(entry):
 
 
 def make_optimizers(model, kind, lr):
-    """AdamW, or the recipe's pair: Muon on the masknet's matrices."""
+    """Return AdamW, or the recipe's pair: Muon for matrices of the masknet."""
     if kind == "adamw":
         return [torch.optim.AdamW(model.parameters(), lr)]
     masknet = model.masknet
@@ -124,15 +125,15 @@ def make_optimizers(model, kind, lr):
 
 
 def both_ends(value):
-    """A key of ``GROW`` at the begin and at the end of a training."""
+    """Return a key of ``GROW`` at the start and at the end of a training."""
     return value if isinstance(value, tuple) else (value, value)
 
 
 def keep_levels(item, share):
     """Keep a share of the difference in dB between the levels of two speakers.
 
-    Changes the second speaker and the mixture. A level is that of the part in
-    which somebody speaks, as in ``DynamicMixtures``.
+    Changes the second speaker and the mixture. Levels are measured where the
+    speaker is not silent, as in ``DynamicMixtures``.
     """
     if share != 1:
         first, second = item["s1_sig"], item["s2_sig"]
@@ -143,7 +144,7 @@ def keep_levels(item, share):
 
 
 def clock():
-    """Seconds that only this process spends, where that can be told."""
+    """Return CPU time with one thread, wall-clock time with more."""
     one = torch.get_num_threads() == 1
     return time.process_time() if one else time.perf_counter()
 
@@ -172,7 +173,7 @@ def train(model, mixtures, training, arguments, measure):
                 group["lr"] = rate
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             estimates = model(mixture).float()
-        # All but the first are of earlier stages, where there are such.
+        # The first is the last stage; a variant may have earlier stages.
         losses = [
             loss_of(targets, stage, lengths).mean()
             for stage in estimates.split(targets.shape[2], 2)
@@ -192,7 +193,7 @@ def train(model, mixtures, training, arguments, measure):
             done = heard / arguments.examples
         else:
             done = seconds / 60 / arguments.minutes
-        # 15 of 22 points of 44 steps are a hair less than 15 as floats.
+        # Rounding: 15 of 22 points of 44 steps is slightly below 15.
         reached = int(done * arguments.points + 1e-9)
         if reached > points:
             points = reached
@@ -202,7 +203,7 @@ def train(model, mixtures, training, arguments, measure):
 
 
 def score(model, mixtures):
-    """Mean SI-SNRi over mixtures, each [T] with its sources [T, S]."""
+    """Return the mean SI-SNRi over mixtures [T] with their sources [T, S]."""
     gains = []
     for mixture, sources in mixtures:
         targets = sources[None]
@@ -215,7 +216,7 @@ def score(model, mixtures):
 
 
 def real_time_factor(model):
-    """Median time to separate TEST_SECONDS, over TEST_SECONDS."""
+    """Return the median time to separate TEST_SECONDS, over TEST_SECONDS."""
     mixture, times = torch.randn(1, TEST_SECONDS * RATE), []
     with torch.no_grad():
         for _ in range(6):

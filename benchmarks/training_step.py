@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What a training step spends its time on, in one run.
+"""Measure how the time of a training step is divided.
 
 > python benchmarks/training_step.py
 
-For the sizes and batches that the recipes train, on one thread and on two:
-seconds of forward and backward and of our optimizer, in float32 and in bfloat16
-(slow on a processor without instructions for it); of torch's Muon; and the
-share that ours takes of a step. Medians, the parts by turns. Writes
+For sizes and batches of the recipes, on one and two threads: seconds of forward
+and backward, and of our optimizer, in float32 and bfloat16 (slow on a CPU
+without instructions for it); seconds of torch's Muon; and our optimizer's share
+of a step. The parts are timed in turn, and the figures are medians. Writes
 results/training_step.csv.
 """
 
@@ -25,7 +25,7 @@ from speechbrain_flashformer.training.optim import Muon, matrix_groups
 OUT = Path(__file__).parent / "results" / "training_step.csv"
 RATE = 8000
 STEPS = 5
-# Size, numbers of its yaml, mixtures and seconds of each.
+# Size, numbers of its yaml, batch size, and seconds per mixture.
 TRAINED = (
     ("tiny", {}, 8, 1),
     ("tiny", {"num_layers": 8}, 4, 4),
@@ -35,7 +35,7 @@ OPTIONS = {"lr": 1e-6, "adjust_lr_fn": "match_rms_adamw"}
 
 
 def main():
-    """Time each size, write the rows."""
+    """Time all sizes and write the rows."""
     rows = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -54,7 +54,7 @@ def main():
 
 
 def measure(model, mixtures, seconds):
-    """Median seconds of each part, and the optimizer's share."""
+    """Return median seconds of each part, and the optimizer's share."""
     masknet = model.masknet
     groups = matrix_groups(masknet)
     taken = {id(p) for group in groups for p in group["params"]}

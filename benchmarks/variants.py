@@ -1,7 +1,7 @@
-"""Other forms of the network, to be trained beside it and not used elsewhere.
+"""Variants of the network, used only for comparisons in the benchmarks.
 
-Other shapes, each a ``FlashFormer`` that changes a step of the way through the
-U; parts left out; other input norms.
+Other architectures, each a ``FlashFormer`` that changes one step of the forward
+pass; ablations, which remove a part; other input norms.
 
 Axes: B batch, N encoder channels, L frames, T tokens, C width, S speakers.
 """
@@ -14,7 +14,7 @@ from speechbrain_flashformer.nnet.norm import CumulativeNorm, GlobalNorm
 
 
 class OneMerge(FlashFormer):
-    """From frames to tokens in one step, not in steps of two."""
+    """Downsample frames to tokens in one step, instead of in steps of two."""
 
     def __init__(self, **numbers):
         super().__init__(**numbers)
@@ -27,16 +27,17 @@ class OneMerge(FlashFormer):
 
 
 class EarlySplit(FlashFormer):
-    """One stream for each speaker from the middle of the layers on.
+    """Split into one branch per speaker in the middle of the layers.
 
-    The streams share all weights, and after each layer, or once at the split,
-    hear each other, token by token. Source: SepReformer (arXiv:2406.05983).
+    The branches share all weights. After each layer, or once at the split,
+    attention across the branches exchanges information, token by token. Source:
+    SepReformer (arXiv:2406.05983).
     """
 
     late = 0.5  # share of the layers after the split
 
     def __init__(self, num_spks=2, **numbers):
-        # One mask from each stream.
+        # One mask per branch.
         super().__init__(num_spks=1, **numbers)
         late = round(self.late * len(self.layers))
         self.early = len(self.layers) - late
@@ -51,7 +52,7 @@ class EarlySplit(FlashFormer):
         )
 
     def attend(self, x, mask, lengths, past):
-        """Tokens [B, T, C] to those of each speaker [S B, T, C]."""
+        """Map tokens [B, T, C] to the tokens of each speaker [S B, T, C]."""
         S, positions = self.speakers, self.place(x, lengths)
         for layer in self.layers[: self.early]:
             x = self.run_layer(layer, x, positions, mask)
@@ -71,7 +72,7 @@ class EarlySplit(FlashFormer):
         return x
 
     def ascend(self, x, skips, past):
-        """Tokens [S B, T, C] to frames [S B, L, C]."""
+        """Map tokens [S B, T, C] to frames [S B, L, C]."""
         S = self.speakers
         skips = [
             (
@@ -83,24 +84,24 @@ class EarlySplit(FlashFormer):
         return super().ascend(x, skips, past)
 
     def head(self, x):
-        """Frames [S B, L, C] to masks [S, B, N, L]."""
+        """Map frames [S B, L, C] to masks [S, B, N, L]."""
         return super().head(x)[0].unflatten(0, (self.speakers, -1))
 
 
 class LastSplit(EarlySplit):
-    """One stream for each speaker on the way up alone."""
+    """Split into one branch per speaker after all layers."""
 
     late = 0
 
 
 class StageLosses(FlashFormer):
-    """In training, masks after every layer: the last ones first.
+    """In training, estimate masks after every layer, the last layer first.
 
-    The way up is the same for all, as in SepReformer and TISDiSS.
+    All stages share the upsampling, as in SepReformer and TISDiSS.
     """
 
     def attend(self, x, mask, lengths, past):
-        """Tokens [B, T, C] to those after each layer, a list."""
+        """Map tokens [B, T, C] to a list of the tokens after each layer."""
         positions = self.place(x, lengths)
         stages = []
         for layer in self.layers:
@@ -109,13 +110,13 @@ class StageLosses(FlashFormer):
         return stages if self.training else stages[:1]
 
     def ascend(self, stages, skips, past):
-        """Frames [B, L, C]; in training [layers B, L, C]."""
+        """Return frames [B, L, C]; in training [layers B, L, C]."""
         return torch.cat(
             [super(StageLosses, self).ascend(x, [*skips], past) for x in stages]
         )
 
     def head(self, x):
-        """Masks [S, B, N, L]; in training [layers S, B, N, L]."""
+        """Return masks [S, B, N, L]; in training [layers S, B, N, L]."""
         stages = len(self.layers) if self.training else 1
         masks = super().head(x).unflatten(1, (stages, -1))
         return masks.transpose(0, 1).flatten(0, 1)
@@ -130,7 +131,7 @@ VARIANTS = {
 
 
 class Left(nn.Module):
-    """In the place of a block: what came in goes out."""
+    """Replaces a block: returns its input."""
 
     def forward(self, x, *_):
         """Return x."""
@@ -138,7 +139,7 @@ class Left(nn.Module):
 
 
 class NoUpdate(nn.Module):
-    """In the place of attention: nothing is added to x."""
+    """Replaces attention: adds nothing to x."""
 
     def forward(self, x, *_):
         """Return zeros."""
@@ -146,10 +147,10 @@ class NoUpdate(nn.Module):
 
 
 class FrameNorm(nn.LayerNorm):
-    """In the place of the global norm: each frame to one level."""
+    """Replaces the global norm: normalises each frame separately."""
 
     def reference(self, *_):
-        """Nothing but the frame itself."""
+        """Return None: no statistics over other frames."""
 
     def forward(self, x, *_):
         """Normalise x [B, L, N]."""
@@ -157,7 +158,7 @@ class FrameNorm(nn.LayerNorm):
 
 
 class UniformNorm(GlobalNorm):
-    """In the place of the global norm: gLN, in which all frames count alike."""
+    """Replaces the global norm: gLN, where all frames have equal weight."""
 
     def reference(self, x, *_):
         """Mean and mean square [B] of x [B, L, N]."""
@@ -165,7 +166,7 @@ class UniformNorm(GlobalNorm):
 
 
 class EnergyNorm(GlobalNorm):
-    """In the place of the global norm: frames count by their energy."""
+    """Replaces the global norm: frames are weighted by their energy."""
 
     def reference(self, x, *_):
         """Mean and mean square [B] of x [B, L, N]."""
@@ -176,10 +177,10 @@ class EnergyNorm(GlobalNorm):
 
 
 class PastNorm(CumulativeNorm):
-    """In the place of the global norm: that over all frames so far."""
+    """Replaces the global norm: cumulative norm over all frames so far."""
 
     def __init__(self, channels):
-        # 20 s of tiny's frames, more than the bench ever hears at once.
+        # 20 s of frames of tiny, longer than any input of the benchmark.
         super().__init__(channels, span=10000)
 
 
@@ -218,8 +219,8 @@ def _no_frame_memory(masknet):
         block.memory = nn.ModuleList()
 
 
-# What can be left out: a gated FSMN block as a whole, or only its memory
-# (gate and projections stay); at the token rate or at all rates above it.
+# Ablations: remove a whole gated FSMN block, or only its memory (gate and
+# projections remain); at the token rate, or at all higher rates.
 WITHOUT = {
     "attention": _no_attention,
     "token-fsmn": _no_token_fsmn,

@@ -1,23 +1,25 @@
 #!/usr/bin/env python3
-"""Make a packed model from others: averaged, of another size, or causal.
+"""Average packed models, resize one, or make one causal.
 
 > python change_model.py average A B OUT --share 0.2
 > python change_model.py resize MODEL OUT --num_layers 12 --d_ffn 384
 > python change_model.py causal MODEL OUT
 
-average: SHARE (0 to 1) of the weights of B and the rest of A; one of the two
-began as the other. Card and numbers are those of B. Source: model soups
-(arXiv:2203.05482).
+average: averages the weights of two models. OUT has SHARE (0 to 1) of B and the
+rest of A. One of the two must have been trained from the other. The card and
+the model numbers are those of B. Source: model soups (arXiv:2203.05482).
 
-resize: more layers and wider feed-forwards, to be trained on (``--start_from
-OUT --model "{num_layers: 12, d_ffn: 384}"``), or fewer of them. What is new
-adds nothing until it has learned to: a larger OUT separates as MODEL does. New
-layers stand after old ones, evenly, and are those that go when there are to be
-fewer again. A number not given stays; the card is that of MODEL. Source:
-Net2Net (arXiv:1511.05641), with zeros behind what is new in place of copies.
+resize: changes the number of layers and the width of the feed-forwards. Train a
+larger model further with ``--start_from OUT --model "{num_layers: 12, d_ffn:
+384}"``. The outputs of new layers and units are initialised to zero, so a
+larger OUT separates exactly as MODEL does. New layers are inserted evenly after
+old ones; reducing the number of layers removes the same ones. Numbers that are
+not given stay as they are. The card is that of MODEL. Source: Net2Net
+(arXiv:1511.05641), with zeros instead of copies.
 
-causal: without what it hears of the future, a begin for the training of a
-streaming model: the memories keep their taps on the past, attention looks back.
+causal: removes everything that uses the future: the FSMN memories keep only
+their past taps, and attention looks back only. The result is a starting point
+for training a streaming model.
 """
 
 import argparse
@@ -36,18 +38,18 @@ from speechbrain_flashformer.inference import FlashFormerSeparation
 from speechbrain_flashformer.nnet.separator import MODULES
 
 SEED = 0
-# The last product of each part of a layer, added to what comes in.
+# The output projections of the residual branches of a layer.
 OUTS = ("attention.out", "fsmn.out", "ffn.out")
 
 
 @contextlib.contextmanager
 def copied_whole(folder, out):
-    """A copy of a folder beside ``out``, to change, which becomes ``out``.
+    """Yield a temporary copy of a folder; it is renamed to ``out`` at the end.
 
     Raises
     ------
     FileExistsError
-        When ``out`` is there.
+        If ``out`` exists.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists: remove it or name another")
@@ -64,7 +66,7 @@ def copied_whole(folder, out):
 
 
 def average(a, b, out, share):
-    """Write OUT, all at once."""
+    """Write the average of two models to OUT, atomically."""
     if not 0 <= share <= 1:
         raise ValueError(f"--share is between 0 and 1, got {share}")
     with copied_whole(b, out) as partial:
@@ -78,7 +80,7 @@ def average(a, b, out, share):
 
 
 def average_states(first, second, share):
-    """State dict with a share of the second; types are the second's."""
+    """Average two state dicts; the dtypes are those of the second."""
     shapes, others = (
         {key: value.shape for key, value in state.items()}
         for state in (first, second)
@@ -95,7 +97,7 @@ def average_states(first, second, share):
 
 
 def resize(model, out, num_layers=None, d_ffn=None):
-    """Write OUT, all at once; a number not given stays."""
+    """Write MODEL with other numbers to OUT, atomically; None: unchanged."""
     old = FlashFormerSeparation.from_hparams(model).mods.masknet
     if not isinstance(old, FlashFormer):
         raise ValueError(f"the masknet of {model} is no FlashFormer")
@@ -117,7 +119,7 @@ def resize(model, out, num_layers=None, d_ffn=None):
 
 
 def with_numbers(hparams, numbers):
-    """The text of a hyperparams.yaml with other numbers of the masknet."""
+    """Return the text of a hyperparams.yaml with other masknet numbers."""
     yaml, text = YAML(), io.StringIO()
     yaml.indent(mapping=4, sequence=4, offset=2)
     tree = yaml.load(hparams)
@@ -130,7 +132,7 @@ def with_numbers(hparams, numbers):
 
 
 def causal(model, out):
-    """Write OUT, all at once."""
+    """Write a causal copy of MODEL to OUT, atomically."""
     old = FlashFormerSeparation.from_hparams(model).mods.masknet
     if not isinstance(old, FlashFormer) or old.causal:
         raise ValueError(f"the masknet of {model} is no FlashFormer to change")
@@ -140,7 +142,7 @@ def causal(model, out):
     norm_span = 500 * old.token_stride
     changes = {"causal": True, "lookahead": 0, "norm_span": norm_span}
     text = with_numbers(text, {**changes, "window": (window := f"({left}, 0)")})
-    # In quotes it would be no tuple.
+    # HyperPyYAML does not parse a quoted tuple.
     text = text.replace(f"'{window}'", window)
     past = 1 + masknet["lookback"]
     with copied_whole(model, out) as partial:
@@ -155,7 +157,7 @@ def causal(model, out):
 
 @torch.no_grad()
 def take_over(old, new):
-    """Let the masknet ``new`` do what ``old`` does, as far as it has room."""
+    """Copy the weights of masknet ``old`` to ``new``, as far as they fit."""
     rest = old.state_dict()
     rest = {k: v for k, v in rest.items() if not k.startswith("layers.")}
     new.load_state_dict(rest, strict=False)
@@ -166,20 +168,20 @@ def take_over(old, new):
             part.bias.zero_()
     few, many = sorted((old.layers, new.layers), key=len)
     for i in range(len(few)):
-        # Where a layer of the smaller network stands in the larger one.
+        # Index of this layer of the smaller network in the larger one.
         place = i * len(many) // len(few)
         mine, theirs = (i, place) if few is new.layers else (place, i)
         take_over_layer(old.layers[theirs], new.layers[mine])
 
 
 def take_over_layer(old, new):
-    """What the feed-forward has more of than the old one adds nothing."""
+    """Copy a layer; output weights of added feed-forward units stay zero."""
     widths = [layer.ffn.out.in_features for layer in (old, new)]
     both, wide = min(widths), widths[1]
     state = new.state_dict()
     for key, value in old.state_dict().items():
         if key.startswith("ffn.expand"):
-            # Gates, then values.
+            # The first half are gates, the second half values.
             mine = state[key].unflatten(0, (2, wide))
             mine[:, :both] = value.unflatten(0, (2, widths[0]))[:, :both]
         elif key == "ffn.out.weight":
@@ -189,7 +191,7 @@ def take_over_layer(old, new):
 
 
 def main(words=None):
-    """Run the command that the words name."""
+    """Run the command line ``words``."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -6,10 +6,11 @@
 > for package in *.deb; do dpkg -x $package SOUNDS; done
 > python packaged_speakers.py SOUNDS OUT
 
-Two fish in Czech and Dutch, the sentences of a Russian voice, and names,
-syllables and animals, each language said by a person or two. Clips are strung
-together, so that OUT/SPEAKER/NUMBER.wav, 8 kHz, goes on for 8 s. Licences:
-GPL-2, for the two KDE packages or later, and for festvox-ru one like BSD's.
+The packages contain the dialogues of a game in Czech and Dutch, sentences of a
+Russian voice, and names, syllables and animals, with one or two speakers per
+language. Clips are concatenated, so that each OUT/SPEAKER/NUMBER.wav, at 8 kHz,
+is at least 8 s long. Licences: GPL-2 (the two KDE packages: GPL-2 or later);
+festvox-ru: a BSD-like licence.
 """
 
 import re
@@ -22,14 +23,15 @@ import soundfile
 from scipy.signal import resample_poly
 
 RATE = 8000
-LENGTH = 8 * RATE  # of a string, at least
-LEAST = 20 * RATE  # of a speaker, to be of use
+LENGTH = 8 * RATE  # minimum length of a concatenation
+LEAST = 20 * RATE  # minimum speech of a speaker; others are skipped
 PAUSE = (0.05, 0.4)  # seconds between clips
-FLOOR = 0.03  # of a clip's peak: quieter ends are cut off
+FLOOR = 0.03  # quieter ends are trimmed; relative to the peak of the clip
 SEED = 11
 
-# What of a path names the speaker. In some languages of ktuberling several
-# people speak, and which of them is not told.
+# The groups of the first matching pattern form the name of the speaker. Some
+# languages of ktuberling are excluded: they have several speakers, and the
+# paths do not tell which.
 SPEAKERS = (
     r"(festvox|festival)/voices/russian/(\w+)/wav/",
     r"(fillets-ng)/sound/\w+/(cs|nl)/[^/]*-([mv])-[^/]*$",
@@ -67,7 +69,7 @@ def main(sounds, out):
 
 
 def find_speaker(path):
-    """Name of who speaks in a package's file, "" if nobody we know."""
+    """Return the speaker of a file of a package, "" if unknown."""
     for pattern in SPEAKERS:
         if match := re.search(pattern, path):
             return "-".join(match.groups()).replace("/", "-")
@@ -75,7 +77,7 @@ def find_speaker(path):
 
 
 def string_clips(paths, rng):
-    """Clips one after another with pauses, each [T], T at least LENGTH."""
+    """Yield concatenations of clips with pauses, [T], T at least LENGTH."""
     parts = []
     for path in paths:
         signal, rate = soundfile.read(path, dtype="float32", always_2d=True)
@@ -89,7 +91,7 @@ def string_clips(paths, rng):
 
 
 def cut_ends(signal):
-    """A clip [T] without its quiet ends."""
+    """Trim the quiet ends of a clip [T]."""
     level = np.abs(signal)
     loud = np.flatnonzero(level > FLOOR * level.max(initial=0))
     return signal[loud[0] : loud[-1] + 1] if len(loud) else signal[:0]

@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
-"""Make and list the speech that the shipped checkpoint is trained on.
+"""Make and list the speech for training the pretrained model.
 
 > python pretrained_data.py SPEECH OUT [VOICES [PEOPLE]]
 
 SPEECH holds picovoice-commands/ and picovoice-wakewords/ (Apache-2.0, from the
 speech-to-intent and wake-word benchmarks of Picovoice, as 8 kHz FLAC). Every
-tenth command is left out for validation. Few speakers become more: sentences
-are spoken again by voices with other vocal tracts and pitch, words are strung
-together. To them come synthetic voices, those of pretrained_voices.py in the
-folder VOICES and the people of packaged_speakers.py in PEOPLE.
-OUT/recordings.csv is then the ``base_folder_dm`` of the recipe. Needs
-praat-parselmouth.
+tenth command is held out for validation.
+
+Because there are few speakers, voices are modified: sentences are resynthesised
+with other vocal tracts and pitch, and words are concatenated. The script adds
+the synthetic voices of the starter set, the voices of pretrained_voices.py
+(folder VOICES) and the speakers of packaged_speakers.py (folder PEOPLE). Use
+OUT/recordings.csv as ``base_folder_dm`` of the recipe. Needs praat-parselmouth.
 """
 
 import csv
@@ -24,19 +25,19 @@ from speechbrain_flashformer.training.recordings import Recording
 from speechbrain_flashformer.training.voices import make_voices
 
 VOICES = 1000
-VARIANTS = 3  # of each sentence
+VARIANTS = 3  # voices per sentence
 SEED = 7
 
 
 def real_speech(speech):
-    """Recordings for training, sentences twice."""
+    """List the recordings for training."""
     commands, words = find_speech(speech)
-    # Sentences, which overlap for longer than words, are listed twice.
+    # Sentences are listed twice, because they overlap for longer than words.
     return [Recording(file, file.stem) for file in 2 * commands + words]
 
 
 def find_speech(speech):
-    """Paths of the sentences and of the words for training."""
+    """Return the paths of the sentences and of the words for training."""
     commands = sorted((speech / "picovoice-commands").glob("*.flac"))
     held_out = set(commands[::10])
     words = sorted((speech / "picovoice-wakewords").glob("*.flac"))
@@ -45,14 +46,14 @@ def find_speech(speech):
             f"{speech} has no FLAC files in picovoice-commands/ or in "
             "picovoice-wakewords/"
         )
-    # Who speaks is not known: taken as a person each.
+    # The speakers are unknown: every file counts as another speaker.
     return [file for file in commands if file not in held_out], words
 
 
 def main(speech, out, more_voices=None, more_people=None):
     """Write OUT/voices, OUT/variants and OUT/recordings.csv."""
     commands, words = find_speech(speech)
-    # The closest to real speech of many people: heard twice as often.
+    # Listed twice: they are closest to the real speech of many people.
     more = 2 * find_voices(more_voices) if more_voices else []
     people = find_people(more_people) if more_people else []
     rng = np.random.default_rng(SEED)
@@ -69,7 +70,7 @@ def main(speech, out, more_voices=None, more_people=None):
         vocal_tract = path.stem.split("_")[1][:-1]
         rows.append((path, f"voice {vocal_tract}"))
     for path in more:
-        # Two voices mixed are one speaker, whichever comes first.
+        # A mix of two voices is one speaker, in either order of the names.
         names = path.stem.partition("_")[2].split("-")
         rows.append((path, "-".join(sorted(names))))
     rows += [(path, path.parent.name) for path in people]
@@ -84,7 +85,7 @@ def main(speech, out, more_voices=None, more_people=None):
 
 
 def find_voices(folder):
-    """Paths NUMBER_VOICE.wav, as pretrained_voices.py writes them."""
+    """Find the files NUMBER_VOICE.wav that pretrained_voices.py writes."""
     found = sorted(folder.glob("*_*.wav"))
     if not found:
         raise FileNotFoundError(f"{folder} has no files NUMBER_VOICE.wav")
@@ -92,7 +93,7 @@ def find_voices(folder):
 
 
 def find_people(folder):
-    """Paths SPEAKER/NUMBER.wav, as packaged_speakers.py writes them."""
+    """Find the files SPEAKER/NUMBER.wav that packaged_speakers.py writes."""
     found = sorted(folder.glob("*/*.wav"))
     if not found:
         raise FileNotFoundError(f"{folder} has no files SPEAKER/NUMBER.wav")
@@ -100,12 +101,12 @@ def find_people(folder):
 
 
 def vary_sentence(path, folder, rng):
-    """Write a sentence in other voices; their paths."""
+    """Write a sentence in VARIANTS other voices; return the paths."""
     signal, rate = soundfile.read(path, dtype="float32")
     written = []
     for i in range(VARIANTS):
         formants = np.exp(rng.uniform(np.log(0.84), np.log(1.2)))
-        # Pitch goes with the vocal tract, loosely.
+        # Pitch is loosely correlated with the length of the vocal tract.
         pitch = formants ** rng.uniform(0.5, 2.5)
         pitch *= np.exp(rng.uniform(-0.12, 0.12))
         duration = rng.uniform(0.85, 1.15)
@@ -116,7 +117,7 @@ def vary_sentence(path, folder, rng):
 
 
 def string_words(path, folder, rng):
-    """Write a word said two to four times by one voice; its path."""
+    """Write a word two to four times in one voice; return the path."""
     signal, rate = soundfile.read(path, dtype="float32")
     formants = 1.0
     if rng.random() < 0.5:
@@ -139,7 +140,7 @@ def string_words(path, folder, rng):
 
 
 def change_voice(signal, rate, formants, pitch, duration):
-    """Scale formants, pitch and duration of speech [T], as Praat does."""
+    """Scale formants, pitch and duration of speech [T] with Praat."""
     import parselmouth
     from parselmouth.praat import call
 
@@ -150,7 +151,7 @@ def change_voice(signal, rate, formants, pitch, duration):
     hertz = sound.to_pitch(pitch_floor=floor, pitch_ceiling=ceiling)
     hertz = hertz.selected_array["frequency"]
     hertz = hertz[hertz > 0]
-    # 0 keeps the pitch.
+    # Praat keeps the pitch if the median is 0.
     median = float(np.median(hertz) * pitch) if len(hertz) > 5 else 0.0
     changed = call(
         sound,

