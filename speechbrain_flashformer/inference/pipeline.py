@@ -251,12 +251,12 @@ def recording_statistics(blocks, rate, model_rate, networks):
     encoder, masknet, _ = networks
     problem = None
     if not takes(masknet, "statistics"):
-        problem = f"{type(unwrapped(masknet)).__name__} has none"
+        problem = f"{type(unwrapped(masknet)).__name__} takes no statistics"
     elif getattr(unwrapped(masknet), "causal", False):
-        problem = "a causal one's is over the past"
+        problem = "the norm of a causal model is over the past"
     if problem:
         raise ValueError(
-            f"norm 'recording' is one of FlashFormer's, {problem}: take 'chunk'"
+            f"norm 'recording' cannot be used, {problem}: take 'chunk'"
         )
     if rate != model_rate:
         blocks = flow(blocks, [Resampler(rate, model_rate)])

@@ -46,7 +46,7 @@ class Recordings:
     precision = "fp32"
 
     def describe(self):
-        """Describe the model: a dict of str, as ``description.describe``."""
+        """Describe the model, as a dict: see ``description.describe``."""
         from speechbrain_flashformer.inference.description import describe
 
         return describe(self)
@@ -221,7 +221,7 @@ class Recordings:
         networks = self._bare_networks()
         if not getattr(networks[1], "causal", False):
             raise ValueError(
-                "this model is not causal and cannot stream: give one that is "
+                "this model is not causal and cannot stream: give a causal one "
                 "as --model; flashformer-streaming.yaml of the recipe trains "
                 "one (docs/streaming.md)"
             )
