@@ -267,7 +267,7 @@ def test_separate_streaming(packed, packed_causal, tmp_path, capsys):
     arguments = ("separate", path, "-o", out, "--streaming", "--model")
     assert run(*arguments, packed) == 1
     assert (
-        "cannot stream: give one that is as --model" in capsys.readouterr().err
+        "cannot stream: give a causal one as --model" in capsys.readouterr().err
     )
     assert run(*arguments, packed_causal) == 0
     assert names(out) == ["a_s1.wav", "a_s2.wav"]
@@ -283,7 +283,7 @@ def test_separate_streaming(packed, packed_causal, tmp_path, capsys):
         (["--chunk", "4", "--overlap", "2"], 2, "less than half of chunk"),
         (["--overlap", "0"], 2, "overlap is more than 0"),
         (["--jobs", "0"], 2, "--jobs must be 1 or more"),
-        (["--streaming", "--chunk", "20"], 2, "streaming leaves no chunk"),
+        (["--streaming", "--chunk", "20"], 2, "chunk cannot be set"),
     ],
 )
 def test_bad_options_are_named(

@@ -125,7 +125,7 @@ def test_a_causal_model_without_a_window_says_why_it_cannot_stream(
 
 
 def test_streaming_leaves_nothing_to_choose():
-    with pytest.raises(ValueError, match="no chunk and no norm to choose"):
+    with pytest.raises(ValueError, match="chunk and norm cannot be set"):
         SeparationOptions(streaming=True, norm="recording", chunk=20.0)
 
 

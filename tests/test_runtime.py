@@ -332,7 +332,7 @@ def test_separate_exports_once(filled, run, tmp_path, capsys):
 def test_a_runtime_is_one_of_streaming(tmp_path, capsys):
     words = ["separate", "a.wav", "-o", "out", "--runtime", "onnx"]
     assert cli.main(words) == 2
-    assert "for streaming alone" in capsys.readouterr().err
+    assert "only with streaming" in capsys.readouterr().err
 
 
 def test_the_commands_name_what_is_missing(

@@ -1,6 +1,7 @@
 """The command ``flashformer``: separate, stream, app, pack, info, export.
 
-What loads torch is imported when a command runs: --help is quick.
+Modules that import torch are imported when a command runs, so that ``--help``
+is fast.
 """
 
 import argparse
@@ -12,9 +13,9 @@ import sys
 
 from speechbrain_flashformer.cli import app, models, separate, stream
 from speechbrain_flashformer.cli.messages import (
+    BROKEN_PIPE,
     FAILED,
     INTERRUPTED,
-    UNHEARD,
     USAGE,
     UsageError,
     tell,
@@ -23,11 +24,25 @@ from speechbrain_flashformer.inference.jobs import exit_on_sigterm
 
 
 def main(arguments=None):
-    """Run the command; returns its exit status.
+    """Run the command.
 
-    0: all done. 1: something failed, and its message tells what. 2: the
-    command line is wrong. 130: interrupted. 141: nobody reads what it prints.
-    143: terminated.
+    Arguments
+    ---------
+    arguments : list of str, optional
+        The words after ``flashformer``; those of ``sys.argv`` by default.
+
+    Returns
+    -------
+    int
+        Exit status. 0: success. 1: something failed; the message says what.
+        2: the command line is wrong. 130: interrupted. 141: the reader of
+        standard output is gone.
+
+    Raises
+    ------
+    SystemExit
+        By argparse, with status 0 after ``--help`` and 2 when the command line
+        is wrong; with status 143 on SIGTERM.
     """
     _open_standard_streams()
     parsed = _parser().parse_args(arguments)
@@ -40,10 +55,10 @@ def main(arguments=None):
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Nobody reads on, as with `| head`: nothing more is to be said, nor
-        # at the end by Python.
+        # The reader is gone, as with `| head`. Python flushes stdout at exit,
+        # so the rest must go somewhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return UNHEARD
+        return BROKEN_PIPE
     except UsageError as error:
         tell(error)
         return USAGE
@@ -55,20 +70,21 @@ def main(arguments=None):
 
 
 def _open_standard_streams():
-    """Lose nothing where a stream is closed, or cannot print a name."""
-    # Else the next file that is opened is where others write their errors.
+    """Make stdout and stderr usable when closed or of a narrow encoding."""
+    # Fill descriptors 0 to 2 if they are closed. Otherwise the next file that
+    # is opened gets such a number, and error messages are written into it.
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        codecs.register_error("flashformer", _encode_anyhow)
+        codecs.register_error("flashformer", _encode_or_escape)
         sys.stdout.reconfigure(errors="flashformer")
 
 
-def _encode_anyhow(error):
-    """The bytes of a name that is no text; else an escape sequence."""
+def _encode_or_escape(error):
+    """Return the raw bytes of a file name, or else an escape sequence."""
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeError:
@@ -78,8 +94,8 @@ def _encode_anyhow(error):
 def _parser():
     parser = argparse.ArgumentParser(
         prog="flashformer",
-        description="Speech separation: one recording in, one file per "
-        "speaker out.",
+        description="Separate overlapping speakers: one recording in, one "
+        "file per speaker out.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, run, add_options, summary, *texts in (

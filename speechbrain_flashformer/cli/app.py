@@ -13,11 +13,11 @@ from pathlib import Path
 from speechbrain_flashformer.cli.messages import UsageError
 from speechbrain_flashformer.cli.models import add_model_options, load_separator
 
-FONTS = ("system-ui", "sans-serif")  # those of the machine: no download
-# Seconds that uploads and results stay, and between looks at them.
+FONTS = ("system-ui", "sans-serif")  # fonts of the system need no download
+# Lifetime of uploads and results, and interval between clean-ups.
 KEEP_SECONDS, SWEEP_SECONDS = 3600, 60
 
-# No waveform: a browser would decode the whole recording for it.
+# No waveform: the browser would decode the whole recording to draw it.
 PLAYER = {
     "type": "filepath",
     "buttons": ["download"],
@@ -33,9 +33,10 @@ PICTURE = {
 INTRODUCTION = """\
 # FlashFormer
 Drop or record {speakers} people who talk at the same time, and hear each of
-them alone. Recordings of up to {minutes:g} minutes and {megabytes} MB: wav,
-flac, ogg or mp3. The model hears what is below {top:g} kHz. Recordings stay on
-the machine that serves this page, and there for an hour at most.
+them alone. The page takes wav, flac, ogg and mp3 files of up to {minutes:g}
+minutes and {megabytes} MB. The model processes frequencies below {top:g} kHz.
+Recordings stay on the machine that serves this page and are deleted after an
+hour at most.
 """
 
 
@@ -44,23 +45,28 @@ def _add_options(add):
     add(
         "--host",
         default="127.0.0.1",
-        help="address to listen at (default 127.0.0.1: this machine alone). "
-        "Any other lets in whoever reaches it: there is no password",
+        help="address to listen on (default 127.0.0.1: this machine only). "
+        "There is no password: with another address, everyone who can reach "
+        "it can use the page",
     )
-    add("--port", type=int, help="default: the first free one from 7860")
+    add(
+        "--port",
+        type=int,
+        help="port to listen on (default: the first free port from 7860)",
+    )
     add(
         "--max-minutes",
         type=float,
         default=60,
         metavar="MINUTES",
-        help="longest recording that the page takes (default 60)",
+        help="longest recording that the page accepts (default 60)",
     )
     add(
         "--max-mb",
         type=int,
         default=500,
         metavar="MB",
-        help="largest file that the page takes (default 500)",
+        help="largest file that the page accepts (default 500)",
     )
 
 
@@ -79,32 +85,35 @@ def _app(parsed):
 
 @contextmanager
 def serve(model, host="127.0.0.1", port=None, max_minutes=60, max_mb=500):
-    """Serve the page while the context lasts.
+    """Serve the page until the context ends.
 
     Arguments
     ---------
-    model : FlashFormerSeparation
-        What separates.
+    model : FlashFormerSeparation or RecordingSeparator
+        The model that separates.
     host : str
-        Address to listen at; one that is not loopback lets others in.
+        Address to listen on. There is no password: an address other than
+        loopback gives access to other machines.
     port : int, optional
-        The first free one from 7860 by default.
+        Port to listen on; the first free one from 7860 by default.
     max_minutes : float
-        Longest recording that is taken.
+        Longest recording that the page accepts.
     max_mb : int
-        Largest file that is taken, in megabytes.
+        Largest file that the page accepts, in megabytes.
 
     Yields
     ------
     str
-        The page's URL.
+        The URL of the page.
 
     Raises
     ------
+    ImportError
+        When the extra app is not installed.
     OSError
-        When the port is taken.
+        When the port is in use.
     """
-    # Uploads, results and whatever else gradio keeps on disk.
+    # The temporary folder gets uploads, results and other files of gradio.
     parent = os.environ.get("GRADIO_TEMP_DIR")
     if parent:
         Path(parent).mkdir(parents=True, exist_ok=True)
@@ -112,8 +121,8 @@ def serve(model, host="127.0.0.1", port=None, max_minutes=60, max_mb=500):
         tempfile.TemporaryDirectory(
             prefix="flashformer-app-", dir=parent
         ) as folder,
-        # gradio reads these when it is imported, too. It asks its own page
-        # whether it is there, which no proxy knows.
+        # Set before gradio is imported, because it reads them then, too. It
+        # requests its own page to see if it is up; a proxy would break that.
         _environment(GRADIO_TEMP_DIR=folder, NO_PROXY="*", no_proxy="*"),
     ):
         gradio = _gradio()
@@ -157,20 +166,20 @@ def _environment(**values):
 
 
 def _build_page(model, folder, max_minutes, max_mb):
-    """The page as ``gradio.Blocks``; what it makes goes into the folder."""
+    """Build the page, a ``gradio.Blocks`` that writes into a folder."""
     from speechbrain_flashformer.cli.spectrogram import draw_spectrograms
 
     gradio = _gradio()
     num_spks, rate = model.hparams.num_spks, model.hparams.sample_rate
 
-    # gradio wants the progress as a default.
+    # gradio recognises the progress bar by this default value.
     def _separate(path, progress=gradio.Progress()):  # noqa: B008
         if path is None:
             raise gradio.Error(
                 "Drop or record a mixture first.", print_exception=False
             )
 
-        def _tell(done, total):
+        def _report(done, total):
             if not page.is_running:
                 raise InterruptedError("the page was closed")
             progress(done / total, f"{_clock(done)} of {_clock(total)}")
@@ -179,12 +188,12 @@ def _build_page(model, folder, max_minutes, max_mb):
             _check_length(path, max_minutes)
             made = Path(tempfile.mkdtemp(dir=folder))
             sources = model.separate_to_files(
-                path, made, subtype="pcm16", callback=_tell
+                path, made, subtype="pcm16", callback=_report
             )
             pictures = draw_spectrograms([path, *sources], made, rate)
             return [gradio.Column(visible=True), *sources, *pictures]
         except (OSError, ValueError, RuntimeError) as error:
-            # Visitors know their file by its name alone.
+            # Visitors know the name of their file, not its path here.
             message = str(error).replace(str(path), Path(path).name)
             raise gradio.Error(
                 message, duration=None, print_exception=False
@@ -231,7 +240,7 @@ def _build_page(model, folder, max_minutes, max_mb):
             show_progress_on=mixture,
             api_name="separate",
         )
-        # What is shown belongs to the mixture that is shown.
+        # Hide the results of the mixture that was there before.
         mixture.change(
             lambda: gradio.Column(visible=False),
             outputs=results,
@@ -258,16 +267,17 @@ def _clock(seconds):
 
 
 def _check_length(path, max_minutes):
-    """Raise a ValueError if a recording is longer than the page takes."""
+    """Raise a ValueError if a recording is longer than the page accepts."""
     from speechbrain_flashformer.inference.audio import AudioReader
 
     reader = AudioReader(path)
     minutes = reader.frames / reader.sample_rate / 60
     if minutes > max_minutes:
         raise ValueError(
-            f"{path} lasts {minutes:.1f} minutes and this page takes up to "
-            f"{max_minutes:g}: cut it, use the command 'flashformer separate', "
-            "or start the page with --max-minutes"
+            f"{path} lasts {minutes:.1f} minutes, but this page accepts at "
+            f"most {max_minutes:g}: cut the recording, use the command "
+            "'flashformer separate', or start the page with a larger "
+            "--max-minutes"
         )
 
 
@@ -276,6 +286,6 @@ COMMANDS = (
         "app",
         _app,
         _add_options,
-        "serve a page to try a model in a browser (needs the extra app)",
+        "serve a web page that separates uploads (needs the extra app)",
     ),
 )

@@ -1,8 +1,8 @@
-"""What the commands say and how they end."""
+"""Messages and exit statuses of the commands."""
 
 import sys
 
-OK, FAILED, USAGE, INTERRUPTED, UNHEARD = 0, 1, 2, 130, 141
+OK, FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 
 
 class UsageError(ValueError):
@@ -10,5 +10,11 @@ class UsageError(ValueError):
 
 
 def tell(message):
-    """Say something that is no output, on standard error."""
+    """Print a message, which is not output, on standard error.
+
+    Arguments
+    ---------
+    message : object
+        Printed by its ``str`` after ``flashformer:``.
+    """
     print(f"flashformer: {message}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Which model a command runs; the commands pack, info and export."""
+"""Model options of the commands; the commands pack, info and export."""
 
 import os
 from pathlib import Path
@@ -10,45 +10,105 @@ from speechbrain_flashformer.inference.options import (
 )
 
 TRUST = (
-    "let the model's yaml run any code: only for one whose maker you trust "
-    "(default: it may build what 'flashformer pack' writes)"
+    "let the yaml of the model run any code. Use it only if you trust the "
+    "author (default: only the classes that 'flashformer pack' writes are "
+    "allowed)"
 )
 
 
 def add_model_options(add):
-    """Add --model, --trust and --device."""
+    """Add --model, --trust and --device.
+
+    Arguments
+    ---------
+    add : callable
+        ``add_argument`` of a parser.
+    """
     add(
         "--model",
-        help="a packed model's folder, or hf:OWNER/NAME on a model hub "
-        "(default: the model that comes with the package, for streams its "
-        "causal one)",
+        help="folder of a packed model, or hf:OWNER/NAME for a model on the "
+        "Hugging Face hub (default: the model of this package; for streaming "
+        "its causal model)",
     )
     add("--trust", action="store_true", help=TRUST)
-    add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if any)")
+    add(
+        "--device",
+        help="cpu, cuda, cuda:1, ... (default: a GPU if there is one, else "
+        "cpu)",
+    )
 
 
 def add_runtime(add):
-    """Add --runtime."""
+    """Add --runtime.
+
+    Arguments
+    ---------
+    add : callable
+        ``add_argument`` of a parser.
+    """
     add(
         "--runtime",
         default=SeparationOptions.runtime,
         choices=CHOICES["runtime"],
-        help="what runs a stream: torch; onnx, which is onnxruntime on the CPU "
-        "and takes some seconds to export the model the first time; auto "
-        "(default), which is onnx for live sound if that was done before, else "
-        "torch",
+        help="runtime for streaming. torch: PyTorch. onnx: onnxruntime on the "
+        "CPU; the first run exports the model, which takes some seconds. auto "
+        "(default): onnx for live sound if the model was exported before, "
+        "else torch",
     )
 
 
 def model_folder(name, streaming=False):
-    """The model asked for; else the one that comes with the package."""
+    """Return the requested model, or the folder of the built-in one.
+
+    Arguments
+    ---------
+    name : str or None
+        Value of --model.
+    streaming : bool
+        Whether the default is the causal model.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    FileNotFoundError
+        When no model is given and the package has none.
+
+    Example
+    -------
+    >>> model_folder("hf:owner/name")
+    'hf:owner/name'
+    """
     from speechbrain_flashformer.inference.folders import built_in_model
 
     return name or str(built_in_model(streaming))
 
 
 def find_device(name):
-    """The device asked for; else the one that SpeechBrain trains on here."""
+    """Return the requested device, or the default one.
+
+    Arguments
+    ---------
+    name : str or None
+        Value of --device. By default the accelerator of this process (number
+        ``LOCAL_RANK`` under torchrun), or the CPU if there is none.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    ValueError
+        When torch cannot use the device.
+
+    Example
+    -------
+    >>> find_device("cpu")
+    'cpu'
+    """
     import torch
 
     if not name:
@@ -68,22 +128,30 @@ def find_device(name):
 def load_separator(
     name, device=None, trust=False, threads=None, streaming=False
 ):
-    """Load the model asked for onto the device asked for.
+    """Load a model onto a device.
 
     Arguments
     ---------
     name, device : str or None
-        As on the command line.
+        Values of --model and --device.
     trust : bool
-        Whether the model's yaml may call anything.
+        Whether the yaml of the model may call any code.
     threads : int, optional
-        Of torch.
+        Number of threads of torch; unchanged by default.
     streaming : bool
-        Whether a causal model is taken when none is asked for.
+        Whether the default model is the causal one.
 
     Returns
     -------
     RecordingSeparator
+
+    Raises
+    ------
+    OSError
+        When a file is missing or cannot be read.
+    ValueError
+        When the model is broken or needs trust, or torch cannot use the
+        device.
     """
     import torch
 
@@ -96,10 +164,28 @@ def load_separator(
 
 
 def _add_pack(add):
-    add("run_folder", metavar="RUN_DIR", type=Path)
-    add("out", metavar="OUT_DIR", type=Path)
-    add("--half", action="store_true", help="weights in half precision")
-    add("--overwrite", action="store_true", help="replace OUT_DIR")
+    add(
+        "run_folder",
+        metavar="RUN_DIR",
+        type=Path,
+        help="output folder of a training run",
+    )
+    add(
+        "out",
+        metavar="OUT_DIR",
+        type=Path,
+        help="folder to create for the packed model",
+    )
+    add(
+        "--half",
+        action="store_true",
+        help="store the weights in half precision; they run in float32",
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace OUT_DIR if it is a packed model",
+    )
 
 
 def _pack(parsed):
@@ -111,7 +197,13 @@ def _pack(parsed):
 
 
 def _add_info(add):
-    add("model", nargs="?", metavar="MODEL")
+    add(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="folder of a packed model, or hf:OWNER/NAME (default: the model "
+        "of this package)",
+    )
     add("--trust", action="store_true", help=TRUST)
 
 
@@ -126,27 +218,33 @@ def _info(parsed):
 
 
 def _add_export(add):
-    add("model", metavar="MODEL")
-    add("out", metavar="OUT.onnx", type=Path)
+    add(
+        "model",
+        metavar="MODEL",
+        help="folder of a packed model, or hf:OWNER/NAME",
+    )
+    add("out", metavar="OUT.onnx", type=Path, help="file to write")
     add("--trust", action="store_true", help=TRUST)
     add(
         "--streaming",
         action="store_true",
-        help="one step of a stream, with its state; needs a causal model",
+        help="export one streaming step with its state as inputs and outputs; "
+        "needs a causal model",
     )
     add(
         "--block",
         type=float,
         metavar="MS",
-        help="milliseconds of a step with --streaming (default 16)",
+        help="block size of the step in milliseconds, with --streaming "
+        "(default 16); a multiple of a token",
     )
     add(
         "--int8",
         action="store_true",
-        help="weights of linear layers in 8 bits: half the file and a little "
-        "less time, about 30 dB from exact",
+        help="quantise the weights of linear layers to 8 bits: half the file "
+        "size, slightly faster, error about 30 dB below the output",
     )
-    add("--overwrite", action="store_true", help="replace OUT.onnx")
+    add("--overwrite", action="store_true", help="replace an existing OUT.onnx")
 
 
 def _export(parsed):
@@ -170,13 +268,13 @@ COMMANDS = (
         "pack",
         _pack,
         _add_pack,
-        "make a self-contained model folder of a training run",
+        "make a self-contained model folder from a training run",
     ),
     (
         "info",
         _info,
         _add_info,
-        "show what a model is and how it runs here",
+        "show the size, cost and attention backend of a model",
     ),
     (
         "export",

@@ -23,16 +23,18 @@ from speechbrain_flashformer.inference.options import (
 )
 
 SEPARATE = """\
-Separate recordings: for each INPUT the files DIR/NAME_s1.wav, DIR/NAME_s2.wav,
-... with its length and sampling rate.
+Separate recordings. For each INPUT write one file per speaker:
+DIR/NAME_s1.wav, DIR/NAME_s2.wav, ... They have the length and sampling rate of
+the input.
 
-INPUT is an audio file, a folder (searched to all depths, which DIR then
-repeats), a quoted glob, or - for an audio file on standard input (NAME is then
-stdin). Of folders all is taken that libsndfile can read, but not what was
-separated before. The paths written go to standard output, all else to standard
-error.
-A file that fails does not stop the others; the exit status is then 1.
-Under torchrun each process takes its share of the files.
+INPUT is an audio file, a folder, a quoted glob, or - for an audio file on
+standard input (NAME is then stdin). A folder is searched recursively, and DIR
+gets the same subfolders. In folders, files that libsndfile cannot read and
+sources from an earlier run are skipped.
+
+The paths of the written files go to standard output, messages to standard
+error. If a file fails, the others are still separated, and the exit status
+is 1. Under torchrun each process takes its share of the files.
 """
 
 EXAMPLES = """\
@@ -44,62 +46,84 @@ examples:
 
 
 def _add_options(add):
-    add("inputs", nargs="+", metavar="INPUT")
-    add("-o", "--out", required=True, metavar="DIR", type=Path)
+    add(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="audio file, folder, quoted glob, or - for standard input",
+    )
+    add(
+        "-o",
+        "--out",
+        required=True,
+        metavar="DIR",
+        type=Path,
+        help="folder for the sources",
+    )
     add_model_options(add)
     add(
         "--precision",
         default=SeparationOptions.precision,
         choices=CHOICES["precision"],
+        help="precision of the network (default fp32)",
     )
     add(
         "--channels",
         default=SeparationOptions.channels,
         choices=CHOICES["channels"],
-        help="separate the mean of the channels (default), or each",
+        help="mix (default): separate the mean of the channels, or the "
+        "loudest channel where they cancel each other. each: separate each "
+        "channel",
     )
     add(
         "--subtype",
         default="float",
         choices=SUBTYPES,
-        help="of the files written: float (default) never clips; in PCM one "
-        "gain for all sources brings the peak to 0.99 if any would clip",
+        help="sample format of the written files. float (default): 32 bit, "
+        "cannot clip. pcm16, pcm24: if a source would clip, one gain for all "
+        "sources sets the peak to 0.99",
     )
     add(
         "--normalize",
         action="store_true",
-        help="one gain for all sources brings the loudest peak to 0.9",
+        help="scale all sources of a recording by one gain that sets the "
+        "highest peak to 0.9",
     )
     add(
         "--mixture-consistency",
         action="store_true",
-        help="make the sources sum to the mixture",
+        help="make the sources sum to the mixture: add the residual (mixture "
+        "minus sum of sources) to the sources in equal parts",
     )
     add(
         "--chunk",
         type=float,
         default=SeparationOptions.chunk,
         metavar="SECONDS",
-        help="longest piece that the model is given at once (default 10)",
+        help="chunk length; longer recordings are cut into chunks (default 10)",
     )
     add(
         "--overlap",
         type=float,
         default=SeparationOptions.overlap,
         metavar="SECONDS",
-        help="what neighbouring pieces share (default 2.5)",
+        help="overlap of neighbouring chunks (default 2.5); less than half of "
+        "--chunk",
     )
     add(
         "--norm",
         default=SeparationOptions.norm,
         choices=CHOICES["norm"],
-        help="what the model's input norm is taken over (default chunk)",
+        help="signal that the statistics of the input norm are computed from: "
+        "each chunk (default), or the whole recording, which is then read "
+        "once more",
     )
     add(
         "--streaming",
         action="store_true",
-        help="separate as a stream, as the command stream does, with a causal "
-        "model; no --chunk, --overlap, --norm or --precision with it",
+        help="separate as 'flashformer stream' does, without chunks; needs a "
+        "causal model. It cannot be combined with --chunk, --overlap, --norm "
+        "or --precision",
     )
     add_runtime(add)
     add("--overwrite", action="store_true", help="replace existing files")
@@ -108,14 +132,15 @@ def _add_options(add):
         type=int,
         default=1,
         metavar="N",
-        help="recordings at a time, each in a process of its own (default 1)",
+        help="number of recordings to separate in parallel, each in a separate "
+        "process (default 1)",
     )
-    add("--quiet", action="store_true", help="no progress bar")
+    add("--quiet", action="store_true", help="show no progress bar")
 
 
 def _separate(parsed):
     options = _check(parsed)
-    for name in ("subtype", "normalize", "overwrite"):  # of the files
+    for name in ("subtype", "normalize", "overwrite"):  # for SourceWriter
         options[name] = getattr(parsed, name)
     options["progress"] = (
         parsed.jobs == 1 and not parsed.quiet and sys.stderr.isatty()
@@ -123,14 +148,15 @@ def _separate(parsed):
     from speechbrain_flashformer.inference.inputs import find_inputs
 
     with tempfile.TemporaryDirectory(prefix="flashformer-") as folder:
-        # In this process too when there are workers: what is wrong with the
-        # model is told once, and before work.
+        # Load the model here even if only workers use it: an error in the
+        # model is then reported once, before any work.
         arguments = parsed.model, parsed.device, parsed.trust
         model = load_separator(*arguments, streaming=parsed.streaming)
         if parsed.runtime == "onnx":
             from speechbrain_flashformer.inference.runtime import choose_steps
 
-            choose_steps(model, "onnx", tell=tell)  # exported once for all
+            # Export once here, not in each worker.
+            choose_steps(model, "onnx", tell=tell)
         tasks, failures, notes = find_inputs(
             parsed.inputs, parsed.out, Path(folder)
         )
@@ -160,7 +186,7 @@ def _separate(parsed):
 
 
 def _check(parsed):
-    """The fields of ``SeparationOptions`` that were chosen, as a dict."""
+    """Check the options; return the fields of ``SeparationOptions``."""
     if parsed.jobs < 1:
         raise UsageError("--jobs must be 1 or more")
     if parsed.inputs.count("-") > 1:
@@ -179,21 +205,51 @@ def _check(parsed):
 
 
 def run_task(model, task, options):
-    """Separate one recording: (the paths written, or what went wrong)."""
+    """Separate one recording.
+
+    Arguments
+    ---------
+    model : RecordingSeparator
+        The model.
+    task : tuple
+        (path, folder, name) as from ``find_inputs``.
+    options : dict
+        Keyword arguments of ``separate_to_files``.
+
+    Returns
+    -------
+    tuple
+        (paths written as a list of str, None), or ([], error message).
+    """
     path, folder, name = task
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: tell(message)
             paths = model.separate_to_files(path, folder, name, **options)
         return [str(path) for path in paths], None
-    # Whatever it is, the other recordings are still to be separated.
+    # Any error: the other recordings must still be separated.
     except Exception as error:
         reason = str(error) or type(error).__name__
         return [], reason if str(path) in reason else f"{path}: {reason}"
 
 
 def clean_up(task, pid, exit_status):
-    """What is left to do for a recording whose process died."""
+    """Remove the unfinished files of a worker that died.
+
+    Arguments
+    ---------
+    task : tuple
+        (path, folder, name) of the recording that it was separating.
+    pid : int
+        Its process.
+    exit_status : int
+        Its exit status; -N if signal N killed it.
+
+    Returns
+    -------
+    tuple
+        ([], error message), as from ``run_task``.
+    """
     from speechbrain_flashformer.inference import files
 
     path, folder, _ = task

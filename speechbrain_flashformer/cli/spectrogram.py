@@ -1,4 +1,4 @@
-"""Spectrograms of recordings of any length, drawn on one scale of levels.
+"""Spectrograms of recordings of any length, with one colour scale.
 
 Axes: C channels, n samples, K frequencies, L frames.
 """
@@ -10,27 +10,33 @@ import torch.nn.functional as F
 
 from speechbrain_flashformer.inference.audio import AudioReader
 
-COLUMNS = 1200  # of a spectrogram, about
+COLUMNS = 1200  # approximate width of the spectrogram of a long recording
 DYNAMIC_RANGE_DB = 70
-INK = "0.5"
+INK = "0.5"  # matplotlib's notation of a grey level
 
 
 def draw_spectrograms(paths, folder, model_rate):
-    """Draw recordings on one scale of levels, up to what the model hears.
+    """Draw recordings with one colour scale, up to the model's Nyquist rate.
 
     Arguments
     ---------
     paths : list of Path
-        Audio files of any length; the first one sets the scale.
+        Audio files of any length; the loudest bin of the first one sets the
+        scale.
     folder : str or Path
-        Gets a PNG for each.
+        Where the PNG files go, one for each recording.
     model_rate : int
-        Hz.
+        Sampling rate of the model, Hz; the plot ends at half of it.
 
     Returns
     -------
     list of str
-        The PNG files.
+        Paths of the PNG files, NAME_spectrogram.png.
+
+    Raises
+    ------
+    ValueError
+        When a file cannot be read.
 
     Example
     -------
@@ -62,7 +68,7 @@ def draw_spectrograms(paths, folder, model_rate):
             cmap="magma",
         )
         axes.set(xlabel="seconds", ylabel="kHz")
-        # Grey on nothing is readable on a light and on a dark page.
+        # Grey on a transparent background is readable on light and dark pages.
         axes.tick_params(colors=INK, labelsize=8)
         for text in (axes.xaxis.label, axes.yaxis.label):
             text.set(color=INK, size=8)
@@ -72,21 +78,25 @@ def draw_spectrograms(paths, folder, model_rate):
 
 
 def spectrogram(reader, top):
-    """Level in dB of each frequency up to ``top`` Hz, [K, L].
+    """Compute the spectrogram of a recording up to a frequency.
 
     Arguments
     ---------
     reader : AudioReader
-        The recording, read in blocks; the power of its channels is
-        averaged.
+        The recording, read in blocks; the power of its channels is averaged.
     top : float
-        Hz, at most half the sampling rate.
+        Highest frequency in Hz, at most half the sampling rate.
 
     Returns
     -------
     torch.Tensor
-        [K, L]; of long recordings about 1200 columns, each the mean power of
-        its part.
+        Level in dB, [K, L]. Long recordings have about 1200 columns, each the
+        mean power of its interval.
+
+    Raises
+    ------
+    ValueError
+        When the recording cannot be read to its end.
 
     Example
     -------
@@ -101,7 +111,8 @@ def spectrogram(reader, top):
     bins = 1 + round(top / reader.sample_rate * size)
     columns = []
     for block in reader.blocks():
-        # Summed after the transform: channels that cancel stay in sight.
+        # Average the power, not the samples: channels that cancel each other
+        # stay visible.
         sound = F.pad(block, (size // 2, size - size // 2))
         frames = torch.stft(
             sound,

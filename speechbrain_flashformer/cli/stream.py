@@ -13,10 +13,11 @@ from speechbrain_flashformer.cli.models import (
 LONGEST_BLOCK = 60_000  # milliseconds
 
 STREAM = """\
-Separate live sound: raw PCM or a WAV stream on standard input, its sources on
-standard output as they come, as raw PCM: one channel for each speaker, at the
-rate and in the format of the input. Several channels are mixed to one. Ctrl-C
-or the end of the input ends it, and what was heard is finished first.
+Separate live audio with low latency. Standard input is raw PCM or a WAV
+stream; several channels are mixed to one. Standard output is raw PCM with one
+channel per speaker, at the rate and in the format of the input. The end of the
+input or Ctrl-C ends the command. It first outputs the sources of all audio
+that it has read.
 """
 
 STREAM_EXAMPLES = """\
@@ -34,29 +35,35 @@ def _add_options(add):
         "--out",
         action="append",
         metavar="DIR",
-        help="write DIR/stdin_s1.wav, ... at the end instead; -o - -o DIR "
-        "does both",
+        help="write the files DIR/stdin_s1.wav, ... at the end instead of "
+        "standard output; '-o - -o DIR' does both",
     )
     add_model_options(add)
-    add("--rate", type=int, metavar="HZ", help="of raw PCM (default: model's)")
+    add(
+        "--rate",
+        type=int,
+        metavar="HZ",
+        help="sampling rate of raw PCM (default: that of the model)",
+    )
     add(
         "--input-channels",
         type=int,
         metavar="N",
-        help="of raw PCM, interleaved (default 1)",
+        help="number of interleaved channels of raw PCM (default 1)",
     )
     add(
         "--format",
         choices=("s16le", "f32le"),
-        help="of raw PCM: 16-bit integers (default) or 32-bit floats",
+        help="sample format of raw PCM: 16-bit integers (default) or 32-bit "
+        "floats, little-endian",
     )
     add(
         "--block",
         type=float,
         default=16.0,
         metavar="MS",
-        help="milliseconds that are heard at once (default 16): more latency, "
-        "less load",
+        help="block size in milliseconds (default 16). Longer blocks increase "
+        "the latency and reduce the load",
     )
     add_runtime(add)
     add("--overwrite", action="store_true", help="replace existing files")
@@ -82,7 +89,8 @@ def _stream(parsed):
         raise UsageError(
             "standard output is a terminal: pipe it, or give -o DIR"
         )
-    # More threads than one only wait for each other on blocks so short.
+    # Blocks are short: with several threads, the threads mostly wait for each
+    # other.
     threads = None if "OMP_NUM_THREADS" in os.environ else 1
     model = load_separator(
         parsed.model, parsed.device, parsed.trust, threads, streaming=True
@@ -120,23 +128,23 @@ def _stream(parsed):
             _unbuffered(sys.stdout, "wb") if listened else None,
             writer,
             lambda load: tell(
-                f"falls behind: load {load:.2f} (computing / audio); a longer "
-                "--block costs less"
+                f"falls behind: load {load:.2f} (computing / audio time); use "
+                "a longer --block"
             ),
             run,
         )
     if load.heard:
         tell(
             f"{load.heard:.1f} s heard; load {load.spent / load.heard:.3f} "
-            f"(computing / audio); 99.9% of the blocks took "
+            f"(computing / audio time); 99.9% of the blocks took "
             f"{1000 * load.percentile(99.9):.1f} ms or less; "
-            f"{load.overruns} of {load.times.total()} took longer than they "
-            "last"
+            f"{load.overruns} of {load.times.total()} blocks took longer than "
+            "their duration"
         )
     for count, what in (
-        (load.silenced, "samples are no sound and are taken as silence"),
-        (load.clipped, "samples are clipped: --format f32le does not"),
-        (reader.cut, "bytes at the end are no whole sample"),
+        (load.silenced, "invalid samples were replaced by silence"),
+        (load.clipped, "samples were clipped: --format f32le avoids this"),
+        (reader.cut, "bytes at the end are not a whole sample"),
     ):
         if count:
             tell(f"{count} {what}")
@@ -144,13 +152,14 @@ def _stream(parsed):
 
 
 def _unbuffered(stream, mode):
-    # Else a read is None while nothing is there.
+    """Open the descriptor of a standard stream without a buffer."""
+    # A read of a non-blocking pipe returns None while no data is there.
     os.set_blocking(stream.fileno(), True)
     return open(stream.fileno(), mode, buffering=0, closefd=False)
 
 
 def _check_header(reader, parsed):
-    """A WAV header and the options must say the same."""
+    """Raise a ValueError if an option contradicts the WAV header."""
     for option, given, found in (
         ("--rate", parsed.rate, reader.sample_rate),
         ("--input-channels", parsed.input_channels, reader.channels),
@@ -167,7 +176,7 @@ COMMANDS = (
         "stream",
         _stream,
         _add_options,
-        "separate live sound on a pipe",
+        "separate live audio from a pipe",
         STREAM,
         STREAM_EXAMPLES,
     ),

@@ -1,7 +1,7 @@
-"""Inference: recordings, streams, model folders, files.
+"""Inference: separate recordings and streams; load, pack and export models.
 
-``FlashFormerSeparation`` is SpeechBrain's way to load a model,
-``built_in_model`` the folder of the one that comes with the package.
+``FlashFormerSeparation`` loads a model with SpeechBrain's interface.
+``built_in_model`` returns the folder of the model of this package.
 """
 
 from importlib import import_module
@@ -11,7 +11,7 @@ __all__ = ["FlashFormerSeparation", "built_in_model"]
 
 
 def __getattr__(name):
-    """Import on first use: file names and pipes do without SpeechBrain."""
+    """Import on first use: some modules here do not need SpeechBrain."""
     if name in HOMES:
         return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
-"""Audio files in blocks: read and resample, in memory that does not grow.
+"""Read and resample audio files in blocks, in bounded memory.
 
-Axes: C channels, n samples.
+Axes: C channels, n and m samples.
 """
 
 import shutil
@@ -16,28 +16,32 @@ import torch
 from speechbrain_flashformer.inference.containers import REMEDY, find_streams
 from speechbrain_flashformer.inference.view import open_sound
 
-# Of the RMS: so little of an offset changes the sources by less than -30 dB.
-LEAST_OFFSET = 0.03
-# Channels cancel each other when their mean has less than this share of the
-# power that it would have if they had nothing in common.
-CANCELLED = 0.1
-ENDLESS = 2**62  # samples, at least, where libsndfile knows no length
+# Smallest DC offset that is removed, relative to the RMS of the signal. A
+# smaller one changes the sources by less than -30 dB.
+MIN_OFFSET = 0.03
+# Channels cancel each other if the power of their mean is below this fraction
+# of the power that it would have if they were uncorrelated.
+CANCELLATION = 0.1
+# libsndfile reports at least this many samples if it does not know the length.
+UNKNOWN_LENGTH = 2**62
 
 
 class AudioReader:
-    """An audio file to be read in blocks, to its end.
+    """Reads an audio file in blocks, in full.
 
     Arguments
     ---------
     path : str or Path
-        Any format that libsndfile reads. A pipe, which can be read once, is
-        copied into a temporary file.
+        A file in any format that libsndfile reads. A pipe, which can be read
+        only once, is copied into a temporary file.
 
     Raises
     ------
+    FileNotFoundError
+        When there is no such file.
     ValueError
-        When the file cannot be read, is empty, is cut short or (while
-        reading) holds samples that are not finite numbers.
+        When the file cannot be read, is empty or is truncated, or its streams
+        differ in sampling rate or channels.
 
     Attributes
     ----------
@@ -45,6 +49,13 @@ class AudioReader:
         Hz.
     channels : int
         C.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "a.wav"
+    >>> soundfile.write(path, torch.zeros(20000, 2).numpy(), 8000)
+    >>> [block.shape[1] for block in AudioReader(path).blocks(seconds=1.0)]
+    [8000, 8000, 4000]
     """
 
     def __init__(self, path):
@@ -79,13 +90,29 @@ class AudioReader:
 
     @cached_property
     def frames(self):
-        """Samples per channel, counted where the format does not tell."""
-        if max(self._lengths) < ENDLESS:
+        """Samples per channel; counted if the file does not store them."""
+        if max(self._lengths) < UNKNOWN_LENGTH:
             return sum(self._lengths)
         return sum(block.shape[1] for block in self._read(10.0))
 
     def blocks(self, seconds=10.0):
-        """Yield the samples in order, float32 [C, n]."""
+        """Read the file from its start.
+
+        Arguments
+        ---------
+        seconds : float
+            Length of a block.
+
+        Yields
+        ------
+        torch.Tensor
+            The next samples, float32 [C, n].
+
+        Raises
+        ------
+        ValueError
+            When the file is truncated, or a sample is NaN or infinite.
+        """
         read = 0
         for block in self._read(seconds):
             check_finite(block, self.path, read / self.sample_rate)
@@ -116,12 +143,12 @@ class AudioReader:
 
 
 def _reason(error):
-    """What libsndfile says, without the name that it was given."""
+    """The error message of libsndfile, without the name of the file."""
     return getattr(error, "error_string", error)
 
 
 def keep(pipe):
-    """Copy what can be read once into a temporary file.
+    """Copy a pipe, which can be read only once, into a temporary file.
 
     Arguments
     ---------
@@ -131,7 +158,7 @@ def keep(pipe):
     Returns
     -------
     tempfile.NamedTemporaryFile
-        Goes with the object.
+        The file is deleted with this object.
     """
     copy = tempfile.NamedTemporaryFile(prefix="flashformer-")
     shutil.copyfileobj(pipe, copy)
@@ -140,33 +167,48 @@ def keep(pipe):
 
 
 def check_finite(block, name, start_seconds=0.0):
-    """Raise a ValueError if a block [C, n] holds NaN or infinity."""
+    """Raise a ValueError if a block holds NaN or infinity.
+
+    Arguments
+    ---------
+    block : torch.Tensor
+        [C, n].
+    name : str or Path
+        Name of the recording for the message.
+    start_seconds : float
+        Where the block starts, for the message.
+
+    Raises
+    ------
+    ValueError
+        When a sample is not finite.
+    """
     if not block.isfinite().all():
         raise ValueError(
             f"{name} holds samples that are not finite numbers, in the "
-            f"block at {start_seconds:.1f} s: mend the recording first"
+            f"block at {start_seconds:.1f} s: repair the recording first"
         )
 
 
 def plan_hearing(blocks, each, name):
-    """Choose what is heard of a recording.
+    """Choose the signal that is separated, from one pass over a recording.
 
-    An offset, which is no sound but would be taken for one, is removed.
+    A DC offset is removed, because the network would treat it as signal.
 
     Arguments
     ---------
     blocks : iterable of torch.Tensor
-        All of the recording, [C, n].
+        The whole recording in order, each block [C, n].
     each : bool
-        Hear each channel apart, not their mean.
+        Whether every channel is separated, instead of their mean.
     name : str or Path
-        The recording's, for a warning.
+        Name of the recording for a warning.
 
     Returns
     -------
     callable
-        Blocks [C, n] -> [C, n] with each, else [1, n]: the mean of the
-        channels, or the loudest one where they cancel each other.
+        Maps a block [C, n] to [C, n] with each, else to [1, n]: the mean of
+        the channels, or the loudest channel if they cancel each other.
 
     Example
     -------
@@ -184,13 +226,13 @@ def plan_hearing(blocks, each, name):
     offset = sums / count
     covariance = products / count - torch.outer(offset, offset)
     power = covariance.diag()
-    is_small = offset.square() <= LEAST_OFFSET**2 * power
+    is_small = offset.square() <= MIN_OFFSET**2 * power
     offset = offset.masked_fill(is_small, 0).float()[:, None]
     loudest = None
-    # Of the mean; and if each product of two channels were 0.
+    # Power of the mean, against its power for uncorrelated channels.
     if (
         not each
-        and covariance.mean() < CANCELLED * power.sum() / len(power) ** 2
+        and covariance.mean() < CANCELLATION * power.sum() / len(power) ** 2
     ):
         loudest = power.argmax().item()
         warnings.warn(
@@ -212,7 +254,8 @@ def plan_hearing(blocks, each, name):
     return _hear
 
 
-# Taps of a resampling filter, about: 44056 to 8000 Hz takes 6 million.
+# Limit for the number of taps of a resampling filter (approximate). 44056 to
+# 8000 Hz needs 6 million.
 LARGEST_FILTER = 2 * 10**7
 
 
@@ -222,20 +265,21 @@ class Resampler:
     Arguments
     ---------
     old : int
-        Sampling rate of what is fed, Hz.
+        Sampling rate of the input, Hz.
     new : int
-        Sampling rate of what comes out.
+        Sampling rate of the output, Hz.
 
     Raises
     ------
     ValueError
-        When the rates share so small a divisor that the filter, which has a
-        phase for each sample of a period, would not fit into memory.
+        When the greatest common divisor of the rates is so small that the
+        filter, which has a phase for each output sample of a period, would not
+        fit into memory.
 
     Attributes
     ----------
     latency : float
-        Seconds after its own time in which a sample comes out, at most.
+        Maximum delay of an output sample in seconds.
 
     Example
     -------
@@ -256,25 +300,25 @@ class Resampler:
         self.latency = 0.0
         if self.old == self.new:
             return
-        from torchaudio.transforms import Resample  # for those who need it
+        from torchaudio.transforms import Resample  # slow, not always needed
 
-        # Made once, and as the function would make it in float32.
         if self.old * self.new > LARGEST_FILTER:
             raise ValueError(
                 f"no filter of a sensible size takes {old} Hz to {new} Hz, "
                 "which share no large divisor: resample the sound to a common "
                 "rate first, such as 16000 or 48000 Hz"
             )
+        # The same filter as that of the function in float32, made only once.
         self.resample = Resample(self.old, self.new, dtype=torch.float32)
-        # Samples that the filter reaches to each side, and one for rounding.
+        # Samples on each side that an output depends on, and one for rounding.
         self.reach = self.resample.width + 1
-        # `old` samples in give `new` out: a period.
+        # A period is `old` input samples and `new` output samples.
         self.periods = ceil(self.reach / self.old)
-        self.given = 0  # of what the buffer gives
+        self.given = 0  # outputs of the buffer that were already returned
         self.latency = (self.reach + 1) / old + 1 / new
 
     def feed(self, block):
-        """Take samples [*, n], return those that are ready, [*, m]."""
+        """Resample the next samples [*, n]; return what is ready, [*, m]."""
         if self.old == self.new:
             return block
         if self.buffer is not None:
@@ -290,7 +334,7 @@ class Resampler:
         return out
 
     def flush(self):
-        """Return the rest, [*, m]."""
+        """Return the remaining samples, [*, m]."""
         if self.buffer is None:
             return torch.zeros(1, 0)
         return self.resample(self.buffer.contiguous())[..., self.given :]

@@ -1,35 +1,49 @@
-"""Long recordings: separate chunk by chunk, with the speakers kept in order.
+"""Separate long recordings chunk by chunk, with a consistent speaker order.
 
-Chunks overlap. In an overlap both know the same samples, which tells how the
-next chunk's outputs continue those before; when that is unclear, as in a
-pause, a profile of each speaker's voice, gathered over the whole recording,
-decides. Memory does not grow with the recording.
+Chunks overlap. Both chunks estimate the samples of the overlap; comparing the
+estimates gives the permutation of speakers between the chunks. Where that is
+ambiguous, as in a pause, a voice profile of each speaker decides, which is
+collected over the whole recording. Memory use does not grow with the length of
+the recording.
 
-Axes: C channels of the recording, T samples, S speakers.
+Axes: B rows of a batch, C channels of the recording, S speakers, T, n and m
+samples.
 """
 
 import torch
 
 from speechbrain_flashformer.inference.speakers import SpeakerOrder
 
-# Seconds over which one chunk gives way to the next, in mid-overlap.
+# Length in seconds of the cross-fade in the middle of an overlap.
 FADE = 0.05
 
 
 class ChunkPlan:
-    """How a recording is cut: chunks of equal length that overlap.
+    """How a recording is cut into overlapping chunks of equal length.
 
     Arguments
     ---------
     chunk : int
-        Samples per chunk, more than twice the overlap.
+        Samples per chunk, more than twice the overlap. It is rounded so that
+        the hop is a multiple of ``align``.
     overlap : int
-        Samples that neighbours share.
+        Samples that neighbouring chunks share.
     align : int
-        Chunks begin at multiples of so many samples: the samples per token of
-        the network, so that a chunk has the same tokens as the whole.
+        Chunks start at multiples of this number of samples. With the samples
+        per token of the network, a chunk has the same tokens as the whole
+        recording.
     batch : int
-        Chunks that the network is given at once.
+        Chunks per call of the network.
+
+    Raises
+    ------
+    ValueError
+        When the overlap is less than 1 or the chunk is too short.
+
+    Example
+    -------
+    >>> ChunkPlan(chunk=16000, overlap=4000, align=64).hop
+    11968
     """
 
     def __init__(self, chunk, overlap, align=1, batch=1):
@@ -45,16 +59,16 @@ class ChunkPlan:
 
 
 class ChunkSeparator:
-    """Separates a recording of any length that comes in blocks.
+    """A stage that separates a recording of any length chunk by chunk.
 
-    A recording no longer than one chunk is separated whole.
+    A recording that is not longer than one chunk is separated as a whole.
 
     Arguments
     ---------
     network : callable
-        [B, T] -> [B, S, T].
+        Maps mixtures [B, T] to sources [B, S, T].
     sample_rate : int
-        Hz.
+        Sampling rate of network and blocks, Hz.
     plan : ChunkPlan
         Lengths of chunk and overlap, and chunks per call.
     num_spks : int
@@ -75,21 +89,32 @@ class ChunkSeparator:
     def __init__(self, network, sample_rate, plan, num_spks):
         self.network, self.sample_rate = network, sample_rate
         self.plan, self.num_spks = plan, num_spks
-        self.pieces, self.size = [], 0  # samples not cut yet
-        self.offset = 0  # of the next chunk among them
-        self.waiting = []  # chunks until there are enough for a call
+        self.pieces, self.size = [], 0  # input that is still needed
+        self.offset = 0  # start of the next chunk in it
+        self.waiting = []  # chunks, until there are enough for a call
         self.orders = None
-        self.held = None  # the last estimates, [C, S, overlap]
+        self.held = None  # estimates of the last overlap, [C, S, overlap]
         fade = min(round(FADE * sample_rate), plan.overlap)
         self.fade = _fade_in(plan.overlap, fade)
 
     def feed(self, block):
-        """Take samples [C, n], return sources that are ready, [C, S, m]."""
+        """Separate the next samples.
+
+        Arguments
+        ---------
+        block : torch.Tensor
+            [C, n].
+
+        Returns
+        -------
+        torch.Tensor
+            The sources that are ready, [C, S, m]; m may be 0.
+        """
         ready = [block.new_zeros(len(block), self.num_spks, 0)]
         self.pieces.append(block)
         self.size += block.shape[1]
         plan = self.plan
-        # One sample more, or it could be the last chunk of all.
+        # Wait for one sample more: the last chunk is cut by ``flush``.
         while self.size > self.offset + plan.chunk:
             kept = torch.cat(self.pieces, 1)[:, self.offset :]
             self.waiting.append(kept[:, : plan.chunk])
@@ -100,20 +125,26 @@ class ChunkSeparator:
         return torch.cat(ready, 2)
 
     def flush(self):
-        """Return the rest, [C, S, m]."""
+        """Separate the end of the recording.
+
+        Returns
+        -------
+        torch.Tensor
+            The remaining sources, [C, S, m].
+        """
         ready = self._run_waiting()
-        # The last chunk begins early, to be as long as the others.
+        # The last chunk starts earlier, so that it is as long as the others.
         plan, missing = self.plan, self.offset + self.plan.chunk - self.size
         early = -(-max(0, missing) // plan.align) * plan.align
         early = min(early, self.offset)
         last = torch.cat(self.pieces, 1)[:, self.offset - early :]
         if self.held is None and len(last) == 1:
-            return self.network(last)  # whole, with nothing to compare it with
+            return self.network(last)  # one chunk, one channel: nothing to join
         ready.append(self._join(self.network(last)[..., early:]))
         return torch.cat([*ready, self.held], 2)
 
     def _run_waiting(self):
-        """Sources of the chunks that wait, those that are ready."""
+        """Separate the waiting chunks; return the sources that are ready."""
         if not self.waiting:
             return []
         chunks, self.waiting = torch.stack(self.waiting), []
@@ -121,9 +152,10 @@ class ChunkSeparator:
         return [self._join(x) for x in estimates.split(chunks.shape[1])]
 
     def _join(self, fresh):
-        """What a chunk adds, but for its own overlap, which is held back.
+        """Join a chunk to the output; return the sources that are final.
 
-        fresh [C, S, T], from where the samples held begin.
+        ``fresh`` [C, S, T] starts where ``held`` starts. Its last ``overlap``
+        samples are held back for the next chunk.
         """
         if self.orders is None:
             self.orders = [
@@ -147,7 +179,7 @@ class ChunkSeparator:
 
 
 def _fade_in(overlap, fade):
-    """Weights of the newer chunk over an overlap, [overlap]."""
+    """Weights of the newer chunk in an overlap, [overlap]."""
     ramp = (torch.arange(fade) + 0.5) / fade
     before = (overlap - fade) // 2
     after = overlap - fade - before

@@ -1,8 +1,8 @@
-"""How much sound a file holds, where its header does not say so.
+"""Find out how much audio a file holds, even if its header is wrong.
 
-libsndfile believes headers. Where one is wrong or says nothing, as in a file
-that came through a pipe, libsndfile is given a view of the file whose header
-is right. Files that hold less than they promise are refused.
+libsndfile trusts headers. If the size in a header is wrong or missing, as in a
+file that was written to a pipe, libsndfile gets a view of the file with a
+corrected header. Files with less audio than their header says are rejected.
 """
 
 import os
@@ -21,8 +21,8 @@ REMEDY = (
     "NEW_FILE.wav'"
 )
 W64_DATA = b"data" + bytes.fromhex("f3acd3118cd100c04f8edb8a")
-# Magic -> bytes of the file's header, layout of a chunk's (name, size), name
-# of the chunk with the sound, bytes in it before the sound, alignment.
+# Magic -> size of the file header in bytes, layout of (name, size) of a chunk,
+# name of the chunk with the audio, bytes in it before the audio, alignment.
 CHUNKS = {
     b"RIFF": (12, "<4sI", b"data", 0, 2),
     b"RF64": (12, "<4sI", b"data", 0, 2),
@@ -31,43 +31,43 @@ CHUNKS = {
     b"FORM": (12, ">4sI", b"SSND", 8, 2),
     b"caff": (8, ">4sQ", b"data", 4, 1),
 }
-DS64_DATA_SIZE = 28  # where RF64 has the size for which 32 bits are too few
-# How a stream begins, of which several can follow each other in one file.
+DS64_DATA_SIZE = 28  # position of the 64-bit size of the audio in RF64
+# First bytes of a stream, for formats where a file can hold several in a row.
 BEGINNINGS = {
     "OGG": re.compile(rb"OggS\0\x02"),
     "FLAC": re.compile(rb"fLaC[\0\x80]\0\0\x22"),
 }
 LONGEST_BEGINNING = 8  # bytes
 END_OF_STREAM = 4  # flag of an Ogg page
-LARGEST_PAGE = 65307  # bytes, of Ogg
-# Kinds that seldom hold speech, of which it is not known here where they tell
-# how much they hold.
+LARGEST_PAGE = 65307  # bytes of an Ogg page
+# Formats that rarely hold speech, whose size fields are not implemented here.
 UNCHECKED = ("MAT4", "MAT5", "MPC2K", "SDS", "WVE", "XI")
 NIST_NUMBER = rb"^%s -i (\d+)"
 MPEG_SUFFIXES = (".mp3", ".mp2", ".mp1", ".mpga")
 
 
 def find_streams(path, name):
-    """Find the streams of sound in an audio file.
+    """Find the audio streams in a file.
 
     Arguments
     ---------
     path : str or Path
-        A file.
+        The file.
     name : str or Path
-        Its name for messages.
+        Name of the file for messages.
 
     Returns
     -------
-    list
-        For each stream the pieces of a ``View`` in which libsndfile reads it
-        to its end, or None where it does so in the file itself; and its
-        samples per channel, or None where libsndfile knows.
+    list of tuple
+        (pieces, samples) of each stream: the pieces of a ``View`` in which
+        libsndfile reads the whole stream, or None if it can read the file
+        directly; the samples per channel, or None if libsndfile knows them.
 
     Raises
     ------
     ValueError
-        When the file is cut short, or is of a kind for which that is not known.
+        When the file is truncated, of a format in ``UNCHECKED``, or a
+        concatenation of files that cannot be read as one.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
@@ -94,8 +94,8 @@ def find_streams(path, name):
             kind, subtype = "", ""
         if kind in UNCHECKED:
             raise ValueError(
-                f"{name} is a file of kind {kind}, of which is not known here "
-                "whether it is whole: make a WAV file of it"
+                f"{name} is a file of kind {kind}, which cannot be checked for "
+                "completeness: convert it to a WAV file"
             )
         named = str(name).lower().endswith(MPEG_SUFFIXES) and not kind
         if named or subtype.startswith("MPEG"):
@@ -112,10 +112,19 @@ def find_streams(path, name):
 
 
 def is_placeholder(size):
-    """Whether a size of 32 bits in a header is one that nobody counted.
+    """Whether a 32-bit size in a header is a placeholder.
 
-    What writes into a pipe cannot know the size, and says 0, the largest
-    number of 32 or 31 bits or a little less, or a large round one.
+    A program that writes to a pipe does not know the size. It writes 0, a value
+    near the largest number of 31 or 32 bits, or a large round number.
+
+    Arguments
+    ---------
+    size : int
+        Bytes, as in the header.
+
+    Returns
+    -------
+    bool
 
     Example
     -------
@@ -130,7 +139,7 @@ def is_placeholder(size):
 
 
 def _mend_header(name, file, magic, size):
-    """Pieces with the true size of the sound, or None when it is right."""
+    """Pieces with the true size of the audio; None if the header is right."""
     header = _find_sound(file, magic, size)
     if header is None:
         return None
@@ -138,14 +147,14 @@ def _mend_header(name, file, magic, size):
     left = size - start
     if promised <= 0:
         if _is_chunks(file, magic, start, size):
-            return None  # empty indeed
+            return None  # the file really is empty
     elif promised > left:
         if not is_placeholder(promised) and promised < 2**62:
             raise ValueError(
                 f"{name} is cut short, it holds {left} of {promised} bytes of "
                 f"sound: {REMEDY}"
             )
-    # Else right, unless 32 bits were too few.
+    # The size is right, unless it needs more than 32 bits.
     elif (
         left < 2**32
         or layout[1] == "Q"
@@ -154,7 +163,7 @@ def _mend_header(name, file, magic, size):
     ):
         _refuse_joined(name, file, magic, start + promised, size)
         return None
-    # As RF64, which has no limit; but not every subtype can be in it.
+    # RF64 has no size limit, but does not take every subtype: use it only here.
     if magic == b"RIFF" and left >= 2**32:
         sizes = struct.pack("<IQQQI", 28, size + 28, left, 0, 0)
         head = b"RF64\xff\xff\xff\xffWAVEds64" + sizes
@@ -165,10 +174,10 @@ def _mend_header(name, file, magic, size):
 
 
 def _find_sound(file, magic, size):
-    """Where the sound is and what the header says about it.
+    """Find the audio and its size in the header.
 
-    (Place of the size, its layout, start of the sound, its bytes as promised,
-    bytes that the size counts besides).
+    Returns (position of the size, its layout, start of the audio, its bytes by
+    the header, bytes that the size counts in addition) or None.
     """
     if magic == b".snd":
         file.seek(4)
@@ -193,7 +202,7 @@ def _find_sound(file, magic, size):
 
 
 def _find_end(name, file, magic, size):
-    """Bytes that a file of another kind has by its header; 0 if unknown."""
+    """Size of a NIST, AVR or VOC file by its header; 0 if unknown."""
     file.seek(0)
     head = file.read(1024)
     if magic == b"NIST":
@@ -203,8 +212,8 @@ def _find_end(name, file, magic, size):
         (count,) = struct.unpack_from(">I", head, 26)
         return 128 + count * (2 if stereo else 1) * bits // 8
     stop = 0
-    # VOC: blocks of a kind, of which 0 is the end and 9 the last one, and of a
-    # size in 24 bits, for which longer sound is too long.
+    # VOC: a list of blocks of kind 1 to 9, or 0 for the end, with a size of 24
+    # bits, which is too small for longer audio.
     if head.startswith(b"Creative Voice File") and 26 <= size < 2**24:
         (stop,) = struct.unpack_from("<H", head, 20)
         while stop + 4 <= size:
@@ -239,7 +248,7 @@ def _find_nist_end(name, head):
 
 
 def _chunks(file, magic, size, place=None):
-    """Yield (place, kind, bytes of content) of each chunk."""
+    """Yield (position, kind, bytes of content) of each chunk."""
     head, layout, _, _, align = CHUNKS[magic]
     place = head if place is None else place
     above = struct.calcsize(layout)
@@ -254,7 +263,7 @@ def _chunks(file, magic, size, place=None):
 
 
 def _refuse_joined(name, file, magic, end, size):
-    """Refuse a file in which another follows, at once or after chunks."""
+    """Reject a file that another file follows, directly or after chunks."""
     file.seek(end)
     is_joined = file.read(4) == magic
     if magic in CHUNKS:
@@ -263,8 +272,8 @@ def _refuse_joined(name, file, magic, end, size):
         is_joined |= any(x in CHUNKS for x in takewhile(_is_name, kinds))
     if is_joined:
         raise ValueError(
-            f"{name} is of several files that were joined: give them one by "
-            "one, or join them with 'sox FIRST SECOND NEW_FILE.wav'"
+            f"{name} is of several files that were concatenated: give them one "
+            "by one, or join them with 'sox FIRST SECOND NEW_FILE.wav'"
         )
 
 
@@ -274,7 +283,7 @@ def _is_name(kind):
 
 
 def _is_chunks(file, magic, start, size):
-    """Whether nothing but whole chunks lies between start and size."""
+    """Whether there are only complete chunks between start and size."""
     place, align = start, 1
     if magic in CHUNKS:
         _, layout, _, _, align = CHUNKS[magic]
@@ -287,7 +296,7 @@ def _is_chunks(file, magic, start, size):
 
 
 def _check_last_page(name, file, size):
-    """Refuse an Ogg file whose last page is not whole; warn if it is no end."""
+    """Reject an Ogg file whose last page is incomplete; warn without an end."""
     file.seek(max(0, size - LARGEST_PAGE))
     tail = file.read()
     page = tail[tail.rfind(b"OggS") :]
@@ -295,7 +304,7 @@ def _check_last_page(name, file, size):
         raise ValueError(
             f"{name} is cut short, in the middle of an Ogg page: {REMEDY}"
         )
-    # Not every recorder marks the end, and what is captured live has none.
+    # Not every encoder marks the end, and a live capture has no end.
     if page and not page[5] & END_OF_STREAM:
         warnings.warn(
             f"{name} has no end: it may be cut short, or its recording was "
@@ -305,7 +314,7 @@ def _check_last_page(name, file, size):
 
 
 def _page_size(page):
-    """Bytes of the Ogg page that begins so; of no page, none."""
+    """Size in bytes of the Ogg page that starts here; 0 if it is no page."""
     if page[:4] != b"OggS":
         return 0
     if len(page) < 27 or len(page) < 27 + page[26]:
@@ -314,10 +323,10 @@ def _page_size(page):
 
 
 def _find_beginnings(file, mark):
-    """Where streams begin that follow each other."""
+    """Positions where consecutive streams begin."""
     starts, beside = [], None
     for place in _find(file, mark):
-        # The first pages of a multiplexed Ogg file lie side by side.
+        # The first pages of the streams of a multiplexed Ogg file are adjacent.
         if place != beside:
             starts.append(place)
         file.seek(place)
@@ -326,13 +335,13 @@ def _find_beginnings(file, mark):
 
 
 def _find(file, mark, block=2**20):
-    """Yield the places of a pattern in a file."""
+    """Yield the positions of a pattern in a file."""
     place, data = 0, b""
     while True:
         file.seek(place)
         data = file.read(block)
         for found in mark.finditer(data):
-            # What lies in both blocks is found in the second.
+            # A match in the overlap of two blocks is found in the second.
             if len(data) < block or found.start() <= block - LONGEST_BEGINNING:
                 yield place + found.start()
         if len(data) < block:

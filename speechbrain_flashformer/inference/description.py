@@ -1,4 +1,4 @@
-"""What a model is and how it runs here, in words."""
+"""Description of a model: size, cost, context and attention backend."""
 
 import torch
 
@@ -13,17 +13,27 @@ from speechbrain_flashformer.nnet.separator import (
 
 
 def describe(model):
-    """What a model is and how it runs here.
+    """Describe a model and how it runs on this machine.
 
     Arguments
     ---------
     model : FlashFormerSeparation or RecordingSeparator
-        A loaded model.
+        A loaded model. It separates ten seconds of noise.
 
     Returns
     -------
-    dict of str
-        By what each line tells.
+    dict
+        Values with their units by label: ``masknet``, ``speakers``,
+        ``sampling rate``, ``parameters``, ``compute`` and, where they apply,
+        ``context`` (receptive field), ``streaming``, ``attention`` (the
+        backend) and ``not NAME`` (why backend NAME is not used).
+
+    Example
+    -------
+    >>> from speechbrain_flashformer.inference.folders import built_in_model
+    >>> from speechbrain_flashformer.inference.models import RecordingSeparator
+    >>> describe(RecordingSeparator(built_in_model()))["sampling rate"]
+    '8000 Hz'
     """
     rate, spks = model.hparams.sample_rate, model.hparams.num_spks
     encoder, masknet, decoder = (

@@ -1,6 +1,8 @@
-"""ONNX: the whole way from mixture to sources as one graph.
+"""Export a model to ONNX as one graph from mixture to sources.
 
-Either for mixtures of any length, or for one block of a stream.
+The graph takes mixtures of any length, or one block of a stream.
+
+Axes: B batch, T and n samples, S speakers.
 """
 
 import logging
@@ -21,38 +23,39 @@ from speechbrain_flashformer.nnet.separator import (
 from speechbrain_flashformer.nnet.step import StreamingStep
 from speechbrain_flashformer.nnet.streaming import StreamingSeparator
 
-# Where torch's exporter tells that torchvision is not there.
+# Logger in which torch's exporter reports that torchvision is missing.
 EXPORTER_LOG = logging.getLogger("torch.onnx._internal.exporter._registration")
 OPTIONS = {"opset_version": 18, "dynamo": True, "verbose": False}
-# Largest difference from torch that an export may show, relative to the peak.
+# Largest allowed difference from torch, relative to the peak of the output.
 TOLERANCE = 1e-4
-# The same in int8: how far the error is to lie below the sources, in dB. At 20
-# it takes 0.4 dB from a model that separates to 10; on noise 30 are usual.
+# Smallest allowed distance of the error below the sources for int8, in dB. An
+# error at 20 dB costs a model of 10 dB SI-SNR 0.4 dB. On noise 30 dB are usual.
 INT8_DISTANCE = 20
-# Blocks of a stream that an export is compared over.
+# Number of blocks in which an exported stream is compared with torch.
 CHECKED_BLOCKS = 30
-# Of a protocol buffer, with room for the graph, bytes.
+# Largest size of the weights in bytes: the limit of a protocol buffer, less
+# some space for the graph.
 MOST_BYTES = 2**31 - 2**24
 
 
 def export_onnx(model, path, overwrite=False, int8=False):
     """Write a model as ONNX and check it against torch.
 
-    The graph takes ``mixture`` [B, T] at the model's rate, T at least the
-    encoder's kernel, and gives ``sources`` [B, T, S]; B and T are dynamic. Its
-    metadata hold ``sample_rate`` and ``num_spks``.
+    The graph maps ``mixture`` [B, T] at the model's rate to ``sources``
+    [B, T, S]. B and T are dynamic; T must be at least the kernel size of the
+    encoder. The metadata hold ``sample_rate`` and ``num_spks``.
 
     Arguments
     ---------
-    model : FlashFormerSeparation
+    model : FlashFormerSeparation or RecordingSeparator
         A loaded model.
     path : str or Path
-        The file to write, all at once.
+        The file, written atomically.
     overwrite : bool
         Whether an existing file is replaced.
     int8 : bool
-        Whether the weights of linear layers are integers of 8 bits: a smaller
-        file and, on most processors, a quicker one, that is less exact.
+        Whether the weights of linear layers are quantised to 8 bits. The file
+        is smaller, faster on most processors, and less exact.
 
     Returns
     -------
@@ -62,11 +65,13 @@ def export_onnx(model, path, overwrite=False, int8=False):
     Raises
     ------
     ImportError
-        When the extra onnx is missing.
+        When the extra onnx is not installed.
     FileExistsError
         When the file exists.
+    ValueError
+        When the weights are too large for one ONNX file.
     RuntimeError
-        When onnxruntime and torch disagree.
+        When the outputs of onnxruntime and torch differ.
     """
     _check_can_write(path, overwrite)
     network = Separator(*networks_on_cpu(model)).eval()
@@ -75,8 +80,8 @@ def export_onnx(model, path, overwrite=False, int8=False):
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             network,
-            # Long enough for several blocks of attention: a size of one
-            # would be taken for a constant.
+            # Long enough for several attention blocks: the exporter treats a
+            # size of one as a constant.
             (torch.randn(2, 5 * rate + 1),),
             dynamic_shapes=({0: any_size, 1: any_size},),
             input_names=["mixture"],
@@ -90,25 +95,26 @@ def export_onnx(model, path, overwrite=False, int8=False):
 def export_streaming_onnx(model, path, overwrite=False, block=16.0, int8=False):
     """Write one step of a stream as ONNX and check it against torch.
 
-    The graph takes ``mixture`` [B, n], the next samples, and the state of the
-    stream; it gives ``sources`` [B, n, S] and the new state, whose outputs are
-    in the order of the inputs and called ``new_`` and the input's name. All
-    sizes but B are fixed, so that it runs for ever. A state begins with zeros,
-    but for ``samples``, which are the first of the stream; ``mixture`` goes on
-    from there. The metadata hold ``sample_rate``, ``num_spks``, ``latency``
-    (as in ``StreamingSeparator``, with the block, in samples) and ``delay``
-    (the samples that come out first and mean nothing).
+    The graph maps ``mixture`` [B, n], the next samples, and the state of the
+    stream to ``sources`` [B, n, S] and the new state. The outputs of the new
+    state are in the order of the inputs; their names are those of the inputs
+    with ``new_`` in front. All sizes except B are fixed, so a stream can run
+    without end. The initial state is zeros, except ``samples``: the first
+    samples of the stream, which ``mixture`` continues. The metadata hold
+    ``sample_rate``, ``num_spks``, ``latency`` (samples, as in
+    ``StreamingSeparator`` but with the block) and ``delay`` (number of samples
+    at the start of the output to discard).
 
     Arguments
     ---------
-    model : FlashFormerSeparation
+    model : FlashFormerSeparation or RecordingSeparator
         A loaded causal model.
     path : str or Path
-        The file to write, all at once.
+        The file, written atomically.
     overwrite : bool
         Whether an existing file is replaced.
     block : float
-        Milliseconds, a multiple of a token.
+        Block length in milliseconds, a multiple of a token.
     int8 : bool
         As in ``export_onnx``.
 
@@ -119,17 +125,14 @@ def export_streaming_onnx(model, path, overwrite=False, block=16.0, int8=False):
 
     Raises
     ------
-    ImportError
-        When the extra onnx is missing.
-    FileExistsError
-        When the file exists.
+    ImportError, FileExistsError, RuntimeError
+        As in ``export_onnx``.
     ValueError
-        When the model is not causal, or a block is no whole number of tokens.
-    RuntimeError
-        When onnxruntime and torch disagree.
+        When the model is not causal or its weights are too large for one ONNX
+        file, or the block is not a whole number of tokens.
     """
     _check_can_write(path, overwrite)
-    model.make_stream()  # or tell why not
+    model.make_stream()  # raises if the model is not causal
     networks = networks_on_cpu(model)
     step = StreamingStep(*networks).eval()
     rate = model.hparams.sample_rate
@@ -149,7 +152,7 @@ def export_streaming_onnx(model, path, overwrite=False, block=16.0, int8=False):
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             step,
-            # Two streams: a size of one would be taken for a constant.
+            # Two streams: the exporter treats a size of one as a constant.
             (torch.randn(2, size), *state.values()),
             dynamic_shapes={
                 "mixture": {0: torch.export.Dim("batch")},
@@ -166,7 +169,23 @@ def export_streaming_onnx(model, path, overwrite=False, block=16.0, int8=False):
 
 
 def networks_on_cpu(model):
-    """Encoder, masknet and decoder, apart from the model, on the CPU."""
+    """Copy encoder, masknet and decoder of a model to the CPU.
+
+    Arguments
+    ---------
+    model : FlashFormerSeparation or RecordingSeparator
+        It is not changed.
+
+    Returns
+    -------
+    list of torch.nn.Module
+        In evaluation mode.
+
+    Raises
+    ------
+    ValueError
+        When the weights are too large for one ONNX file.
+    """
     networks = [unwrapped(model.mods[name]) for name in MODULES]
     weights = sum(p.nbytes for net in networks for p in net.parameters())
     if weights > MOST_BYTES:
@@ -178,7 +197,7 @@ def networks_on_cpu(model):
 
 
 def _check_can_write(path, overwrite):
-    """Raise now what would otherwise be raised after the export."""
+    """Raise errors before the export instead of after it."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -197,7 +216,7 @@ def _check_can_write(path, overwrite):
 
 @contextmanager
 def _quiet(log=EXPORTER_LOG):
-    """Without what torch and onnxruntime say of themselves and others."""
+    """Silence warnings of torch and onnxruntime."""
     level = log.level
     log.setLevel(logging.ERROR)
     try:
@@ -209,11 +228,12 @@ def _quiet(log=EXPORTER_LOG):
 
 
 def _write(program, path, model, properties, check, int8):
-    """Write what torch.onnx gave, once ``check(session)`` has passed."""
+    """Write the result of torch.onnx if ``check(session)`` raises nothing."""
     import onnx
 
     graph, path = program.model_proto, Path(path)
-    # Where in the source each node came from: more bytes than the weights.
+    # The metadata of the nodes, their places in the source code, need more
+    # bytes than the weights.
     for node in graph.graph.node:
         node.ClearField("metadata_props")
     hparams = model.hparams
@@ -245,15 +265,15 @@ def _quantize(graph, path):
             # Convolutions in int8 are slower than in float.
             op_types_to_quantize=["MatMul", "Gemm"],
             per_channel=True,
-            # Seven bits: where a processor has no instruction for sums of
-            # such products, eight overflow.
+            # Seven bits: with eight, sums of products overflow on processors
+            # without an instruction for them.
             reduce_range=True,
             weight_type=QuantType.QInt8,
         )
 
 
 def onnx_session(path, threads=0):
-    """A session of onnxruntime on the CPU; 0 threads are its own choice."""
+    """Open a session of onnxruntime on the CPU; 0 threads: it chooses."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -264,7 +284,7 @@ def onnx_session(path, threads=0):
 
 
 def _check(network, session, rate, int8=False):
-    """Compare the graph with torch at other sizes than it was traced with."""
+    """Compare the graph with torch, also at sizes that were not traced."""
     for batch, samples in ((1, rate), (3, 3 * rate + 7), (1, 5 * rate + 1)):
         mixture = 0.1 * torch.randn(batch, samples)
         with torch.no_grad():
@@ -277,25 +297,25 @@ def _check(network, session, rate, int8=False):
 def check_streaming(
     networks, session, tokens, blocks=CHECKED_BLOCKS, int8=False
 ):
-    """Compare the graph with a stream in torch, from its beginning.
+    """Compare a streaming graph with torch from the start of a stream.
 
     Arguments
     ---------
     networks : list of torch.nn.Module
         Encoder, masknet and decoder, on the CPU.
     session : onnxruntime.InferenceSession
-        Of a step of so many tokens.
+        Session of the exported step.
     tokens : int
-        In a block.
+        Tokens per block of the step.
     blocks : int
-        How many are compared.
+        Number of blocks to compare.
     int8 : bool
-        Whether its weights are.
+        Whether the weights of the graph are quantised to 8 bits.
 
     Raises
     ------
     RuntimeError
-        When they differ.
+        When the outputs differ.
     """
     for batch in (1, 3):
         stream = StreamingSeparator(*networks, batch)

@@ -1,4 +1,7 @@
-"""Files that are written beside and renamed when whole; those of the sources.
+"""Atomic writing of files and folders, and of the sources of a recording.
+
+A file is written under a temporary name in the same folder and renamed when it
+is complete.
 
 Axes: C channels, S speakers, n samples.
 """
@@ -15,26 +18,26 @@ from speechbrain_flashformer.inference.options import SUBTYPES
 from speechbrain_flashformer.inference.view import native_name
 
 BYTES = {"FLOAT": 4, "PCM_16": 2, "PCM_24": 3}  # per sample
-SOFTWARE = "speechbrain_flashformer"  # tells sources from recordings
-WAV_LIMIT = 2**32 - 2**16  # bytes; longer ones are written as RF64
-LOUDEST = 0.99  # peak of a recording that would have clipped
-NORMAL_PEAK = 0.9
+SOFTWARE = "speechbrain_flashformer"  # metadata that marks files as sources
+WAV_LIMIT = 2**32 - 2**16  # bytes; longer files are written as RF64
+MAX_PCM_PEAK = 0.99  # peak after scaling, if PCM files would clip
+NORMALIZED_PEAK = 0.9
 
 
 @contextmanager
 def written_beside(path):
-    """Write a file or a folder so that it is never half there.
+    """Write a file or a folder atomically.
 
     Arguments
     ---------
     path : str or Path
-        What is to be written; a file or a folder there is replaced.
+        The file or folder to write. An existing one is replaced.
 
     Yields
     ------
     Path
-        Where to write it. It is renamed at the end and, after an exception,
-        removed; what was to be replaced is then as it was.
+        Temporary path to write to. It is renamed at the end. After an
+        exception it is removed, and an existing file or folder is unchanged.
 
     Example
     -------
@@ -50,7 +53,7 @@ def written_beside(path):
     old = partial.with_suffix(".old")
     try:
         yield partial
-        # A file is replaced at once, a folder is not.
+        # ``os.replace`` replaces a file but not a folder.
         if path.is_dir():
             os.replace(path, old)
         os.replace(partial, path)
@@ -63,7 +66,23 @@ def written_beside(path):
 
 
 def was_separated(path):
-    """Whether a file was written by a ``SourceWriter``."""
+    """Whether a file was written by a ``SourceWriter``.
+
+    Arguments
+    ---------
+    path : str or Path
+        Any file.
+
+    Returns
+    -------
+    bool
+        False, too, if the file cannot be read as audio.
+
+    Example
+    -------
+    >>> was_separated(__file__)
+    False
+    """
     try:
         with soundfile.SoundFile(native_name(path)) as file:
             return file.software.startswith(SOFTWARE)
@@ -72,27 +91,27 @@ def was_separated(path):
 
 
 def _prefix(pid):
-    """How the names of the unfinished files of a process begin."""
+    """Prefix of the names of a process's unfinished files."""
     return f".flashformer-{pid}-"
 
 
 def clean_up(folder, pid):
-    """Remove what a dead process left unfinished; bring back what it replaced.
+    """Remove unfinished files of a dead process; restore replaced files.
 
     Arguments
     ---------
     folder : Path
-        Where it wrote.
+        The folder that the process wrote to.
     pid : int
-        Its number.
+        Process id.
     """
     unfinished = [
         *folder.glob(f"{_prefix(pid)}*.partial"),
-        *folder.glob(f".{_prefix(pid)}*.partial"),  # being rewritten
+        *folder.glob(f".{_prefix(pid)}*.partial"),  # from ``_rewrite``
     ]
     for kept in folder.glob(f"{_prefix(pid)}*-old"):
         for old in kept.iterdir():
-            # Else all new files have their names, and only this was left.
+            # Otherwise all new files are in place, and the old one is obsolete.
             if unfinished or not (folder / old.name).exists():
                 os.replace(old, folder / old.name)
             else:
@@ -103,27 +122,36 @@ def clean_up(folder, pid):
 
 
 class SourceWriter:
-    """Writes the sources of one recording, all of them or none.
+    """Writes all sources of one recording, or none of them.
 
-    A context manager: on leaving it well the files appear under their names;
-    after an exception nothing is left. Float files keep their level whatever
-    it is. When a source of a PCM recording would clip, one gain brings down
-    all of them, to a peak of 0.99.
+    Use it as a context manager. At the end the files get their names; after an
+    exception all of them are removed. Float files keep the level of the
+    sources. If a source would clip in PCM, all sources are scaled by one gain,
+    to a peak of 0.99.
 
     Arguments
     ---------
     paths : list of Path
-        C S files, which must not exist unless overwrite.
+        C * S files; they must not exist, except with overwrite.
     sample_rate : int
         Hz.
     frames : int, optional
-        Samples that each will have, where that is known.
+        Number of samples per file, if known.
     subtype : str
-        ``float`` (32 bit), ``pcm16`` or ``pcm24``.
+        Sample format: ``float`` (32 bit), ``pcm16`` or ``pcm24``.
     normalize : bool
-        One gain brings the loudest peak of the recording to 0.9.
+        Whether all sources are scaled by one gain that sets the highest peak
+        of the recording to 0.9.
     overwrite : bool
         Whether existing files are replaced.
+
+    Raises
+    ------
+    ValueError
+        When the subtype is unknown.
+    OSError
+        On entering the context, when a file exists, cannot be written or does
+        not fit on the disk; later, when writing fails.
 
     Example
     -------
@@ -159,7 +187,7 @@ class SourceWriter:
         self.files = []
 
     def __enter__(self):
-        """Check that all can be written, and begin."""
+        """Check that the files can be written, and open temporary files."""
         self._check_absent()
         folder = self.paths[0].parent
         try:
@@ -171,7 +199,8 @@ class SourceWriter:
         frames = self.frames or 0
         needed = 4 * frames * len(self.paths)
         if self.normalize or self.subtype != "FLOAT":
-            needed += BYTES[self.subtype] * frames  # one is written anew
+            # ``_rewrite`` needs space for one more file at a time.
+            needed += BYTES[self.subtype] * frames
         if free < needed:
             raise OSError(
                 f"{folder} has {free / 1e6:.0f} MB free, the sources need "
@@ -190,7 +219,18 @@ class SourceWriter:
         return self
 
     def write(self, sources):
-        """Append sources [C, S, n] to the C S files."""
+        """Append samples to the files.
+
+        Arguments
+        ---------
+        sources : torch.Tensor
+            [C, S, n] on the CPU.
+
+        Raises
+        ------
+        OSError
+            When writing fails, as on a full disk.
+        """
         if sources.numel():
             self.peak = max(self.peak, sources.abs().max().item())
         self.written += sources.shape[-1]
@@ -214,13 +254,14 @@ class SourceWriter:
             self._discard()
 
     def _rename(self):
-        """Give all files their names, or leave all as it was."""
+        """Rename all files, or restore the state before."""
         with ExitStack() as undo:
             kept = []
             for partial, path in zip(self.partial, self.paths):
-                # In a folder, so that it keeps its name whatever happens.
+                # Move the old file into a folder: it keeps its name, so that
+                # ``clean_up`` can restore it.
                 old = partial.with_name(f"{partial.name}-old") / path.name
-                # Before anything is moved: a signal may come in between.
+                # Register this first: a signal can arrive between the moves.
                 undo.callback(_undo_rename, partial, old, path)
                 if path.exists():
                     old.parent.mkdir()
@@ -234,12 +275,12 @@ class SourceWriter:
 
     def _set_gain(self):
         if self.normalize and self.peak > 0:
-            self.gain = NORMAL_PEAK / self.peak
+            self.gain = NORMALIZED_PEAK / self.peak
         elif self.subtype != "FLOAT" and self.peak > 1:
-            self.gain = LOUDEST / self.peak
+            self.gain = MAX_PCM_PEAK / self.peak
 
     def _rewrite(self, path):
-        """Give a finished float file its gain and its subtype."""
+        """Apply gain and subtype to a finished float file."""
         with (
             written_beside(path) as second,
             soundfile.SoundFile(native_name(path)) as old,
@@ -249,8 +290,8 @@ class SourceWriter:
                 self._write(new, block * self.gain)
 
     def _open(self, path, subtype):
-        # RF64 has no limit, but fewer programs read it: what may become too
-        # long is written anew as WAV once it is known not to be.
+        # RF64 has no size limit, but fewer programs read it. A file of unknown
+        # length starts as RF64 and is rewritten as WAV if it is short enough.
         too_long = (
             self.frames is None or BYTES[subtype] * self.frames > WAV_LIMIT
         )
@@ -269,8 +310,8 @@ class SourceWriter:
             raise OSError(f"cannot write in {path.parent}: {error}") from error
 
     def _write(self, file, samples):
-        # libsndfile tells of a full disk by a short count, on which
-        # soundfile asserts.
+        # On a full disk libsndfile returns a short count, and soundfile raises
+        # an AssertionError.
         try:
             file.write(samples)
         except (OSError, soundfile.SoundFileError, AssertionError) as error:
@@ -298,7 +339,7 @@ class SourceWriter:
 
 
 def _undo_rename(partial, old, path):
-    """Put back what was at a path, however far its replacement came."""
+    """Restore the old file at a path, whatever step was reached."""
     if not partial.exists():
         path.unlink(missing_ok=True)
     if old.exists():

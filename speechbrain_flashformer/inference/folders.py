@@ -1,4 +1,4 @@
-"""Where files are: in the package, a folder, on a hub or at a URL."""
+"""Locate files: in the package, in a folder, on the hub or at a URL."""
 
 import filecmp
 import re
@@ -11,17 +11,26 @@ YAML_FILE = "hyperparams.yaml"
 
 
 def built_in_model(streaming=False):
-    """The folder of the model that comes with the package.
+    """Return the folder of the model of this package.
 
     Arguments
     ---------
     streaming : bool
-        Whether it is that for live sound, which is causal.
+        Whether to return the causal model, for live audio.
+
+    Returns
+    -------
+    Path
 
     Raises
     ------
     FileNotFoundError
-        When this version has none.
+        When this version has no such model.
+
+    Example
+    -------
+    >>> built_in_model(streaming=True).name
+    'pretrained_streaming'
     """
     name = "pretrained_streaming" if streaming else "pretrained"
     folder = Path(__file__).parent.parent / name
@@ -42,20 +51,41 @@ def find_file(
     local_strategy=None,
     fetch_config=None,
 ):
-    """The path of one file of a model, fetched if the model is on a hub.
+    """Return the path of a file of a model; fetch it from the hub if needed.
 
-    What is in a folder stays there. Of a hub savedir, if given, gets a link
-    or, by its local_strategy, a copy; a link there is replaced, a file is
-    not. Arguments are those of ``FlashFormerSeparation.from_hparams``.
+    Arguments
+    ---------
+    name : str
+        Name of the file.
+    source : str or Path
+        A model folder, whose files are used in place, or ``hf:OWNER/NAME``.
+    savedir : str or Path, optional
+        Folder for a link to, or a copy of, a file from the hub. An existing
+        link there is replaced, an existing file is not.
+    local_strategy : LocalStrategy, optional
+        Whether savedir gets a link (default) or a copy.
+    fetch_config : FetchConfig, optional
+        Passed to SpeechBrain's ``fetch``.
+
+    Returns
+    -------
+    Path
 
     Raises
     ------
     FileNotFoundError
         When there is no such folder, model or file.
+    NotADirectoryError
+        When source is a file.
     FileExistsError
-        When savedir has another file of that name.
+        When savedir has a different file of that name.
     ValueError
-        When source is no name of a model.
+        When source has ``hf:`` but is not ``hf:OWNER/NAME``.
+
+    Example
+    -------
+    >>> find_file(YAML_FILE, built_in_model()).name
+    'hyperparams.yaml'
     """
     if not str(source).startswith(HUB):
         folder = Path(source)
@@ -85,7 +115,8 @@ def find_file(
     fetch_config = fetch_config or fetching.FetchConfig()
     try:
         path = fetching.fetch(name, remote, fetch_config=fetch_config)
-    # Offline, unknown, private: the hub has an exception for each.
+    # Offline, unknown or private: the hub raises a different exception for
+    # each.
     except Exception as error:
         raise FileNotFoundError(
             f"cannot fetch {name} of {source}: {one_line(error)}"
@@ -107,7 +138,29 @@ def find_file(
 
 
 def local_file(path, savedir=None):
-    """A path on this machine, fetched into savedir when it is a URL."""
+    """Return a path as it is, or download a URL into savedir.
+
+    Arguments
+    ---------
+    path : str or Path
+        A path or a URL.
+    savedir : str or Path, optional
+        Folder for the download; required for a URL.
+
+    Returns
+    -------
+    str or Path
+
+    Raises
+    ------
+    ValueError
+        When path is a URL and savedir is not given.
+
+    Example
+    -------
+    >>> local_file("meeting.wav")
+    'meeting.wav'
+    """
     if "://" not in str(path):
         return path
     if savedir is None:

@@ -1,4 +1,4 @@
-"""Which recordings a command line names, and where their sources go."""
+"""Find the recordings that a command line names, and their output paths."""
 
 import glob
 import os
@@ -11,7 +11,8 @@ import soundfile
 
 from speechbrain_flashformer.inference.files import was_separated
 
-# Formats that need more than the file, or whose suffix mostly means another.
+# Formats that need more than the file, or whose suffix usually means another
+# format.
 NOT_BY_SUFFIX = {"RAW", "MAT4", "MAT5", "SD2"}
 MORE_SUFFIXES = (
     ".8svx .aif .aifc .bwf .iff .mp1 .mp2 .mpga .oga .opus .sf .snd .sph .wave"
@@ -21,44 +22,52 @@ AUDIO_SUFFIXES = {
     for name in soundfile.available_formats()
     if name not in NOT_BY_SUFFIX
 } | set(MORE_SUFFIXES.split())
-MOST_NAMED = 5  # files in a note
+MAX_LISTED = 5  # file names in a note
 
 
 def find_inputs(words, out, folder):
-    """Find the recordings.
+    """Find the recordings that a command line names.
 
     Arguments
     ---------
     words : list of str
         Files, folders, globs, or - for standard input.
     out : Path
-        The folder that the sources go to.
+        Output folder.
     folder : Path
-        Gets a copy of what can be read once.
+        Folder for copies of pipes, which can be read only once.
 
     Returns
     -------
     tuple
-        The recordings, each (path, folder, name); what is wrong; what was
-        passed over. The last two are lists of str.
+        The recordings, a list of (path, output folder, name); error messages
+        and notes on skipped files, both lists of str.
 
     Raises
     ------
     ValueError
-        When a source would be written in the place of a recording or of
-        another source, or when processes would have to share a pipe.
+        When a source would overwrite a recording or another source, or when
+        several processes would have to share a pipe.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> soundfile.write(folder / "a.wav", [0.0] * 80, 8000)
+    >>> found, _, _ = find_inputs([str(folder)], Path("out"), folder)
+    >>> [(path.name, out.as_posix(), name) for path, out, name in found]
+    [('a.wav', 'out', 'a')]
     """
     found, failures, notes = [], [], []
     for word in words:
         paths = [Path(word)]
-        # A name that exists is no pattern, whatever characters it has.
+        # The name of an existing file is not a pattern, even with brackets.
         if word != "-" and not paths[0].exists():
             matching = map(Path, sorted(glob.glob(word, recursive=True)))
             paths = _without_sources(list(matching), notes) or paths
         for path in paths:
             if word == "-":
                 found.append(
-                    (_keep(sys.stdin.buffer, folder, path), out, "stdin")
+                    (_copy_pipe(sys.stdin.buffer, folder, path), out, "stdin")
                 )
             elif path.is_dir():
                 inside = _search(path, out, notes)
@@ -70,8 +79,8 @@ def find_inputs(words, out, folder):
                 ]
             elif path.exists() and not path.is_file():
                 with path.open("rb") as pipe:
-                    kept = _keep(pipe, folder, path)
-                found.append((kept, out, path.stem))
+                    copy = _copy_pipe(pipe, folder, path)
+                found.append((copy, out, path.stem))
             else:
                 found.append((path, out, path.stem))
     _check_places(found)
@@ -79,8 +88,8 @@ def find_inputs(words, out, folder):
 
 
 def _search(folder, out, notes):
-    """The recordings in a folder, to all depths."""
-    # What was separated before is no recording.
+    """Find the recordings in a folder and its subfolders."""
+    # An output folder inside it holds sources, not recordings.
     below = folder.resolve() in out.resolve().parents
     files = [
         file
@@ -100,7 +109,7 @@ def _search(folder, out, notes):
 
 
 def _without_sources(paths, notes):
-    """Leave out the sources that were separated from others of the paths."""
+    """Remove the paths of sources whose recording is among the paths."""
     stems = {path.stem for path in paths}
     kept, sources = [], []
     for path in paths:
@@ -120,13 +129,13 @@ def _without_sources(paths, notes):
 
 
 def _some(names):
-    """The first names, and how many more there are."""
-    more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" * (more > 0))
+    """List the first names and count the others."""
+    more = len(names) - MAX_LISTED
+    return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" * (more > 0))
 
 
 def _check_places(found):
-    """Raise a ValueError when one output is to be written over a file."""
+    """Raise a ValueError if an output would overwrite another file."""
     taken = {}
     for path, folder, name in found:
         other = taken.setdefault((folder.resolve(), name), path)
@@ -147,16 +156,16 @@ def _check_places(found):
                 )
 
 
-def _keep(pipe, folder, path):
-    """Copy what can be read once into a file of a folder: readers seek."""
+def _copy_pipe(pipe, folder, path):
+    """Copy a pipe into a file in a folder, because readers must seek."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(
             f"{path} can be read once and cannot be shared by several "
             "processes: make it a file"
         )
     number = len(list(folder.iterdir()))
-    kept = folder / str(number) / (path.name if path.name != "-" else "stdin")
-    kept.parent.mkdir()
-    with kept.open("wb") as file:
+    copy = folder / str(number) / (path.name if path.name != "-" else "stdin")
+    copy.parent.mkdir()
+    with copy.open("wb") as file:
         shutil.copyfileobj(pipe, file)
-    return kept
+    return copy

@@ -1,4 +1,4 @@
-"""SpeechBrain's way to load and run a model."""
+"""SpeechBrain's interface to load and run a separation model."""
 
 from speechbrain.inference.separation import SepformerSeparation
 from speechbrain.utils.fetching import LocalStrategy
@@ -8,11 +8,12 @@ from speechbrain_flashformer.inference.recordings import Recordings
 
 
 class FlashFormerSeparation(Recordings, SepformerSeparation):
-    """A ready-to-use model: SpeechBrain's interface, made for recordings.
+    """A pretrained model that separates recordings of any length and rate.
 
-    The calls are those of ``SepformerSeparation``. Each takes the fields of
-    ``SeparationOptions`` as keyword arguments. Outputs have the level that the
-    model gives them: they are never brought to full scale unasked.
+    It has the methods of ``SepformerSeparation`` and more. Methods that read a
+    recording take the fields of ``SeparationOptions`` as keyword arguments.
+    Outputs keep the level that the model gives them. They are not normalised
+    unless you ask for it.
 
     Example
     -------
@@ -51,38 +52,50 @@ class FlashFormerSeparation(Recordings, SepformerSeparation):
         ---------
         source : str or Path
             A folder made by ``flashformer pack``, or ``hf:OWNER/NAME`` for a
-            model of the Hugging Face hub.
+            model on the Hugging Face hub.
         hparams_file : str
-            The yaml of the model.
+            Name of the yaml file in the model folder.
         overrides : dict or str, optional
-            Takes the place of what the yaml says.
+            Values that replace those of the yaml.
         overrides_must_match : bool
-            Whether an override of what the yaml does not have is an error.
+            Whether an override of a key that the yaml does not have is an
+            error.
         savedir : str or Path, optional
-            Gets links to, or copies of, the files of a model of a hub. For a
-            folder it means nothing: its files stay where they are.
+            Folder for links to, or copies of, the files of a model on the hub.
+            It has no effect for a local folder, whose files are used in place.
         download_only : bool
-            Fetch and return None.
+            Fetch the files and return None.
         local_strategy : LocalStrategy
-            Whether savedir gets links or copies.
+            Whether savedir holds links or copies.
         fetch_config : FetchConfig, optional
-            Of SpeechBrain's ``fetch``.
+            Passed to SpeechBrain's ``fetch``.
         trust : bool
-            Whether the model's yaml may call anything. Else it may only ask
-            for what ``flashformer pack`` writes, and runs no code of its own.
+            Whether the yaml of the model may call any code. By default it may
+            only contain what ``flashformer pack`` writes.
         **kwargs
-            Of SpeechBrain's ``Pretrained``: ``run_opts``, ``freeze_params``.
+            Passed to SpeechBrain's ``Pretrained``: ``run_opts``,
+            ``freeze_params``.
 
         Returns
         -------
-        FlashFormerSeparation
+        FlashFormerSeparation or None
+            None with download_only.
 
         Raises
         ------
         OSError
             When a file is missing or cannot be read.
         ValueError
-            When a file is broken, does not fit, or would have to be trusted.
+            When a file is broken, does not match the others, or needs
+            ``trust``.
+
+        Example
+        -------
+        >>> import torch
+        >>> from speechbrain_flashformer.inference import built_in_model
+        >>> model = FlashFormerSeparation.from_hparams(built_in_model())
+        >>> model.separate_batch(torch.zeros(1, 8000)).shape
+        torch.Size([1, 8000, 2])
         """
         hparams = load_model(
             source,

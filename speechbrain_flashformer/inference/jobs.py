@@ -1,4 +1,4 @@
-"""Tasks in worker processes, any of which may die without ending the rest."""
+"""Run tasks in worker processes; the death of one does not stop the others."""
 
 import signal
 import sys
@@ -7,45 +7,51 @@ from multiprocessing import get_context
 from multiprocessing.connection import wait
 
 TERMINATED = 143  # exit status after SIGTERM
-PATIENCE = 10  # seconds that a terminated worker has to clean up
+CLEANUP_SECONDS = 10  # that a terminated worker has before it is killed
 
 
 def exit_on_sigterm():
-    """Make SIGTERM an exit, so that what is open is closed; once."""
+    """Make SIGTERM raise SystemExit, so that open files are cleaned up.
 
-    def _leave(*_):
-        # A second one would break off the cleaning up.
+    Returns
+    -------
+    object
+        The handler before, as from ``signal.signal``.
+    """
+
+    def _exit(*_):
+        # A second signal would interrupt the clean-up.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sys.exit(TERMINATED)
 
-    return signal.signal(signal.SIGTERM, _leave)
+    return signal.signal(signal.SIGTERM, _exit)
 
 
 def run_jobs(tasks, jobs, load, run, on_death):
-    """Run tasks on worker processes.
+    """Run tasks in worker processes.
 
-    Leaving the generator early, by an exception too, terminates the workers
-    and waits for them.
+    When the generator is closed early, also by an exception, the workers are
+    terminated and joined.
 
     Arguments
     ---------
     tasks : list
-        Handed to ``run`` one by one.
+        Each is passed to ``run``.
     jobs : int
-        Workers.
+        Number of workers.
     load : callable
         Called once in each worker, without arguments.
     run : callable
-        ``run(loaded, task)``, in a worker, with what ``load`` gave; load, run,
-        tasks and results are pickled.
+        Called in a worker as ``run(loaded, task)`` with the return value of
+        ``load``. load, run, tasks and results are pickled.
     on_death : callable
-        ``on_death(task, pid, exit_status)`` gives the result of a task whose
-        worker died; called too for one that was terminated.
+        ``on_death(task, pid, exit_status)`` returns the result of a task whose
+        worker died. It is also called for workers that were terminated.
 
     Yields
     ------
     tuple
-        (task, result), as they come.
+        (task, result) in the order of completion.
     """
     context = get_context("spawn")
     waiting = list(reversed(tasks))
@@ -62,7 +68,7 @@ def run_jobs(tasks, jobs, load, run, on_death):
         if waiting:
             task = waiting.pop()
             running[connection] = process, task
-            # To a worker that died already: receiving will tell.
+            # If the worker is dead already, ``recv`` will raise.
             with suppress(OSError):
                 connection.send(task)
         else:
@@ -89,15 +95,15 @@ def run_jobs(tasks, jobs, load, run, on_death):
         for process, _ in running.values():
             process.terminate()
         for process, task in running.values():
-            process.join(PATIENCE)
+            process.join(CLEANUP_SECONDS)
             process.kill()
             process.join()
             on_death(task, process.pid, process.exitcode)
 
 
 def _work(connection, load, run):
-    """A worker's life."""
-    # Ctrl-C goes to all processes; the parent says when to stop.
+    """Load, then run tasks until the connection is closed."""
+    # Ctrl-C reaches all processes, but the parent decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     exit_on_sigterm()
     loaded = load()

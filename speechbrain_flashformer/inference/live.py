@@ -1,6 +1,6 @@
-"""Live sound on pipes: PCM in, its sources out while it is heard.
+"""Separate live audio on pipes: PCM in, sources out with low latency.
 
-Axes: C channels, n samples, S speakers.
+Axes: C channels, S speakers, n samples.
 """
 
 import math
@@ -18,9 +18,9 @@ from speechbrain_flashformer.inference.containers import is_placeholder
 from speechbrain_flashformer.nnet.step import TOO_LOUD
 
 ENCODINGS = {"s16le": np.dtype("<i2"), "f32le": np.dtype("<f4")}
-# Of WAV: (kind of sample, bits).
+# (format tag, bits per sample) of a WAV header -> encoding.
 WAV_ENCODINGS = {(1, 16): "s16le", (3, 32): "f32le"}
-# How files begin that would be noise as PCM.
+# First bytes of encoded files, which would be noise if read as PCM.
 NOT_PCM = {
     b"fLaC": "FLAC",
     b"OggS": "Ogg",
@@ -30,54 +30,54 @@ NOT_PCM = {
     b"caff": "CAF",
 }
 FULL_SCALE = 2**15
-WATCHED = 5.0  # seconds of sound over which a stream may fall behind
-QUIET = 30.0  # seconds of sound between two warnings
+LOAD_WINDOW = 5.0  # seconds of audio that the load for a warning is taken over
+WARN_EVERY = 30.0  # seconds of audio between two warnings
 
 
 def separate_live(
     model, reader, block, sink=None, writer=None, warn=None, run=None
 ):
-    """Separate what a reader hears until it ends, or nobody listens.
+    """Separate live audio until it ends or the reader of the sources is gone.
 
     Arguments
     ---------
-    model : FlashFormerSeparation
-        A causal one.
+    model : FlashFormerSeparation or RecordingSeparator
+        A causal model.
     reader : PcmReader
-        Where the sound comes from.
+        Source of the audio.
     block : float
-        Seconds that are heard at once.
+        Length of a block in seconds.
     sink : binary file, optional
-        Gets the sources as raw PCM, one channel each, in the reader's
-        encoding. Without a buffer, so that they are heard at once.
+        Where the sources are written as raw PCM with S channels, in the
+        encoding of the reader. Unbuffered, for low latency.
     writer : SourceWriter, optional
-        Gets them too.
+        Where the sources are written as files.
     warn : callable, optional
-        Called with the load (computing / audio) when it is above 1: the
-        stream falls behind.
+        Called with the load (computing time / audio time) when it is above 1,
+        that is, when the stream falls behind.
     run : callable, optional
-        What runs the steps, as in ``separate_stream``.
+        Runtime of the steps, as in ``separate_stream``.
 
     Returns
     -------
     Load
-        How long it took.
+        Statistics of the computing time.
 
     Raises
     ------
     ValueError
-        When the model is not causal, or no sound came.
+        When the model is not causal, or there was no audio.
     SystemExit
-        When no sound came before the signal that ended it.
+        When a signal ended the stream before there was audio.
     """
     rate, load = reader.sample_rate, Load(warn)
-    # What torch does once, it does before the sound comes.
+    # Warm up: torch initialises itself before the audio starts.
     warm = [torch.zeros(1, math.ceil(min(block, 0.1) * rate))] * 20
     for _ in model.separate_stream(warm, rate, run):
         pass
     with writer or nullcontext():
-        heard = load.watch(reader.blocks(block), rate)
-        for part in model.separate_stream(heard, rate, run):
+        blocks = load.watch(reader.blocks(block), rate)
+        for part in model.separate_stream(blocks, rate, run):
             sources = part[0]
             if sink:
                 data = load.encode(sources, reader.encoding)
@@ -99,34 +99,35 @@ def separate_live(
 
 
 class PcmReader:
-    """Raw PCM or a WAV stream, as it comes.
+    """Reads raw PCM or a WAV stream while it arrives.
 
-    Beyond the first Ctrl-C or SIGTERM nothing more is read, so that what was
-    heard can be finished; a second one is a ``KeyboardInterrupt``. Use it as a
-    context manager.
+    Use it as a context manager. The first Ctrl-C or SIGTERM ends the stream, so
+    that the audio that was read can be separated. A second one raises
+    ``KeyboardInterrupt``.
 
     Arguments
     ---------
     source : binary file
-        Without a buffer: its ``read`` gives what is there.
+        Unbuffered: ``read`` returns the data that is available.
     sample_rate : int
-        Of raw PCM, Hz; a WAV header says its own.
+        Sampling rate of raw PCM, Hz. A WAV header overrides it.
     channels : int
-        C, interleaved; their mean is heard.
+        C, interleaved in raw PCM. A WAV header overrides it.
     encoding : str
-        ``s16le`` or ``f32le``.
+        ``s16le`` or ``f32le`` for raw PCM. A WAV header overrides it.
 
     Attributes
     ----------
     status : int
-        128 and the number of the signal that ended it, or 0.
+        128 plus the number of the signal that ended the stream, or 0.
     cut : int
-        Bytes at the end that were no whole sample.
+        Number of bytes at the end that are not a whole sample.
 
     Raises
     ------
     ValueError
-        When a WAV header says something that cannot be read.
+        While reading the header, when the input is an encoded file or a WAV
+        stream of an unknown kind.
 
     Example
     -------
@@ -142,13 +143,13 @@ class PcmReader:
         self.encoding = encoding
         self.wav = False
         self.status = self.cut = 0
-        self.left = math.inf  # bytes of sound still to come
+        self.left = math.inf  # remaining bytes of audio
         self.waiting = self.stopped = False
-        self.before = {}
-        self.begun = None  # bytes that turned out to be no header
+        self.before = {}  # signal -> handler to restore
+        self.begun = None  # bytes that were read and not yet used
 
     def __enter__(self):
-        """Hear signals, then the header."""
+        """Install the signal handlers and read the header."""
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) != signal.SIG_IGN:
                 self.before[number] = signal.signal(number, self._end)
@@ -160,16 +161,27 @@ class PcmReader:
         return self
 
     def __exit__(self, *_):
-        """Leave signals to others."""
+        """Restore the signal handlers."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def stop(self):
-        """Read no more."""
+        """Stop reading; the stream then ends."""
         self.stopped = True
 
     def blocks(self, seconds):
-        """Yield the sound, float32 [1, n], each of so many seconds."""
+        """Read the stream to its end.
+
+        Arguments
+        ---------
+        seconds : float
+            Length of a block; the last one may be shorter.
+
+        Yields
+        ------
+        torch.Tensor
+            Mean of the channels, float32 [1, n].
+        """
         if self.begun is None:
             self._begin()
         kind = ENCODINGS[self.encoding]
@@ -186,7 +198,7 @@ class PcmReader:
             yield samples.view(1, -1, self.channels).mean(2)
 
     def _gather(self, size):
-        """So many bytes, fewer only at the end."""
+        """Read ``size`` bytes, fewer only at the end."""
         size = min(size, self.left)
         data, self.begun = self.begun or b"", b""
         while len(data) < size and (more := self._read(size - len(data))):
@@ -211,7 +223,7 @@ class PcmReader:
             raise KeyboardInterrupt
 
     def _begin(self):
-        """Read the header, if there is one."""
+        """Read the WAV header, if there is one."""
         self.begun = b""
         first = self._gather(12)
         for magic, name in NOT_PCM.items():
@@ -245,7 +257,7 @@ class PcmReader:
             self.left = size
 
     def _header(self):
-        """Kind of sample, its bits, bytes of sound; rate and channels too."""
+        """Read the header; return (format tag, bits, bytes of audio)."""
         kind = bits = None
         while True:
             name, size = struct.unpack("<4sI", self._gather(8))
@@ -256,17 +268,27 @@ class PcmReader:
                 kind, self.channels, self.sample_rate, _, _, bits = (
                     struct.unpack_from("<HHIIHH", chunk)
                 )
-                if kind == 0xFFFE:  # extensible: the kind is further on
+                if kind == 0xFFFE:  # WAVE_FORMAT_EXTENSIBLE has it later
                     (kind,) = struct.unpack_from("<H", chunk, 24)
 
 
 class Load:
-    """What blocks cost, in memory that does not grow.
+    """Statistics of the computing time of blocks, in bounded memory.
 
     Arguments
     ---------
     warn : callable, optional
-        As for ``separate_live``.
+        As in ``separate_live``.
+
+    Attributes
+    ----------
+    heard, spent : float
+        Seconds of audio and of computing.
+    overruns : int
+        Number of blocks that took longer than their duration.
+    clipped, silenced : int
+        Number of output samples that were clipped, and of input samples that
+        were replaced by silence.
 
     Example
     -------
@@ -278,13 +300,14 @@ class Load:
     """
 
     def __init__(self, warn=None):
-        self.warn, self.warned = warn, -QUIET
-        self.heard = self.spent = self.elsewhere = 0.0  # seconds
+        self.warn, self.warned = warn, -WARN_EVERY
+        # Seconds; the time for output is not computing time.
+        self.heard = self.spent = self.elsewhere = 0.0
         self.overruns = self.clipped = self.silenced = 0
-        self.times = Counter()  # by their logarithm, to a hundredth
+        self.times = Counter()  # blocks by 100 * log(seconds), rounded up
 
     def watch(self, blocks, sample_rate):
-        """Yield blocks [1, n]; until the next is asked for, time runs."""
+        """Pass blocks [1, n] on; measure the time until the next is taken."""
         heard, before = self.heard, self.spent
         for block in blocks:
             self.silenced += (~(block.abs() < TOO_LOUD)).sum().item()
@@ -297,17 +320,17 @@ class Load:
             self.spent += spent
             self.overruns += spent > seconds
             self.times[math.ceil(100 * math.log(max(spent, 1e-9)))] += 1
-            if self.heard - heard >= WATCHED:
+            if self.heard - heard >= LOAD_WINDOW:
                 self._warn((self.spent - before) / (self.heard - heard))
                 heard, before = self.heard, self.spent
 
     def _warn(self, load):
-        if self.warn and load > 1 and self.heard - self.warned >= QUIET:
+        if self.warn and load > 1 and self.heard - self.warned >= WARN_EVERY:
             self.warned = self.heard
             self.warn(load)
 
     def encode(self, sources, encoding):
-        """Sources [n, S] as bytes; 16 bits clip."""
+        """Encode sources [n, S] as bytes; count samples that clip in s16le."""
         samples = sources.numpy()
         if encoding == "s16le":
             samples = np.rint(samples * FULL_SCALE)
@@ -317,7 +340,7 @@ class Load:
         return samples.astype(ENCODINGS[encoding]).tobytes()
 
     def percentile(self, percent):
-        """Seconds that so many percent of the blocks took at most."""
+        """Percentile of the computing time of a block, in seconds."""
         wanted = self.times.total() * percent / 100
         for place in sorted(self.times):
             wanted -= self.times[place]

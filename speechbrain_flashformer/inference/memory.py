@@ -1,29 +1,30 @@
-"""Audio in memory, read as a file is."""
+"""Audio in memory with the interface of an audio file."""
 
 import numpy as np
 import torch
 
 from speechbrain_flashformer.inference.audio import check_finite
 
-# More rows of one sample each are one channel that stands upright.
-MOST_CHANNELS = 32
+# An array with one column and more rows than this is taken for a transposed
+# signal, not for channels of one sample.
+MAX_CHANNELS = 32
 
 
 class AudioInMemory:
-    """Audio as an ``AudioReader`` has it.
+    """Audio in memory with the interface of an ``AudioReader``.
 
     Arguments
     ---------
     audio : torch.Tensor or np.ndarray
-        [T] or [C, T]; integers are taken as PCM.
+        [T] or [C, T]; floats, or int16 or int32 PCM.
     sample_rate : int
         Hz.
 
     Raises
     ------
     ValueError
-        When the audio has another shape or type or holds what is no finite
-        number, or the rate is no whole number.
+        When the audio has another shape or type, or a sample is not finite, or
+        the rate is not a whole number above 0.
 
     Example
     -------
@@ -44,12 +45,23 @@ class AudioInMemory:
         self.frames = self.audio.shape[1]
 
     def blocks(self, seconds=10.0):
-        """The samples in order, each float32 [C, n]."""
+        """Split the audio into blocks.
+
+        Arguments
+        ---------
+        seconds : float
+            Length of a block.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            The blocks in order, each float32 [C, n].
+        """
         return self.audio.split(max(1, round(seconds * self.sample_rate)), 1)
 
 
 def _as_float(audio):
-    """An array or tensor [T] or [C, T] as float32 [C, T]."""
+    """Convert an array or tensor [T] or [C, T] to float32 [C, T]."""
     if isinstance(audio, np.ndarray):
         native = audio.dtype.newbyteorder("=")
         audio = torch.from_numpy(np.ascontiguousarray(audio, native))
@@ -58,7 +70,7 @@ def _as_float(audio):
             f"audio is [time] or [channels, time], got {tuple(audio.shape)}"
         )
     rows, columns = audio.shape if audio.ndim == 2 else (1, audio.shape[0])
-    if rows > columns and (columns > 1 or rows > MOST_CHANNELS):
+    if rows > columns and (columns > 1 or rows > MAX_CHANNELS):
         raise ValueError(
             f"audio is [channels, time], got {tuple(audio.shape)}: transpose it"
         )

@@ -1,8 +1,8 @@
-"""Model folders: checked, built, and given their weights strictly.
+"""Load model folders: check the yaml, build the model, load the weights.
 
 A folder holds hyperparams.yaml and one checkpoint for each of ``MODULES``.
-Unless the caller trusts it, its yaml may only ask for what ``flashformer
-pack`` writes.
+Unless the caller trusts it, its yaml may only contain what ``flashformer pack``
+writes.
 """
 
 import io
@@ -31,7 +31,7 @@ from speechbrain_flashformer.inference.weights import (
 )
 from speechbrain_flashformer.nnet.separator import MODULES, encoder_frame
 
-# Where older yamls look for what is in nnet now.
+# Module paths in older yamls -> those of today.
 MOVED = {
     r"(!\w+:speechbrain_flashformer\.)(filterbank|streaming)\.": r"\1nnet.\2.",
     r"(!\w+:speechbrain_flashformer\.)masknet\.": r"\1nnet.flashformer.",
@@ -50,17 +50,28 @@ def load_model(
     download_only=False,
     without_speechbrain=False,
 ):
-    """Build a packed model on the CPU and give it its weights.
+    """Build a packed model on the CPU and load its weights.
 
-    Arguments and errors are those of ``FlashFormerSeparation.from_hparams``.
-    ``without_speechbrain`` takes modules on torch alone in the place of
-    SpeechBrain's that do the same; a trusted yaml is built as it is.
+    Arguments
+    ---------
+    source, hparams_file, overrides, overrides_must_match, savedir
+        As in ``FlashFormerSeparation.from_hparams``.
+    local_strategy, fetch_config, trust, download_only
+        As in ``FlashFormerSeparation.from_hparams``.
+    without_speechbrain : bool
+        Whether modules of SpeechBrain are replaced by equivalent ones that
+        need only torch. It has no effect with trust.
 
     Returns
     -------
     dict
-        What the yaml describes; ``modules`` hold their weights, except with
-        download_only.
+        The hyperparameters of the yaml. Its ``modules`` have their weights,
+        except with download_only.
+
+    Raises
+    ------
+    OSError, ValueError
+        As in ``FlashFormerSeparation.from_hparams``.
 
     Example
     -------
@@ -84,7 +95,7 @@ def load_model(
     hparams["savedir"] = savedir
     pretrainer = hparams["pretrainer"]
     if trust and hasattr(pretrainer, "collect_files"):
-        _load_as_told(pretrainer, _find, fetch_config, download_only)
+        _load_trusted(pretrainer, _find, fetch_config, download_only)
         return hparams
     for name, module in pretrainer.loadables.items():
         found = _find(f"{name}.ckpt")
@@ -93,8 +104,8 @@ def load_model(
     return hparams
 
 
-def _load_as_told(pretrainer, find, fetch_config, download_only):
-    """Load weights from where a trusted yaml says, else from where it is."""
+def _load_trusted(pretrainer, find, fetch_config, download_only):
+    """Load weights from the paths of a trusted yaml, or from its folder."""
     from speechbrain.utils.fetching import FetchConfig
 
     for name in pretrainer.loadables:
@@ -110,14 +121,23 @@ def _load_as_told(pretrainer, find, fetch_config, download_only):
 
 
 def read_yaml(path):
-    """The text of a yaml file, with today's names of the network's parts.
+    """Read a yaml file, with old module paths replaced by those of today.
+
+    Arguments
+    ---------
+    path : str or Path
+        The file.
+
+    Returns
+    -------
+    str
 
     Raises
     ------
     OSError
-        When it cannot be read.
+        When the file cannot be read.
     ValueError
-        When it is no text.
+        When the file is empty or not UTF-8 text.
     """
     check_readable(path)
     try:
@@ -137,14 +157,14 @@ def build_model(
     trust=False,
     without_speechbrain=False,
 ):
-    """What a model's yaml describes, with random weights.
+    """Build the model of a yaml, with random weights.
 
     Arguments
     ---------
     text : str
         The yaml.
     path : str or Path
-        Where it is from, for messages and what it includes.
+        Where the yaml is from, for messages and for ``!include:``.
     overrides, overrides_must_match
         As in ``load_hyperpyyaml``.
     trust, without_speechbrain : bool
@@ -153,11 +173,13 @@ def build_model(
     Returns
     -------
     dict
+        The hyperparameters of the yaml.
 
     Raises
     ------
     ValueError
-        When it is broken, lacks a key, or may run code that is not trusted.
+        When the yaml is broken, lacks a key or needs trust, or when its
+        modules do not match each other.
     """
     if not trust and (odd := untrusted(compose_yaml(text, path))):
         raise ValueError(refusal(odd, path))
@@ -165,7 +187,7 @@ def build_model(
         for old, new in WITHOUT_SPEECHBRAIN.items():
             text = re.sub(rf"{re.escape(old)}(?=\s)", new, text)
     stream = io.StringIO(text)
-    stream.name = str(path)  # what !include: is relative to
+    stream.name = str(path)  # base of the paths in !include:
     try:
         hparams = load_hyperpyyaml(
             stream,
@@ -173,7 +195,7 @@ def build_model(
             overrides_must_match,
             loader=Loader if trust else PackedLoader,
         )
-    # Whatever a constructor says to what it is given.
+    # A constructor may raise any exception for its arguments.
     except Exception as error:
         mend = "" if overrides else f": {MEND}"
         raise ValueError(
@@ -185,16 +207,33 @@ def build_model(
 
 
 def compose_yaml(text, path):
-    """The tree of nodes of a yaml; nothing is constructed.
+    """Parse a yaml into a tree of nodes, without constructing objects.
+
+    Arguments
+    ---------
+    text : str
+        The yaml.
+    path : str or Path
+        Where the yaml is from, for messages.
+
+    Returns
+    -------
+    ruamel.yaml.nodes.MappingNode
+        The root.
 
     Raises
     ------
     ValueError
-        When it is no yaml of keys and values; names its path.
+        When the text is not a yaml with keys.
+
+    Example
+    -------
+    >>> len(compose_yaml("sample_rate: 8000", "hyperparams.yaml").value)
+    1
     """
     try:
         root = YAML().compose(text)
-    # Beside errors of syntax, Python's when it is nested without end.
+    # Syntax errors, and a RecursionError if the yaml is nested too deeply.
     except Exception as error:
         mark = getattr(error, "problem_mark", None)
         line = f" from line {mark.line + 1}" if mark else ""
@@ -205,6 +244,7 @@ def compose_yaml(text, path):
 
 
 def _check_keys(hparams, path):
+    """Raise a ValueError if a key or module is missing or of a wrong type."""
     needed = ("num_spks", "sample_rate", "modules", "pretrainer")
     if lacking := [key for key in needed if key not in hparams]:
         raise ValueError(f"{path} has no {', '.join(lacking)}: {MEND}")
@@ -229,7 +269,7 @@ def _check_keys(hparams, path):
 
 
 def _check_fit(hparams, path):
-    """Encoder, masknet and decoder have the same channels and frames."""
+    """Raise a ValueError if encoder, masknet and decoder do not match."""
     encoder, masknet, decoder = (hparams["modules"][name] for name in MODULES)
     kinds = torch.nn.Conv1d, torch.nn.ConvTranspose1d
     convs = [
@@ -264,20 +304,25 @@ def _check_fit(hparams, path):
 
 
 class RecordingSeparator(Recordings):
-    """A packed model without SpeechBrain around it: the command line's.
+    """A packed model that does not import SpeechBrain; for the command line.
 
-    It separates as ``FlashFormerSeparation`` does. SpeechBrain, whose import
-    takes longer than separating a short recording, is imported only when the
-    model's yaml asks for it.
+    It separates as ``FlashFormerSeparation`` does. Importing SpeechBrain takes
+    longer than separating a short recording, so it is imported only if the
+    yaml of the model needs it.
 
     Arguments
     ---------
     source : str or Path
-        A packed folder, or ``hf:OWNER/NAME``.
+        A model folder, or ``hf:OWNER/NAME``.
     device : str
-        Where it runs.
+        Device of the networks, such as ``cuda:0``.
     trust : bool
-        Whether the model's yaml may call anything.
+        Whether the yaml of the model may call any code.
+
+    Raises
+    ------
+    OSError, ValueError
+        As in ``FlashFormerSeparation.from_hparams``.
 
     Example
     -------

@@ -1,8 +1,8 @@
-"""MPEG audio (MP3) frame by frame: where its sound is, and how much.
+"""Find and count the frames of MPEG audio (MP3).
 
-Only a Xing frame, with which not every file begins, tells how many frames
-follow. libsndfile takes its word, and guesses where there is none. Here the
-frames are counted by their headers, without decoding.
+The number of frames is only in a Xing frame, which not every file has.
+libsndfile trusts that number, and guesses if there is none. This module counts
+the frames by their headers, without decoding.
 """
 
 import re
@@ -10,7 +10,7 @@ import struct
 from collections import namedtuple
 from functools import lru_cache
 
-# kbit/s for each index from 1, by (is it MPEG-1, layer).
+# (is MPEG-1, layer) -> bit rates in kbit/s for the indices from 1.
 BITRATES = {
     (True, 1): range(32, 449, 32),
     (True, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
@@ -19,19 +19,20 @@ BITRATES = {
     (False, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
 BITRATES[False, 3] = BITRATES[False, 2]
-RATES = (44100, 48000, 32000)  # Hz, of MPEG-1
+RATES = (44100, 48000, 32000)  # sampling rates of MPEG-1, Hz
 SAMPLES = {1: 384, 2: 1152}  # per frame, by layer
 HIGHEST_BITRATE = 14  # index
-# So many frames of one kind in a row are no chance.
+# This number of matching frames in a row is not a coincidence.
 CONSECUTIVE = 3
 TAGS = (b"TAG", b"ID3", b"APE")
-# ID3v2 of the versions 2 to 4: what any text may hold are the first letters.
+# Header of an ID3v2 tag of version 2 to 4. The first three letters alone can
+# be part of any text.
 TAG = re.compile(rb"ID3[\2-\4][^\xff].([\0-\x7f]{4})", re.DOTALL)
 TAG_HEAD = 10  # bytes
 BLOCK = 2**16  # bytes
 
-# Kind is what no frame of a file may change: (is it MPEG-1, layer, Hz,
-# channels). Size in bytes; xing is where a Xing frame has its mark.
+# kind: (is MPEG-1, layer, Hz, channels), the same for all frames of a file.
+# size: bytes. xing: offset of the mark in a Xing frame.
 Frame = namedtuple("Frame", "kind size xing")
 
 
@@ -41,25 +42,26 @@ def mpeg_pieces(name, file, size, remedy):
     Arguments
     ---------
     name : str or Path
-        Of the file, for messages.
+        Name of the file for messages.
     file : binary file
-        May have other things before, between and after its frames.
+        The file. It can have other data before, between and after its frames.
     size : int
-        Its bytes.
+        Size of the file in bytes.
     remedy : str
-        What to do about a file that cannot be read.
+        Remedy for messages about a file that cannot be read.
 
     Returns
     -------
     tuple
-        Pieces of a ``View`` for libsndfile; the samples in them, None where
-        libsndfile then knows.
+        (pieces, samples): the frames as pieces of a ``View`` for libsndfile,
+        and their samples per channel, or None if libsndfile can tell from the
+        Xing frame.
 
     Raises
     ------
     ValueError
-        When the file holds less than its Xing frame promises, changes its rate
-        or channels, or holds no frames.
+        When the file has fewer frames than its Xing frame says, its rate or
+        channels change, or it has no frames.
     """
     frames, promised, runs = 0, [], []
     for place, frame in _walk(name, file, size, remedy):
@@ -78,14 +80,14 @@ def mpeg_pieces(name, file, size, remedy):
         raise ValueError(f"no MPEG frames are found in {name}: {remedy}")
     if promised == [(frames, 0)]:
         return [ends, *runs], None
-    # The first may tell of all that were joined.
+    # In a concatenation of files, the first Xing frame may count all frames.
     if not promised or not (
         promised[0][0] is not None
         and frames <= promised[0][0] <= frames + len(promised)
     ):
         stops = [*(before for _, before in promised[1:]), frames]
         for (count, before), stop in zip(promised, stops):
-            # Some count the Xing frame itself, too.
+            # Some encoders count the Xing frame, too.
             if count is not None and count > stop - before + 1:
                 raise ValueError(
                     f"{name} is cut short, it holds {stop - before} of "
@@ -94,20 +96,20 @@ def mpeg_pieces(name, file, size, remedy):
     file.seek(runs[0][0])
     head = file.read(4)
     layer = _parse(head).kind[1]
-    if layer < 3:  # there is no Xing frame
+    if layer < 3:  # Xing frames exist in layer 3 only
         return runs, frames * SAMPLES[layer]
     return [_make_xing(head, frames), *runs], None
 
 
 def _walk(name, file, size, remedy):
-    """Yield (place, frame) of each whole frame."""
+    """Yield (position, frame) of each complete frame."""
     place, kind, last = 0, None, None
     while True:
         file.seek(place)
         head = file.read(4)
         frame = _parse(head)
         if frame is None or frame.kind != kind:
-            # The last one, if it was cut, hides how the next file begins.
+            # If the last frame is truncated, the next file starts inside it.
             is_clear = not last or place >= size or head[:3] in TAGS
             start = place if is_clear else last[0] + 1
             found = _find_frame(file, start, size, kind)
@@ -133,7 +135,7 @@ def _walk(name, file, size, remedy):
 
 
 def _find_frame(file, place, size, kind):
-    """Where the next frame begins, None at the end."""
+    """Position of the next frame; None if there is none."""
     while True:
         file.seek(place)
         block = file.read(BLOCK)
@@ -152,9 +154,9 @@ def _find_frame(file, place, size, kind):
 
 
 def _find_tag(block, left):
-    """Where a whole ID3v2 tag begins and ends; else (None, None)."""
+    """Start and end of a complete ID3v2 tag; (None, None) if there is none."""
     for tag in TAG.finditer(block):
-        a, b, c, d = tag[1]  # seven bits of each byte
+        a, b, c, d = tag[1]  # each byte holds seven bits of the size
         after = tag.end() + (a << 21 | b << 14 | c << 7 | d)
         if after <= left:
             return tag.start(), after
@@ -162,7 +164,7 @@ def _find_tag(block, left):
 
 
 def _begins(file, place, size, kind):
-    """Whether frames of one kind follow each other from here."""
+    """Whether consecutive frames of one kind start at a position."""
     frame = None
     for _ in range(CONSECUTIVE):
         file.seek(place)
@@ -179,7 +181,7 @@ def _begins(file, place, size, kind):
 
 @lru_cache(maxsize=4096)
 def _parse(head):
-    """The frame that four bytes begin; None when they begin none."""
+    """Parse the four bytes of a frame header; None if they are not one."""
     if len(head) < 4 or head[0] != 0xFF or head[1] < 0xE0:
         return None
     version, layer = head[1] >> 3 & 3, 4 - (head[1] >> 1 & 3)
@@ -201,7 +203,7 @@ def _parse(head):
 
 
 def _make_xing(head, frames):
-    """A Xing frame that tells the count."""
+    """Make a Xing frame that holds a number of frames."""
     bits = HIGHEST_BITRATE << 4 | head[2] & 0x0C
     head = bytes([head[0], head[1] | 1, bits, head[3]])
     frame = _parse(head)

@@ -1,4 +1,4 @@
-"""How a recording is separated: the one place where that is checked."""
+"""Options of a separation, and their checks."""
 
 from dataclasses import dataclass
 
@@ -8,53 +8,59 @@ CHOICES = {
     "precision": ("fp32", "bf16", "fp16"),
     "runtime": ("auto", "torch", "onnx"),
 }
-SUBTYPES = {"float": "FLOAT", "pcm16": "PCM_16", "pcm24": "PCM_24"}  # written
-# What a stream leaves none of to choose.
+# Sample formats of the written files -> libsndfile's names.
+SUBTYPES = {"float": "FLOAT", "pcm16": "PCM_16", "pcm24": "PCM_24"}
+# Options that must keep their defaults with streaming.
 NOT_STREAMING = ("chunk", "overlap", "norm", "precision")
 
 
 @dataclass(frozen=True)
 class SeparationOptions:
-    """How a recording is separated.
+    """Options of a separation.
 
     Arguments
     ---------
     channels : str
-        ``mix`` takes the mean of the channels, or the loudest one where they
-        cancel each other; ``each`` separates each.
+        ``mix`` separates the mean of the channels, or the loudest channel
+        where they cancel each other; ``each`` separates every channel.
     chunk : float
-        Seconds that the network is given at once; longer recordings are cut.
+        Chunk length in seconds. Longer recordings are cut into chunks.
     overlap : float
-        Seconds that neighbouring chunks share.
+        Overlap of neighbouring chunks in seconds, above 0 and below half of
+        ``chunk``.
     norm : str
-        ``chunk``: each chunk is normed by itself, which follows a level that
-        drifts. ``recording``: by the whole recording, read once more;
-        with an overlap of twice the receptive field, chunks then give what
-        the whole would.
+        Source of the statistics of the input norm. ``chunk``: each chunk,
+        which follows a level that drifts. ``recording``: the whole recording,
+        which is read once more; if the overlap is twice the receptive field,
+        the result then equals that without chunks.
     mixture_consistency : bool
-        Make the sources sum to the mixture (without its offset, if it has
-        one): adds the residual to the sources in equal parts.
+        Whether the sources sum to the mixture (without its DC offset, if that
+        is removed): adds the residual (mixture minus sum of sources) to the
+        sources in equal parts.
     precision : str
-        ``fp32``, ``bf16`` or ``fp16``. With fp32, that of ``run_opts`` if any.
+        ``fp32``, ``bf16`` or ``fp16``. With fp32 the precision of ``run_opts``
+        applies, if that is given.
     streaming : bool
-        Separate as a stream, exactly as ``StreamingSeparator`` does, for which
-        the model must be causal. There are then no chunks, no norm and no
-        precision to choose.
+        Whether to separate with a ``StreamingSeparator``, which needs a causal
+        model. chunk, overlap, norm and precision must then keep their
+        defaults.
     runtime : str
-        What runs a stream, with streaming alone: ``torch``; ``onnx``, which is
-        onnxruntime, on the CPU, to 1e-4 the same; ``auto``, which is torch
-        for a recording.
+        Runtime of the stream; only with streaming. ``torch``: PyTorch.
+        ``onnx``: onnxruntime on the CPU, equal to torch up to 1e-4.
+        ``auto``: torch for a recording.
     memory : int
-        Megabytes that the activations of one call may take, about.
+        Approximate limit in megabytes for the activations of one call of the
+        network. It sets the number of chunks per call on a GPU.
     progress : bool
-        Show a progress bar.
+        Whether to show a progress bar.
     callback : callable, optional
-        Called with (seconds done, seconds in all).
+        Called with (seconds done, total seconds) after each part.
 
     Raises
     ------
     ValueError
-        When an option is none of its choices, or two contradict each other.
+        When an option has an unknown value, or two options contradict each
+        other.
 
     Example
     -------
@@ -93,7 +99,7 @@ class SeparationOptions:
         ]
         if self.streaming and chosen:
             raise ValueError(
-                f"streaming leaves no {' and no '.join(chosen)} to choose"
+                f"{' and '.join(chosen)} cannot be set with streaming"
             )
         if self.runtime != "auto" and not self.streaming:
-            raise ValueError("a runtime is chosen for streaming alone")
+            raise ValueError("runtime can be set only with streaming")

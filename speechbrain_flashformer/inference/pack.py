@@ -1,4 +1,4 @@
-"""From a training run to a folder that needs nothing else, and back."""
+"""Pack a training run into a model folder, and start training from one."""
 
 import csv
 from io import StringIO
@@ -73,50 +73,55 @@ model = FlashFormerSeparation.from_hparams("{name}"{argument})
 sources = model.separate_file("mixture.wav")  # [1, time, speakers]
 ```
 
-`{name}` is this folder; for the same on a model hub write `hf:OWNER/{name}`.
+`{name}` is this folder. For the same model on the Hugging Face hub write
+`hf:OWNER/{name}`.
 {results}
 ## Training
 
-The training and its data are described by who ran it: write here what the
-model heard, under which licences, and what it is not good at.
+To be written by the author of the model: training data and their licences,
+and what the model is not good at.
 """
 
 
 def pack(run, out, half=False, overwrite=False):
-    """Pack the best checkpoint of a training run.
+    """Pack the best checkpoint of a training run into a model folder.
+
+    With ``avg_checkpoints`` in the yaml of the run, the weights are averaged
+    over that number of best checkpoints.
 
     The folder loads with ``FlashFormerSeparation.from_hparams`` and with
-    SpeechBrain's own ``SepformerSeparation.from_hparams``. SI-SNR leaves the
-    scale of the outputs free, and their sign, so the decoder is given the gain
-    that brings them, on average over the validation set, to the level and
-    polarity of their sources.
+    SpeechBrain's ``SepformerSeparation.from_hparams``. SI-SNR does not depend
+    on the scale and polarity of the outputs. So the weights of the decoder are
+    multiplied by a gain that sets, on average over the validation set, the
+    level and polarity of the sources.
 
     Arguments
     ---------
     run : str or Path
-        The output folder of a training.
+        The output folder of a training run.
     out : str or Path
-        Gets hyperparams.yaml, encoder.ckpt, masknet.ckpt, decoder.ckpt and
-        README.md, all at once.
+        The model folder with hyperparams.yaml, encoder.ckpt, masknet.ckpt,
+        decoder.ckpt and README.md, written atomically.
     half : bool
-        Store the weights in half precision; they are used in float32.
+        Whether the weights are stored in half precision. They run in float32.
     overwrite : bool
-        Whether an existing packed folder is replaced; one that holds
-        anything else never is.
+        Whether an existing model folder is replaced. A folder with other files
+        is never replaced.
 
     Returns
     -------
     Path
-        The folder.
+        The model folder.
 
     Raises
     ------
     FileNotFoundError
-        When the run lacks its hyperparams.yaml or a checkpoint.
+        When the run has no hyperparams.yaml or no validated checkpoint.
     FileExistsError
-        When the folder exists.
+        When out exists and may not be replaced.
     ValueError
-        When a file of the run is broken, or does not fit another.
+        When a file of the run is broken or does not match the others, or a
+        weight is too large for half precision.
     """
     run, out = Path(run).resolve(), Path(out).resolve()
     source = run / "hyperparams.yaml"
@@ -132,7 +137,7 @@ def pack(run, out, half=False, overwrite=False):
                 "(--overwrite, in Python overwrite=True)"
             )
         held = {f.name for f in out.iterdir()} if out.is_dir() else None
-        # Nothing, or a model; a card alone is somebody's text.
+        # Replace an empty folder or a model; a README.md alone is not a model.
         if held is None or (
             held and not {"hyperparams.yaml"} <= held <= PACKED
         ):
@@ -141,10 +146,11 @@ def pack(run, out, half=False, overwrite=False):
                 "choose another folder"
             )
     text = read_yaml(source)
-    compose_yaml(text, source)  # or tell what is wrong with it
+    compose_yaml(text, source)  # raises if the yaml is broken
     tree = YAML().load(text)
     hyperparams = _hyperparams(tree, source)
-    # A masknet of one's own is left alone: only who trusts it builds it.
+    # Do not build, and so do not check, a masknet of an unknown class: that
+    # needs trust.
     odd = untrusted(compose_yaml(hyperparams, source))
     modules = None if odd else build_model(hyperparams, source)["modules"]
     best = _best_checkpoints(run / "save", tree.get("avg_checkpoints", 1))
@@ -176,19 +182,19 @@ def pack(run, out, half=False, overwrite=False):
 
 
 def start_from(folder, modules):
-    """Give modules the weights of a packed model, to train on.
+    """Load the weights of a packed model into modules, to continue training.
 
     Arguments
     ---------
     folder : str or Path
-        Made by ``pack``.
-    modules : dict
-        The encoder, masknet and decoder, by name.
+        A model folder made by ``pack``.
+    modules : dict of torch.nn.Module
+        ``encoder``, ``masknet`` and ``decoder``.
 
     Raises
     ------
     FileNotFoundError
-        When the folder lacks one of them.
+        When a checkpoint is missing.
     ValueError
         When the weights are those of another network.
     """
@@ -203,11 +209,12 @@ def start_from(folder, modules):
             modules[name],
             read_weights(path),
             path,
-            "take over the numbers of the hyperparams.yaml beside it",
+            "use the hyperparameters of the hyperparams.yaml beside it",
         )
 
 
 def _best_checkpoints(save, count):
+    """Find the ``count`` checkpoints of the lowest validation loss."""
     if type(count) is not int or count < 1:
         raise ValueError(
             f"avg_checkpoints of {save.parent / 'hyperparams.yaml'} is a whole "
@@ -219,7 +226,7 @@ def _best_checkpoints(save, count):
             best = Checkpointer(save).find_checkpoints(
                 min_key="si-snr", max_num_checkpoints=count
             )
-        # Of a CKPT.yaml: syntax, missing or of another kind.
+        # A CKPT.yaml that is missing, is not yaml or lacks a key.
         except Exception as error:
             raise ValueError(
                 f"a checkpoint in {save} has a broken CKPT.yaml "
@@ -231,17 +238,17 @@ def _best_checkpoints(save, count):
 
 
 def _weights(best, name):
-    """The weights of one module, ready for inference."""
+    """Weights of one module for inference, averaged over checkpoints."""
     for checkpoint in best:
         try:
             read_weights(checkpoint.path / f"{name}.ckpt")
         except ValueError as error:
             raise ValueError(
                 f"{name}.ckpt is broken in {checkpoint.path}: move that folder "
-                "away, and the next best is packed"
+                "away to pack the next best checkpoint"
             ) from error
     state = averaged_weights(best, name)
-    # Trained on several GPUs, every key has this in front.
+    # Training on several GPUs adds this prefix to every key.
     state = {k.removeprefix("module."): v for k, v in state.items()}
     if name == "decoder":
         gain = output_gain(best)
@@ -263,7 +270,7 @@ def _halved(state, path):
 
 
 def _hyperparams(tree, path):
-    """Only what inference needs, with nothing to include, as text."""
+    """Yaml of what inference needs, without includes, as text."""
     keys = ("num_spks", "sample_rate", "modules")
     if lacking := [key for key in keys if key not in tree]:
         raise ValueError(
@@ -293,9 +300,9 @@ def _tag(node):
 
 
 def _plain(node):
-    """A copy of a yaml node with its tags, without comments and anchors."""
+    """Copy a yaml node with its tags, without comments and anchors."""
     if _tag(node) == LOOKAHEAD:
-        # The one number that the recipes compute: a packed model calls nothing.
+        # The recipes compute this number. A packed yaml may not call functions.
         return lookahead_tokens(**node)
     if isinstance(node, CommentedMap):
         copy = CommentedMap((k, _plain(v)) for k, v in node.items())
@@ -303,7 +310,7 @@ def _plain(node):
         copy = CommentedSeq(_plain(v) for v in node)
         copy.fa.set_flow_style()
     else:
-        # Numbers and strings may carry an anchor too.
+        # Numbers and strings can have an anchor, too.
         kinds = {ScalarBoolean: bool, str: str, int: int, float: float}
         for kind, plain in kinds.items():
             if isinstance(node, kind) and not isinstance(node, bool):
@@ -315,14 +322,14 @@ def _plain(node):
 
 
 def _results(run, meta):
-    """What the run says of its quality, as a section of the card."""
+    """Scores of the run, as a section of the model card."""
     when = f" at epoch {meta['epoch']}" if "epoch" in meta else ""
     lines = [f"- validation: SI-SNR {-meta['si-snr']:.2f} dB{when}"]
     file = run / "test_results.csv"
     if file.is_file():
         with file.open(newline="", encoding="utf-8") as rows:
             table = {row["snt_id"]: row for row in csv.DictReader(rows)}
-        # A test that was stopped has no mean yet.
+        # A test that was interrupted has no mean.
         if mean := table.get("avg"):
             lines.append(
                 f"- test, {len(table) - len(SUMMARY)} mixtures: "

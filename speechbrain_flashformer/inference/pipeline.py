@@ -1,9 +1,11 @@
-"""The way of a recording: reader, down, separator, up, writer.
+"""The processing chain: reader, resampler, separator, resampler, writer.
 
-Each stage has ``feed``, which takes the next block and gives what is ready,
-and ``flush``, which gives the rest. Memory does not grow with the recording.
+Each stage has ``feed``, which takes the next block and returns the output that
+is ready, and ``flush``, which returns the rest. Memory use does not grow with
+the length of the recording.
 
-Axes: C channels, S speakers, n samples; mixtures [C, n], sources [C, S, n].
+Axes: B chunks, C channels, S speakers, n, m and T samples; mixtures [C, n],
+sources [C, S, n].
 """
 
 import torch
@@ -20,20 +22,21 @@ from speechbrain_flashformer.nnet.separator import (
 
 
 def flow(blocks, stages):
-    """Feed blocks to the first stage, and what it gives to the next.
+    """Feed blocks through a chain of stages.
 
     Arguments
     ---------
     blocks : iterable of torch.Tensor
-        A recording in order.
+        The blocks of a recording in order.
     stages : list
-        Each with ``feed`` and ``flush``.
+        Objects with ``feed`` and ``flush``; each takes the output of the one
+        before.
 
     Yields
     ------
     torch.Tensor
-        What comes out of the last stage: once for each block, and the rest of
-        each stage at the end.
+        Output of the last stage: once for each block, and at the end once for
+        each stage that is flushed. Nothing if there are no blocks.
 
     Example
     -------
@@ -45,104 +48,159 @@ def flow(blocks, stages):
     begun = False
     for block in blocks:
         begun = True
-        yield _through(stages, block)
+        yield _feed_all(stages, block)
     for number, stage in enumerate(stages if begun else []):
-        yield _through(stages[number + 1 :], stage.flush())
+        yield _feed_all(stages[number + 1 :], stage.flush())
 
 
-def _through(stages, block):
+def _feed_all(stages, block):
     for stage in stages:
         block = stage.feed(block)
     return block
 
 
 def separate_blocks(blocks, rate, model_rate, separator, consistent=False):
-    """Separate blocks at one rate by a separator at another.
+    """Separate blocks, and resample where the rates differ.
 
     Arguments
     ---------
     blocks : iterable of torch.Tensor
         The mixture in order, each [C, n].
     rate, model_rate : int
-        Of the blocks and of the separator, Hz.
+        Sampling rates of the blocks and of the separator, Hz.
     separator : ChunkSeparator or StreamSeparator
-        A stage from [C, n] to [C, S, n].
+        Stage from [C, n] to [C, S, m].
     consistent : bool
-        Make the sources sum to the mixture.
+        Whether the sources sum to the mixture: adds the residual (mixture
+        minus sum of sources) to the sources in equal parts.
 
     Yields
     ------
     torch.Tensor
-        [C, S, n], as long in all as the blocks were.
+        Sources [C, S, m] at ``rate``; as many samples in total as the blocks
+        have.
+
+    Raises
+    ------
+    ValueError
+        When the rates have too small a common divisor to resample.
+
+    Example
+    -------
+    >>> class Twice:  # "separates" into two copies
+    ...     def feed(self, block):
+    ...         return torch.stack([block, block], 1)
+    ...     def flush(self):
+    ...         return torch.zeros(1, 2, 0)
+    >>> blocks = torch.randn(1, 44100).split(999, 1)
+    >>> sources = list(separate_blocks(blocks, 44100, 8000, Twice()))
+    >>> torch.cat(sources, 2).shape
+    torch.Size([1, 2, 44100])
     """
     stages = [separator]
     if rate != model_rate:
         up = Resampler(model_rate, rate)
         stages = [Resampler(rate, model_rate), separator, up]
-    heard, given = _Heard(blocks, consistent), 0
-    for sources in flow(heard, stages):
-        sources = sources[..., : heard.samples - given]
+    mixture, given = _MixtureBuffer(blocks, consistent), 0
+    for sources in flow(mixture, stages):
+        # Resampling there and back can add samples at the end.
+        sources = sources[..., : mixture.samples - given]
         given += sources.shape[-1]
         if consistent and sources.shape[-1]:
-            residual = heard.take(sources.shape[-1]) - sources.sum(1)
+            residual = mixture.take(sources.shape[-1]) - sources.sum(1)
             sources = sources + residual.unsqueeze(1) / sources.shape[1]
         yield sources
 
 
-class _Heard:
-    """Counts blocks [C, n] and, if asked, keeps them until they are taken."""
+class _MixtureBuffer:
+    """Counts the samples of blocks [C, n]; can store them until taken."""
 
-    def __init__(self, blocks, keep):
-        self.blocks, self.keep = blocks, keep
-        self.samples, self.kept = 0, []
+    def __init__(self, blocks, store):
+        self.blocks, self.store = blocks, store
+        self.samples, self.stored = 0, []
 
     def __iter__(self):
         for block in self.blocks:
             self.samples += block.shape[1]
-            if self.keep:
-                self.kept.append(block)
+            if self.store:
+                self.stored.append(block)
             yield block
 
     def take(self, samples):
-        """The first samples not taken yet, [C, samples]."""
-        kept = torch.cat(self.kept, 1)
-        self.kept = [kept[:, samples:]]
-        return kept[:, :samples]
+        """Remove and return the oldest stored samples, [C, samples]."""
+        stored = torch.cat(self.stored, 1)
+        self.stored = [stored[:, samples:]]
+        return stored[:, :samples]
 
 
 class StreamSeparator:
-    """A stage that separates as a stream.
+    """A stage that separates with a streaming network.
 
     Arguments
     ---------
     make_stream : callable
-        Channels -> a ``StreamingSeparator`` for as many signals.
+        Takes a number of signals and returns a ``StreamingSeparator`` for
+        them.
+
+    Example
+    -------
+    >>> from speechbrain_flashformer import build
+    >>> from speechbrain_flashformer.nnet.streaming import StreamingSeparator
+    >>> parts = list(build("streaming", num_layers=1).eval().children())
+    >>> stage = StreamSeparator(lambda n: StreamingSeparator(*parts, n))
+    >>> blocks = torch.randn(1, 999).split(100, 1)
+    >>> torch.cat(list(flow(blocks, [stage])), 2).shape
+    torch.Size([1, 2, 999])
     """
 
     def __init__(self, make_stream):
         self.make_stream, self.stream = make_stream, None
 
     def feed(self, block):
-        """The next samples [C, n] to those that are ready, [C, S, m]."""
+        """Take samples [C, n], return the sources that are ready, [C, S, m].
+
+        Arguments
+        ---------
+        block : torch.Tensor
+            The next samples, [C, n].
+
+        Returns
+        -------
+        torch.Tensor
+            [C, S, m] on the CPU; m may be 0.
+        """
         self.stream = self.stream or self.make_stream(len(block))
         return self.stream.feed(block).cpu().transpose(1, 2)
 
     def flush(self):
-        """The rest, [C, S, m]."""
+        """Return the rest, [C, S, m].
+
+        Returns
+        -------
+        torch.Tensor
+            [C, S, m] on the CPU.
+        """
         return self.stream.flush().cpu().transpose(1, 2)
 
 
 class ChunkNetwork:
-    """Encoder, masknet and decoder for chunks, [B, T] -> [B, S, T] on the CPU.
+    """Separates chunks [B, T] into sources [B, S, T] on the CPU.
 
     Arguments
     ---------
     networks : list of torch.nn.Module
-        The three of them, on one device.
+        Encoder, masknet and decoder, on one device.
     autocast : callable
-        Gives the context that they run in.
+        Returns the context manager that they run in.
     statistics : tuple of torch.Tensor, optional
-        As in ``separator.separate``, of the C channels of a recording.
+        Statistics of the C channels of the recording, as in
+        ``separator.separate``. B is then a multiple of C, and the rows of a
+        chunk are its channels in order.
+
+    Raises
+    ------
+    ValueError
+        When called, if an output is not finite.
     """
 
     def __init__(self, networks, autocast, statistics=None):
@@ -151,7 +209,7 @@ class ChunkNetwork:
 
     @torch.no_grad()
     def __call__(self, chunks):
-        """Separate chunks; those of a recording's channels are neighbours."""
+        """Separate chunks [B, T] into [B, S, T]."""
         given = self.statistics
         if given is not None:
             times = len(chunks) // len(given[0])
@@ -169,22 +227,36 @@ class ChunkNetwork:
 
 
 def recording_statistics(blocks, rate, model_rate, networks):
-    """What the norm needs of a whole recording, in blocks [C, n].
+    """Statistics of a whole recording for the input norm.
+
+    Arguments
+    ---------
+    blocks : iterable of torch.Tensor
+        The recording in order, each [C, n].
+    rate, model_rate : int
+        Sampling rates of the blocks and of the model, Hz.
+    networks : list of torch.nn.Module
+        Encoder, masknet and decoder.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        Mean and mean square, [C] each, as from ``encoder_statistics``.
 
     Raises
     ------
     ValueError
-        When the masknet has no such norm.
+        When the masknet does not take statistics, or is causal.
     """
     encoder, masknet, _ = networks
     problem = None
     if not takes(masknet, "statistics"):
-        problem = f"{type(unwrapped(masknet)).__name__} has none"
+        problem = f"{type(unwrapped(masknet)).__name__} takes no statistics"
     elif getattr(unwrapped(masknet), "causal", False):
-        problem = "a causal one's is over the past"
+        problem = "the norm of a causal model is over the past"
     if problem:
         raise ValueError(
-            f"norm 'recording' is one of FlashFormer's, {problem}: take 'chunk'"
+            f"norm 'recording' cannot be used, {problem}: take 'chunk'"
         )
     if rate != model_rate:
         blocks = flow(blocks, [Resampler(rate, model_rate)])
@@ -193,28 +265,38 @@ def recording_statistics(blocks, rate, model_rate, networks):
 
 
 def plan_chunks(options, networks, sample_rate, num_spks):
-    """Chunks in samples, as many at once as fit the memory.
+    """Convert chunk lengths to samples, and choose the batch size.
 
     Arguments
     ---------
     options : SeparationOptions
-        Lengths in seconds, and the memory.
+        ``chunk`` and ``overlap`` in seconds, ``memory`` in megabytes.
     networks : list of torch.nn.Module
         Encoder, masknet and decoder.
     sample_rate, num_spks : int
-        Of the model.
+        Sampling rate (Hz) and number of speakers of the model.
 
     Returns
     -------
     ChunkPlan
+        With as many chunks per call as fit into the memory; one on a CPU.
+
+    Example
+    -------
+    >>> from speechbrain_flashformer import build
+    >>> from speechbrain_flashformer.inference.options import SeparationOptions
+    >>> parts = list(build("tiny", num_layers=1).children())
+    >>> plan_chunks(SeparationOptions(), parts, 8000, 2).overlap
+    20000
     """
     encoder, masknet = (unwrapped(network) for network in networks[:2])
     weight, (_, stride) = next(encoder.parameters()), encoder_frame(encoder)
     chunk = round(options.chunk * sample_rate)
     batch = 1
-    # On a CPU one chunk fills all cores.
+    # On a CPU one chunk already uses all cores.
     if weight.device.type != "cpu":
-        # Masks, their products and a few tensors at the frame rate.
+        # Estimate: the masks, their products with the encoder output, and a
+        # few more tensors at the frame rate.
         per_frame = 4 * weight.shape[0] * (2 * num_spks + 4)
         megabytes = chunk / stride * per_frame / 1e6
         batch = max(1, int(options.memory / megabytes))

@@ -1,6 +1,6 @@
-"""Separate recordings with a trained model: any length, rate and channels.
+"""Separate recordings of any length, rate and number of channels.
 
-Axes: C channels, S speakers, n samples.
+Axes: B batch, C channels, S speakers, T, n and m samples.
 """
 
 import contextlib
@@ -27,10 +27,7 @@ from speechbrain_flashformer.inference.pipeline import (
     recording_statistics,
     separate_blocks,
 )
-from speechbrain_flashformer.inference.runtime import (
-    choose_steps,
-    traced_steps,
-)
+from speechbrain_flashformer.inference.runtime import choose_steps, traced_steps
 from speechbrain_flashformer.nnet.separator import MODULES, separate, unwrapped
 from speechbrain_flashformer.nnet.step import silence_broken
 from speechbrain_flashformer.nnet.streaming import StreamingSeparator
@@ -39,34 +36,39 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Recordings:
-    """The calls of ``FlashFormerSeparation`` and ``RecordingSeparator``.
+    """Methods of ``FlashFormerSeparation`` and ``RecordingSeparator``.
 
-    They need ``mods``, ``hparams`` and ``precision``, as SpeechBrain has them.
+    The classes provide ``mods``, ``hparams`` and ``precision``, as SpeechBrain
+    does. Methods raise an OSError when a file cannot be read or written, and a
+    ValueError when an input or an option is invalid.
     """
 
     precision = "fp32"
 
     def describe(self):
-        """What the model is and how it runs here, as a dict of texts."""
+        """Describe the model, as a dict: see ``description.describe``."""
         from speechbrain_flashformer.inference.description import describe
 
         return describe(self)
 
-    # --- in memory ----------------------------------------------------------
-
     @torch.no_grad()
     def separate_batch(self, mix):
-        """Separate mixtures at the model's rate, each whole; no gradients.
+        """Separate a batch of mixtures without chunks and without gradients.
 
         Arguments
         ---------
         mix : torch.Tensor
-            [B, T], T >= 1.
+            [B, T] at the model's rate, T >= 1.
 
         Returns
         -------
         torch.Tensor
-            [B, T, S].
+            [B, T, S] in the type of mix, on the model's device.
+
+        Raises
+        ------
+        ValueError
+            When mix has another shape.
         """
         if mix.ndim != 2 or not mix.numel():
             raise ValueError(
@@ -77,14 +79,14 @@ class Recordings:
             return separate(mix, *self._networks()).to(mix.dtype)
 
     def separate_audio(self, audio, sample_rate=None, **options):
-        """Separate audio that is in memory.
+        """Separate audio in memory.
 
         Arguments
         ---------
         audio : torch.Tensor or np.ndarray
-            [T] or [C, T]; integers are taken as PCM.
+            [T] or [C, T]; floats, or int16 or int32 PCM.
         sample_rate : int, optional
-            Hz, of input and output; the model's by default.
+            Rate of input and output in Hz; the model's by default.
         **options
             Fields of ``SeparationOptions``.
 
@@ -97,30 +99,28 @@ class Recordings:
         if sample_rate is None:
             sample_rate = self.hparams.sample_rate
         recording = AudioInMemory(audio, sample_rate)
-        return _joined(self._separate_blocks(recording, options))
+        return _concatenate(self._separate_blocks(recording, options))
 
     def separate_file(self, path, savedir=None, **options):
-        """Separate a file; the sources come back at its rate, in memory.
+        """Separate an audio file and return the sources in memory.
 
         Arguments
         ---------
         path : str or Path
             An audio file, or a URL.
         savedir : str or Path, optional
-            Where a file from a URL is kept; needed for one.
+            Folder for the download; required for a URL.
         **options
             Fields of ``SeparationOptions``.
 
         Returns
         -------
         torch.Tensor
-            [1, T, S], or [C, T, S] with channels="each"; float32, CPU.
+            As from ``separate_audio``, at the rate of the file.
         """
         options = SeparationOptions(**options)
         reader = AudioReader(local_file(path, savedir))
-        return _joined(self._separate_blocks(reader, options))
-
-    # --- file to files ------------------------------------------------------
+        return _concatenate(self._separate_blocks(reader, options))
 
     def separate_to_files(
         self,
@@ -132,17 +132,17 @@ class Recordings:
         overwrite=False,
         **options,
     ):
-        """Separate a file of any length into files, in little memory.
+        """Separate a file into files; memory does not grow with its length.
 
         Arguments
         ---------
         path : str or Path
             An audio file.
         folder : str or Path
-            Gets NAME_s1.wav, NAME_s2.wav, ... (NAME_c1_s1.wav, ... with
-            channels="each"), all at the end or, after an error, none.
+            Where NAME_s1.wav, NAME_s2.wav, ... are written (NAME_c1_s1.wav, ...
+            with channels="each"). After an error none of them is written.
         name : str, optional
-            NAME; that of the file by default.
+            NAME; the stem of path by default.
         subtype, normalize, overwrite
             As in ``SourceWriter``.
         **options
@@ -174,16 +174,16 @@ class Recordings:
         return writer.paths
 
     def output_paths(self, name, folder, channels=None):
-        """The files of a recording that ``separate_to_files`` writes.
+        """Paths that ``separate_to_files`` writes: by channel, then speaker.
 
         Arguments
         ---------
         name : str
-            NAME.
+            NAME, as in ``separate_to_files``.
         folder : str or Path
-            Where they are.
+            Folder of the files.
         channels : int, optional
-            How many are separated each; none by default.
+            C with channels="each"; None if the channels are mixed.
 
         Returns
         -------
@@ -199,17 +199,19 @@ class Recordings:
             for speaker in speakers
         ]
 
-    # --- streams ------------------------------------------------------------
-
     def make_stream(self, batch_size=1, run=None):
-        """A new stream at the model's rate, a ``StreamingSeparator``.
+        """Create a stream at the model's rate.
 
         Arguments
         ---------
         batch_size : int
-            Signals side by side.
+            Number of signals that are separated in parallel.
         run : callable, optional
             As in ``StreamingSeparator``.
+
+        Returns
+        -------
+        StreamingSeparator
 
         Raises
         ------
@@ -219,29 +221,29 @@ class Recordings:
         networks = self._bare_networks()
         if not getattr(networks[1], "causal", False):
             raise ValueError(
-                "this model is not causal and cannot stream: give one that is "
+                "this model is not causal and cannot stream: give a causal one "
                 "as --model; flashformer-streaming.yaml of the recipe trains "
                 "one (docs/streaming.md)"
             )
         return StreamingSeparator(*networks, batch_size, run)
 
     def separate_stream(self, blocks, sample_rate=None, run=None):
-        """Separate sound while it is heard.
+        """Separate live audio block by block.
 
         Arguments
         ---------
         blocks : iterable of torch.Tensor
-            The sound as it comes, each [C, n] of any n, float.
+            The audio in order, each float [C, n] of any n.
         sample_rate : int, optional
-            Hz, of input and output; the model's by default.
+            Rate of input and output in Hz; the model's by default.
         run : callable, optional
-            What ``choose_steps`` gives; traced steps by default.
+            As returned by ``choose_steps``; traced steps by default.
 
         Yields
         ------
         torch.Tensor
-            The next samples [C, m, S], CPU: once for each block and at the
-            end, as many in all as were heard.
+            The next samples [C, m, S] on the CPU, once for each block and at
+            the end; as many in total as the input has.
 
         Raises
         ------
@@ -249,19 +251,21 @@ class Recordings:
             When the model is not causal.
         """
         model_rate = self.hparams.sample_rate
-        # A resampler would spread what is no sound.
-        heard = map(silence_broken, blocks)
+        # Before resampling, which would spread invalid samples.
+        valid = map(silence_broken, blocks)
         run = run or traced_steps(self)
         separator = StreamSeparator(partial(self.make_stream, run=run))
         rates = sample_rate or model_rate, model_rate
-        for sources in separate_blocks(heard, *rates, separator):
+        for sources in separate_blocks(valid, *rates, separator):
             yield sources.transpose(1, 2)
 
     def stream_latency(self, sample_rate=None):
-        """Seconds until a sample that was heard comes out, at most.
+        """Latency in seconds of network and resampling, without the blocks'.
 
-        Those of the network and, at another rate than the model's, of
-        resampling; blocks that are heard at once add their own length.
+        Arguments
+        ---------
+        sample_rate : int, optional
+            Rate of the stream in Hz; the model's by default.
         """
         rate = self.hparams.sample_rate
         seconds = self.make_stream().latency / rate
@@ -270,16 +274,14 @@ class Recordings:
             seconds += Resampler(rate, sample_rate).latency
         return seconds
 
-    # --- the way of all recordings ------------------------------------------
-
     def _separate_blocks(self, recording, options):
         """Yield the sources [C, S, n] of an ``AudioReader``."""
         if options.streaming:
-            self.make_stream()  # or tell why not, before the file is read
+            self.make_stream()  # raises early if the model is not causal
         rate, model_rate = recording.sample_rate, self.hparams.sample_rate
         each = options.channels == "each"
         hear = plan_hearing(recording.blocks(), each, recording.path)
-        # A chunk in each, so that progress is told chunk by chunk.
+        # One chunk per block, so that progress is reported chunk by chunk.
         step = min(10.0, options.chunk - options.overlap)
         parts = separate_blocks(
             map(hear, recording.blocks(step)),
@@ -306,7 +308,7 @@ class Recordings:
                     options.callback(done / rate, seconds)
 
     def _separator(self, recording, hear, options):
-        """The stage that separates, at the model's rate."""
+        """Make the stage that separates at the model's rate."""
         if options.streaming:
             run = choose_steps(self, options.runtime)
             return StreamSeparator(partial(self.make_stream, run=run))
@@ -327,11 +329,11 @@ class Recordings:
         return [self.mods[name] for name in MODULES]
 
     def _bare_networks(self):
-        """Without what ``run_opts`` wrapped around them, which hides them."""
+        """The networks without the wrappers of ``run_opts``."""
         return [unwrapped(network) for network in self._networks()]
 
     def _autocast(self, precision="fp32"):
-        """The precision asked for, else that of ``run_opts``."""
+        """Autocast to a precision; with fp32 to that of ``run_opts``."""
         dtype = PRECISIONS[precision] or PRECISIONS[self.precision]
         if dtype is None:
             return contextlib.nullcontext()
@@ -339,10 +341,10 @@ class Recordings:
 
     @property
     def _weights_device(self):
-        # Brought elsewhere with ``to``, ``device`` is where they were loaded.
+        # ``self.device`` is not updated when ``to`` moves the modules.
         return next(self.mods.encoder.parameters()).device
 
 
-def _joined(parts):
-    """Sources [C, S, n] as SpeechBrain gives them, [C, T, S]."""
+def _concatenate(parts):
+    """Concatenate sources [C, S, n] to [C, T, S], as in SpeechBrain."""
     return torch.cat(list(parts), 2).transpose(1, 2)

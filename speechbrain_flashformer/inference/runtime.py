@@ -1,7 +1,7 @@
-"""What runs the steps of a stream: torch, or onnxruntime.
+"""Choose the runtime of a stream: torch or onnxruntime.
 
-The exported step stays in a folder of the user's cache: an export takes as long
-as many seconds of sound.
+An export takes as long as many seconds of audio, so the exported step is stored
+in the cache folder of the user.
 """
 
 import hashlib
@@ -24,44 +24,45 @@ from speechbrain_flashformer.nnet.streaming import MOST_TOKENS
 
 log = logging.getLogger(__name__)
 
-# Blocks that a graph of the cache is compared with torch over.
+# Number of blocks in which a cached graph is compared with torch.
 CHECKED_BLOCKS = 4
-# By model, their sessions by file and threads.
+# Model -> {(file, number of threads): session}.
 SESSIONS = weakref.WeakKeyDictionary()
+# Types of module attributes that the cache key depends on.
 PLAIN = (bool, int, float, str, tuple, list, type(None))
 
 
 def choose_steps(model, runtime="auto", block=None, tell=log.warning):
-    """What a model's streams are to be run by.
+    """Choose what runs the steps of a model's streams.
 
     Arguments
     ---------
-    model : FlashFormerSeparation
-        A causal one.
+    model : FlashFormerSeparation or RecordingSeparator
+        A causal model.
     runtime : str
-        ``torch``; ``onnx``, which exports a step that is not in the cache;
-        ``auto``, which is onnxruntime where it can run live sound at once,
-        else torch.
+        ``torch``: PyTorch. ``onnx``: onnxruntime; the step is exported if it
+        is not in the cache. ``auto``: onnxruntime for live audio if the step
+        is in the cache, else torch.
     block : float, optional
-        Seconds that are heard at once; by default as many as a stream takes at
-        once of a recording.
+        Length of a block of live audio in seconds. By default, for a
+        recording, the longest block that a stream runs at once.
     tell : callable, optional
-        Called with a text before what takes long.
+        Called with a message before an export, which takes long.
 
     Returns
     -------
     OnnxSteps or None
-        ``run`` of ``StreamingSeparator``; None for torch.
+        The argument ``run`` of ``StreamingSeparator``; None for torch.
 
     Raises
     ------
     ImportError
-        When the extra onnx is missing, and onnx was asked for.
+        With onnx, when the extra onnx is not installed.
     OSError
-        When an exported step cannot be kept.
+        When an exported step cannot be stored.
     ValueError
-        When the model is not causal or, with onnx, is not in float32 on the
-        CPU, has been changed by torch's tools, or has hooks.
+        When the model is not causal. With onnx also when it is not in float32
+        on the CPU, is quantised or has hooks.
 
     Example
     -------
@@ -72,11 +73,11 @@ def choose_steps(model, runtime="auto", block=None, tell=log.warning):
     >>> choose_steps(model, "torch") is None
     True
     """
-    step = model.make_stream().step  # or tell why not
-    # onnxruntime is not even imported where it has not been used before; for a
-    # recording it takes longer to begin than it wins.
-    unasked = runtime == "auto" and (block is None or not _has_cache())
-    if runtime == "torch" or unasked:
+    step = model.make_stream().step  # raises if the model is not causal
+    # With auto, do not even import onnxruntime if it was never used here. For
+    # a recording its start takes longer than it saves.
+    no_onnx = runtime == "auto" and (block is None or not _has_cache())
+    if runtime == "torch" or no_onnx:
         return None
     problem = _why_not(step)
     if problem and runtime == "auto":
@@ -89,42 +90,42 @@ def choose_steps(model, runtime="auto", block=None, tell=log.warning):
         tokens = int(block * model.hparams.sample_rate / step.token + 1e-6)
         tokens = min(max(1, tokens), MOST_TOKENS)
     path = cache_folder() / f"step-{_key(model, tokens)}.onnx"
-    # All streams of a model share a session that was checked.
-    kept = SESSIONS.setdefault(model, {})
+    # All streams of a model share a session, which is checked once.
+    sessions = SESSIONS.setdefault(model, {})
     key = path, torch.get_num_threads()
-    session = kept.get(key) or _cached_session(model, path, tokens)
+    session = sessions.get(key) or _cached_session(model, path, tokens)
     if session is None and runtime == "onnx":
-        _check_can_keep(path.parent)
+        _check_can_store(path.parent)
         tell(
-            f"exporting the model for onnxruntime, once: {path} will be taken "
-            "from now on"
+            "exporting the model for onnxruntime; this is done once, later "
+            f"runs use {path}"
         )
         milliseconds = 1000 * tokens * step.token / model.hparams.sample_rate
         export_streaming_onnx(model, path, True, milliseconds)
         session = onnx_session(path, torch.get_num_threads())
     if session is None:
         return None
-    kept[key] = session
-    # A trace is worth it for the few sizes of live sound.
+    sessions[key] = session
+    # Tracing pays off for live audio, which has few different block sizes.
     others = step if block is None else traced_steps(model)
     return OnnxSteps(session, others, tokens * step.token)
 
 
 class OnnxSteps:
-    """Steps in onnxruntime, for blocks of one size; others are those of torch.
+    """Runs blocks of one size in onnxruntime, and other blocks in torch.
 
-    A step costs about the same for a token as for several: blocks of a
-    multiple of the size are not cut, since torch takes them at once in less
-    time.
+    A step of one token costs about as much as one of several tokens. So a block
+    of a multiple of the size is not cut: torch runs it as a whole in less time.
 
     Arguments
     ---------
     session : onnxruntime.InferenceSession
-        Of what ``export_streaming_onnx`` writes.
+        Session of a graph from ``export_streaming_onnx``.
     others : callable
-        ``StreamingStep`` or ``CompiledSteps`` of the same network.
+        ``StreamingStep`` or ``CompiledSteps`` of the same network, for blocks
+        of other sizes.
     size : int
-        Samples of a block.
+        Samples per block of the graph.
     """
 
     def __init__(self, session, others, size):
@@ -132,9 +133,9 @@ class OnnxSteps:
         _, *self.names = (each.name for each in session.get_inputs())
 
     def __call__(self, mixture, *state):
-        """Sources [B, n, S] of mixtures [B, n], and the new state."""
+        """Separate mixtures [B, n]; return [sources [B, n, S], *new state]."""
         kind = mixture.device.type, mixture.dtype
-        # A model may be brought elsewhere while it streams.
+        # A model can be moved to another device while it streams.
         if mixture.shape[1] != self.size or kind != ("cpu", torch.float32):
             return self.others(mixture, *state)
         feeds = dict(zip(self.names, (part.numpy() for part in state)))
@@ -143,7 +144,22 @@ class OnnxSteps:
 
 
 def traced_steps(model):
-    """Steps of torch whose traces all streams of a model share."""
+    """Return steps in torch whose traces all streams of a model share.
+
+    Arguments
+    ---------
+    model : FlashFormerSeparation or RecordingSeparator
+        A causal model.
+
+    Returns
+    -------
+    CompiledSteps
+
+    Raises
+    ------
+    ValueError
+        When the model is not causal.
+    """
     step, steps = model.make_stream().step, model.__dict__.get("_steps")
     if steps is None or steps.step.masknet is not step.masknet:
         steps = model.__dict__["_steps"] = CompiledSteps(step)
@@ -151,7 +167,17 @@ def traced_steps(model):
 
 
 def cache_folder():
-    """The folder ``flashformer`` in the user's cache; it need not be there.
+    """Return the cache folder of this package; it may not exist.
+
+    Returns
+    -------
+    Path
+        ``flashformer`` in the cache folder of the user.
+
+    Raises
+    ------
+    RuntimeError
+        When the user has no home folder.
 
     Example
     -------
@@ -162,7 +188,7 @@ def cache_folder():
     if os.name == "nt":
         name, usual = "LOCALAPPDATA", "AppData/Local"
     folder = Path(os.environ.get(name, ""))
-    # The standard says that a relative one does not count.
+    # The XDG standard says to ignore a relative path.
     if not folder.is_absolute():
         folder = Path("~", usual).expanduser()
     return folder / "flashformer"
@@ -171,12 +197,12 @@ def cache_folder():
 def _has_cache():
     try:
         return os.path.isdir(cache_folder())
-    except RuntimeError:  # no home
+    except RuntimeError:  # no home folder
         return False
 
 
-def _check_can_keep(folder):
-    """Raise now what would otherwise be raised after the export."""
+def _check_can_store(folder):
+    """Raise an OSError before the export instead of after it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -189,7 +215,7 @@ def _check_can_keep(folder):
 
 
 def _why_not(step):
-    """Why onnxruntime cannot run a step: an error and its text, or None."""
+    """Why onnxruntime cannot run a step: (exception class, text), or None."""
     state = step.state_dict().values()
     hooks = ("_forward_hooks", "_forward_pre_hooks")
     if not all(isinstance(x, torch.Tensor) for x in state):
@@ -213,7 +239,7 @@ def _why_not(step):
 
 
 def _key(model, tokens):
-    """A hash of all that a graph depends on."""
+    """Hash everything that an exported graph depends on."""
     import onnxruntime
 
     digest = hashlib.sha256()
@@ -235,16 +261,16 @@ def _key(model, tokens):
 
 
 def _cached_session(model, path, tokens):
-    """A session of a file of the cache; None if it is not there, or broken."""
+    """Open and check a cached graph; None if it is missing or broken."""
     if not os.path.isfile(path):
         return None
-    # The caller's random numbers are not those of a check.
+    # The check must not advance the random number generator of the caller.
     with torch.random.fork_rng(devices=()):
         try:
             session = onnx_session(path, torch.get_num_threads())
             networks = networks_on_cpu(model)
             check_streaming(networks, session, tokens, blocks=CHECKED_BLOCKS)
-        # onnxruntime has an error of its own for each way to be broken.
+        # onnxruntime raises many different exceptions for broken files.
         except Exception as error:
             log.info("%s cannot be used: %s", path, error)
             return None

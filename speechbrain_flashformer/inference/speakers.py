@@ -1,6 +1,6 @@
-"""Who is who: which output of a chunk is which speaker of those before.
+"""Find the permutation of speakers between consecutive chunks.
 
-Axes: S speakers, T samples, K frames, D features.
+Axes: S speakers, T samples, K frames, F frequencies, D features.
 """
 
 from itertools import permutations
@@ -12,7 +12,7 @@ ENVELOPE_FRAME = 0.032  # seconds
 
 
 class SpeakerOrder:
-    """Says which output of a new chunk is which speaker of those before.
+    """Chooses the order of speakers of each new chunk of a recording.
 
     Arguments
     ---------
@@ -31,15 +31,15 @@ class SpeakerOrder:
     [1, 0]
     """
 
-    # A profile may say so much against an order, and no more: two chunks that
-    # agree to 30 dB in their overlap are beyond doubt.
+    # Largest cost in dB that the voice profile can add to an order. If two
+    # chunks agree to 30 dB in their overlap, the order is certain.
     MOST_DOUBT = 30.0
-    # What a voice never heard before costs; 15 s of one speaker lie 1 to 4
-    # apart, those of two speakers mostly above 8.
+    # Cost of a voice without a profile. The distance between two samples of
+    # 15 s is 1 to 4 for one speaker and mostly above 8 for two.
     UNKNOWN = 8.0
-    # What it costs when a speaker has nothing of the first channel's envelope.
-    # Envelopes of two conversations correlate by 0.1 or 0.2, whose cube is
-    # nothing; those of one conversation by nearly 1.
+    # Cost of a speaker whose envelope does not correlate with that in the
+    # first channel. Envelopes of two conversations correlate by 0.1 or 0.2,
+    # whose cube is almost 0; those of one conversation by nearly 1.
     UNLIKE = 30.0
 
     def __init__(self, num_spks, sample_rate):
@@ -48,31 +48,34 @@ class SpeakerOrder:
         self.frame = round(ENVELOPE_FRAME * sample_rate)
 
     def arrange(self, before, fresh, first=None):
-        """Choose the order in which a new chunk continues the last.
+        """Choose the order of speakers in which a new chunk continues.
+
+        Also adds the chunk to the voice profiles.
 
         Arguments
         ---------
         before : torch.Tensor or None
-            What the last chunk says about the overlap, [S, overlap]; None for
+            Estimates of the last chunk for the overlap, [S, overlap]; None for
             the first chunk.
         fresh : torch.Tensor
-            The new chunk from there on, [S, T].
+            Estimates of the new chunk from the start of the overlap, [S, T].
         first : torch.Tensor, optional
-            The same in the recording's first channel, in order, [S, T].
+            Those of the first channel of the recording, in their final order,
+            [S, T].
 
         Returns
         -------
         list of int
-            ``fresh[order]`` continues ``before``.
+            The order: ``fresh[order]`` continues ``before``.
         """
         S = len(fresh)
         errors, energy = torch.ones(S, S), S
         if before is not None:
-            # In the middle both chunks have heard most of what is around.
+            # In the middle of the overlap both chunks have most context.
             weight = torch.hann_window(before.shape[1], periodic=False) ** 2
             shared = weight * fresh[:, : before.shape[1]]
             before = weight * before
-            # |a - b|^2 of every pair, so that each order is a sum.
+            # |a - b|^2 of every pair; the error of an order is a sum of these.
             errors = (before[:, None] - shared).square().sum(2).double()
             energy = before.square().sum() + shared.square().sum()
         sums, counts = self.profile.measure(fresh)
@@ -102,19 +105,19 @@ class SpeakerOrder:
 
 
 def envelope_correlation(one, other, frame):
-    """Correlation of the envelopes of signals that sound at the same time.
+    """Correlate the envelopes of simultaneous signals.
 
     Arguments
     ---------
     one, other : torch.Tensor
-        [S, T] each.
+        Signals of the same time, [S, T] each.
     frame : int
-        Samples that make one value of the envelope.
+        Samples per value of the envelope.
 
     Returns
     -------
     torch.Tensor
-        [S, S], each of -1 to 1; 0 where an envelope is constant.
+        Correlations, [S, S], from -1 to 1; 0 where an envelope is constant.
 
     Example
     -------
@@ -135,23 +138,36 @@ def envelope_correlation(one, other, frame):
 
 
 class VoiceProfile:
-    """Means of what tells voices apart: spectral envelope and pitch.
+    """Mean voice features of each speaker: spectral envelope and pitch.
 
-    Per frame, a log-mel spectrum without its mean and the autocorrelation at
-    the lags of a voice's pitch, over the frames that are one speaker's alone.
+    The features of a frame are its log-mel spectrum minus the mean, and its
+    autocorrelation at the lags of voice pitch. Only frames in which one speaker
+    dominates are used.
 
-    Arguments are those of ``SpeakerOrder``.
+    Arguments
+    ---------
+    num_spks : int
+        S.
+    sample_rate : int
+        Hz.
+
+    Example
+    -------
+    >>> profile = VoiceProfile(2, 8000)
+    >>> sums, counts = profile.measure(torch.randn(2, 8000))
+    >>> sums.shape, counts.shape
+    (torch.Size([2, 2, 69]), torch.Size([2]))
     """
 
     WINDOW = 0.064  # seconds
     BANDS, LAGS = 24, 45
     HIGHEST, LOWEST = 400, 73  # pitch, Hz
-    # Frames of one speaker: so much above the others, and so far below the
-    # loudest frame at most, in power.
+    # A frame belongs to one speaker if its power is ALONE times that of the
+    # others, and at least FLOOR times that of the loudest frame.
     ALONE, FLOOR = 4.0, 1e-4
 
     def __init__(self, num_spks, sample_rate):
-        from torchaudio.functional import melscale_fbanks  # takes its time
+        from torchaudio.functional import melscale_fbanks  # slow import
 
         self.size = round(self.WINDOW * sample_rate)
         self.window = torch.hann_window(self.size)
@@ -170,9 +186,18 @@ class VoiceProfile:
         self.counts = torch.zeros(num_spks, dtype=torch.double)
 
     def measure(self, estimate):
-        """Sums of features and of their squares over the frames that tell.
+        """Sum the features over the frames in which one speaker dominates.
 
-        estimate [S, T] -> sums [S, 2, D] and counts of frames [S].
+        Arguments
+        ---------
+        estimate : torch.Tensor
+            Separated signals, [S, T].
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            Sums of features and of their squares, [S, 2, D], and numbers of
+            frames, [S].
         """
         estimate = estimate.detach().float().cpu()
         sums, counts = (
@@ -204,26 +229,37 @@ class VoiceProfile:
         return sums, counts
 
     def _features(self, power):
-        """[K, F] -> [K, D]."""
+        """Features [K, D] of power spectra [K, F]."""
         mel = torch.log(power @ self.mel + 1e-10)
         mel = mel - mel.mean(1, keepdim=True)
         pitch = torch.fft.irfft(power, self.size)
         pitch = pitch[:, self.lags] / pitch[:, :1].clamp(min=1e-10)
-        # Pitch varies less in these units than the envelope: to count alike.
+        # The autocorrelation varies less than the log-mel spectrum; the factor
+        # balances their weights.
         pitch = 3 * pitch.unflatten(1, (self.LAGS, 2)).mean(2)
         return torch.cat([mel, pitch], 1)
 
     def add(self, sums, counts):
-        """Add what was measured to each speaker's profile."""
+        """Add sums and counts, as from ``measure``, to the profiles."""
         self.sums += sums
         self.counts += counts
 
     def distances(self, sums, counts, unknown):
-        """How far each profile is from each new voice, [S][S] numbers.
+        """Distances between the profiles and new voices.
 
-        Squared differences of the means, in units of the variance between
-        frames; ``unknown`` where a profile has no frames, 0 where the new
-        voice has none.
+        Arguments
+        ---------
+        sums, counts : torch.Tensor
+            The new voices, as from ``measure``.
+        unknown : float
+            Distance of a profile without frames.
+
+        Returns
+        -------
+        list of list of float
+            [profile][voice]: squared differences of the means in units of the
+            variance between frames, reduced for voices with few frames; 0 for
+            a voice without frames.
         """
         S = len(counts)
         total = self.counts.sum()
@@ -233,7 +269,7 @@ class VoiceProfile:
         squares = self.sums[:, 1] - self.counts[:, None] * means.square()
         variance = squares.sum(0) / total + 1e-6
         news = sums[:, 0] / counts.clamp(min=1)[:, None]
-        # Few frames tell little: their mean is wide of the speaker's.
+        # The mean of few frames is an inaccurate estimate of the voice.
         trust = counts / (counts + 1 / self.WINDOW)
 
         def _distance(i, j):

@@ -1,8 +1,8 @@
-"""What the yaml of a model may ask for without being trusted.
+"""Restrict the yaml of an untrusted model to what ``flashformer pack`` writes.
 
-HyperPyYAML can call anything, include files and read attributes. A packed
-model needs none of it: its yaml is checked as a tree of nodes, of which
-nothing is constructed, and once more when it is.
+HyperPyYAML can call any code, include files and read attributes. A packed model
+needs none of this. Its yaml is checked twice: as a tree of nodes, before
+anything is constructed, and again when the objects are constructed.
 """
 
 import re
@@ -13,12 +13,12 @@ from ruamel.yaml.nodes import MappingNode
 from speechbrain_flashformer.nnet.separator import MODULES
 
 PRETRAINER = "speechbrain.utils.parameter_transfer.Pretrainer"
-# Stands for it where SpeechBrain is not imported.
+# Replaces the Pretrainer where SpeechBrain is not imported.
 LOADABLES = "types.SimpleNamespace"
 DUAL_PATH = "speechbrain.lobes.models.dual_path"
 PLAIN_PATH = "speechbrain_flashformer.nnet.plain"
 RESEPFORMER = "speechbrain.lobes.models.resepformer"
-# Networks that do nothing with their arguments but build layers.
+# Allowed classes: networks that only build layers from their arguments.
 CLASSES = {
     PRETRAINER,
     LOADABLES,
@@ -42,7 +42,7 @@ CLASSES = {
     f"{RESEPFORMER}.MemLSTM",
 }
 REFERENCES = {f"<{name}>" for name in (*MODULES, "modules")}
-# Tag -> what does the same on torch alone.
+# Tag -> tag of an equivalent that needs only torch.
 WITHOUT_SPEECHBRAIN = {
     f"!new:{DUAL_PATH}.Encoder": f"!new:{PLAIN_PATH}.Encoder",
     f"!new:{DUAL_PATH}.Decoder": f"!new:{PLAIN_PATH}.Decoder",
@@ -52,21 +52,23 @@ PLAIN = {
     f"tag:yaml.org,2002:{kind}"
     for kind in ("map", "seq", "str", "int", "float", "bool", "null")
 }
-# HyperPyYAML reads the inside of "(...)" as yaml again, with every tag.
+# HyperPyYAML parses the inside of "(...)" as yaml again, with all tags. So only
+# numbers are allowed there.
 TUPLE = re.compile(r"\([-+.,\de\s]*\)")
 
 
 def untrusted(root):
-    """What of a model's yaml ``flashformer pack`` never writes.
+    """Find what ``flashformer pack`` never writes in the yaml of a model.
 
     Arguments
     ---------
     root : ruamel.yaml.nodes.MappingNode
-        The yaml as it was composed.
+        The composed yaml.
 
     Returns
     -------
     list of str
+        Anchors, tags and values that are not allowed.
 
     Example
     -------
@@ -75,7 +77,7 @@ def untrusted(root):
     >>> untrusted(root)
     ['!apply:os.system']
     """
-    # Nodes under several names can be of a size without bound.
+    # With anchors, a short yaml can expand to unbounded size.
     anchors = [f"&{node.anchor}" for node in _nodes(root) if node.anchor]
     return anchors + _odd_nodes(root)
 
@@ -83,12 +85,17 @@ def untrusted(root):
 class PackedLoader(Loader):
     """Constructs only what ``flashformer pack`` writes.
 
-    HyperPyYAML writes the yaml anew, with references resolved, before it
-    constructs: what is checked here is what is constructed.
+    HyperPyYAML resolves the references and writes a new yaml before it
+    constructs objects. This loader checks that yaml.
+
+    Raises
+    ------
+    ValueError
+        While loading, when the yaml contains anything else.
     """
 
     def get_single_data(self):
-        """Construct the one document of the stream."""
+        """Check the document of the stream, and construct it."""
         root = self.get_single_node()
         if odd := _odd_nodes(root):
             raise ValueError(refusal(odd, "it"))
@@ -96,10 +103,22 @@ class PackedLoader(Loader):
 
 
 def refusal(odd, path):
-    """Why a yaml is not built, and what to do about it."""
+    """Error message for a yaml that needs trust.
+
+    Arguments
+    ---------
+    odd : list of str
+        As from ``untrusted``, not empty.
+    path : str or Path
+        The yaml.
+
+    Returns
+    -------
+    str
+    """
     return (
         f"{path} asks for {odd[0][:99]!r}, which 'flashformer pack' never "
-        "writes and which may run code: if you trust who made it, say --trust "
+        "writes and which may run code: if you trust its author, say --trust "
         "(in Python trust=True)"
     )
 
@@ -120,7 +139,7 @@ def _nodes(root):
 
 
 def _odd_nodes(root):
-    """Tags, and values without a tag, that are not allowed."""
+    """Find the tags and values that are not allowed."""
     odd = []
     for node in _nodes(root):
         tag, value = str(node.tag), node.value
@@ -128,7 +147,7 @@ def _odd_nodes(root):
         if tag.startswith("!new:"):
             fine = tag.removeprefix("!new:") in CLASSES
             if tag in (f"!new:{PRETRAINER}", f"!new:{LOADABLES}"):
-                # Its paths and hooks would fetch and call.
+                # Paths would fetch files, and hooks would call code.
                 keys = isinstance(node, MappingNode) and [
                     key.value for key, _ in value
                 ]

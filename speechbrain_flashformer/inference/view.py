@@ -1,4 +1,4 @@
-"""Audio files as libsndfile reads them, or a view of one made of its pieces."""
+"""Open audio files in libsndfile, directly or as a view of parts of a file."""
 
 import io
 import os
@@ -8,49 +8,78 @@ import soundfile
 
 
 def open_sound(path, pieces=None):
-    """Open a stream of a file for reading it once, from its begin to its end.
+    """Open a stream of an audio file for one pass from start to end.
 
     Arguments
     ---------
     path : str or Path
         The file.
     pieces : list, optional
-        As ``find_streams`` gives them.
+        Pieces of a ``View``, as from ``find_streams``. By default the file is
+        opened directly.
 
     Returns
     -------
     soundfile.SoundFile
+        It cannot seek.
 
     Raises
     ------
+    OSError
+        When the file cannot be opened.
     soundfile.SoundFileError
         When libsndfile cannot read it.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "a.wav"
+    >>> soundfile.write(path, [0.0] * 80, 8000)
+    >>> with open_sound(path) as sound:
+    ...     sound.frames
+    80
     """
     return _Forward(View(path, pieces) if pieces else native_name(path))
 
 
 def native_name(path):
-    """A path as soundfile takes it, even where it is no UTF-8."""
+    """Convert a path for soundfile, so that names need not be UTF-8.
+
+    Arguments
+    ---------
+    path : str or Path
+        Any path.
+
+    Returns
+    -------
+    str or bytes
+        str on Windows, else bytes.
+    """
     return str(path) if os.name == "nt" else os.fsencode(path)
 
 
 class _Forward(soundfile.SoundFile):
-    """A file that is not seeked: where no length is known that cannot work."""
+    """A SoundFile that does not seek, which fails if the length is unknown."""
 
     def seekable(self):
-        """Whether it can be seeked: never."""
+        """Return False."""
         return False
 
 
 class View(io.RawIOBase):
-    """A file to read, made of pieces of another.
+    """A read-only file that concatenates bytes and parts of another file.
 
     Arguments
     ---------
     path : str or Path
         The other file.
     pieces : list
-        In order: bytes as they are, or (start, stop) in the other file.
+        In order: bytes, or (start, stop) for a part of the other file, in
+        bytes.
+
+    Raises
+    ------
+    OSError
+        When the other file cannot be opened.
 
     Example
     -------
@@ -72,22 +101,23 @@ class View(io.RawIOBase):
         self.position = 0
 
     def readable(self):
-        """It is."""
+        """Return True."""
         return True
 
     def tell(self):
-        """Bytes from the start."""
+        """Return the position in bytes."""
         return self.position
 
     def seek(self, offset, whence=io.SEEK_SET):
-        """Go on from there."""
+        """Set the position, as ``io.IOBase.seek`` does, and return it."""
         origins = {io.SEEK_SET: 0, io.SEEK_CUR: self.position}
         self.position = max(0, origins.get(whence, self.size) + offset)
         return self.position
 
     def readinto(self, buffer):
-        """Fill the buffer, as far as the file goes."""
-        # libsndfile takes less than it asked for as the end of the file.
+        """Fill a buffer up to the end of the view; return the bytes read."""
+        # Fill it completely: libsndfile takes a short read for the end of the
+        # file.
         filled = 0
         while filled < len(buffer) and self.position < self.size:
             place = bisect_right(self.starts, self.position) - 1

@@ -1,15 +1,16 @@
-"""Weights as files: read without running code, given to a module strictly."""
+"""Read checkpoints without running code, and load them strictly."""
 
 from pathlib import Path
 
 import torch
 
-MEND = "copy it again from where it is whole, or pack its training again"
-OF_ONE_MODEL = "give both of the same model"
+# Remedies in error messages.
+MEND = "copy it again from an intact source, or pack the training run again"
+OF_ONE_MODEL = "use the yaml and the weights of the same model"
 
 
 def load_weights(module, path):
-    """Give a module the weights of a checkpoint, all or none.
+    """Load a checkpoint into a module, all weights or none.
 
     Arguments
     ---------
@@ -21,9 +22,10 @@ def load_weights(module, path):
     Raises
     ------
     OSError
-        When it cannot be read.
+        When the file cannot be read.
     ValueError
-        When it holds no weights, or not this module's.
+        When the file holds no weights, or those of another module, or a weight
+        is not finite.
 
     Example
     -------
@@ -35,11 +37,29 @@ def load_weights(module, path):
 
 
 def read_weights(path):
-    """A state dict on the CPU; a checkpoint runs no code."""
+    """Read a state dict onto the CPU, without running code from the file.
+
+    Arguments
+    ---------
+    path : str or Path
+        The checkpoint.
+
+    Returns
+    -------
+    dict of torch.Tensor
+        By name.
+
+    Raises
+    ------
+    OSError
+        When the file cannot be read.
+    ValueError
+        When the file is broken or holds no state dict.
+    """
     check_readable(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    # It was readable: what fails now is the unzipper or the unpickler.
+    # The file is readable: any error now comes from unzipping or unpickling.
     except Exception as error:
         raise ValueError(
             f"{path} is cut, or no checkpoint of weights: {MEND}"
@@ -53,7 +73,24 @@ def read_weights(path):
 
 
 def fit_weights(module, state, path, mend=OF_ONE_MODEL):
-    """Give a module a state dict that was read from a path, all or none."""
+    """Load a state dict into a module, all weights or none.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        On any device.
+    state : dict of torch.Tensor
+        By name.
+    path : str or Path
+        Where the state dict is from, for messages.
+    mend : str
+        Remedy in the message if the weights are those of another module.
+
+    Raises
+    ------
+    ValueError
+        When names, shapes or types differ, or a weight is not finite.
+    """
     own = module.state_dict()
     wrong = mismatched(state, module) or [
         key
@@ -68,10 +105,11 @@ def fit_weights(module, state, path, mend=OF_ONE_MODEL):
             f"{len(wrong)} weights, such as {wrong[0]}: {mend}"
         )
     try:
-        # As they will be: what is finite here may be too large for a half.
+        # Check them in the type of the module: a finite float32 can be
+        # infinite in half precision.
         state = {key: value.to(own[key]) for key, value in state.items()}
         broken = [key for key, value in state.items() if not _is_finite(value)]
-    # Quantized, without storage, and what else a tensor can be.
+    # Quantised tensors, tensors without storage, and the like.
     except Exception as error:
         raise ValueError(f"{path}: {one_line(error)}: {MEND}") from error
     if broken:
@@ -87,19 +125,19 @@ def _is_finite(value):
 
 
 def mismatched(state, module):
-    """Names of the weights in which a state dict is another network's.
+    """Names of the weights that differ between a state dict and a module.
 
     Arguments
     ---------
     state : dict
         Loaded from a checkpoint.
     module : torch.nn.Module
-        What it should fit.
+        The module that it should fit.
 
     Returns
     -------
     list of str
-        Sorted: missing, unknown or of another shape.
+        Sorted names of weights that are missing, unknown or of another shape.
 
     Example
     -------
@@ -115,7 +153,20 @@ def mismatched(state, module):
 
 
 def check_readable(path):
-    """Tell what is wrong with a file in words, before it is parsed."""
+    """Raise a clear error for an unreadable file, before it is parsed.
+
+    Arguments
+    ---------
+    path : str or Path
+        The file.
+
+    Raises
+    ------
+    OSError
+        When the file cannot be opened.
+    ValueError
+        When the file is empty or a pointer of Git LFS.
+    """
     try:
         with open(path, "rb") as file:
             head = file.read(40)
@@ -133,7 +184,22 @@ def check_readable(path):
 
 
 def one_line(error):
-    """What an exception says, in one line of moderate length."""
+    """Format the message of an exception as one line of limited length.
+
+    Arguments
+    ---------
+    error : Exception
+        Any.
+
+    Returns
+    -------
+    str
+
+    Example
+    -------
+    >>> one_line(ValueError("one\\n  two"))
+    'one two'
+    """
     parts = [error] if isinstance(error, OSError) else error.args
     said = " ".join(": ".join(map(str, parts)).split()) or repr(error)
     return said if len(said) < 300 else f"{said[:300]} ..."
