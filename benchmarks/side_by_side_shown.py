@@ -39,7 +39,7 @@ END = "<!-- end of table -->\n"
 
 
 def table(rows):
-    """The table of the README, two threads, as Markdown."""
+    """Return the table of the README as Markdown, for two threads."""
     found = {tuple(row[key] for key in KEYS): row for row in rows}
 
     def cell(task, model, seconds, column, digits):
@@ -84,13 +84,13 @@ def table(rows):
 
 
 def with_table(text, lines):
-    """A page with the table between its marks."""
+    """Return a page with the table between its markers replaced."""
     before, rest = text.split(START)
     return before + START + lines + END + rest.split(END)[1]
 
 
 def draw(rows, results):
-    """Plot time and memory over the length, and quality over the MACs."""
+    """Plot time and memory over the length, and quality over MACs."""
     from matplotlib.figure import Figure
 
     # On a log axis there must be something.
@@ -172,7 +172,7 @@ def _save(figure, results, what):
 
 
 def report(rows):
-    """Lines that put the promised ratios beside their bars, two threads."""
+    """Yield lines that compare the ratios with their goals, two threads."""
     found = {
         tuple(row[key] for key in KEYS): row
         for row in rows
