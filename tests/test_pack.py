@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from hyperpyyaml import load_hyperpyyaml
+from ruamel.yaml import YAML
 from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_flashformer import cli
@@ -334,3 +335,22 @@ def test_what_the_recipes_compute_is_packed_as_a_number(
     text = (folder / "hyperparams.yaml").read_text()
     assert "future_tokens: 2" in text and "!apply" not in text
     FlashFormerSeparation.from_hparams(folder)
+
+
+def test_the_card_tells_a_hub_the_results_of_the_test(make_run, tmp_path):
+    run = make_run(tmp_path / "run", seed=0)
+
+    def _front(name):
+        card = (pack(run, tmp_path / name) / "README.md").read_text()
+        return YAML(typ="safe").load(card.split("---\n")[1])
+
+    assert "model-index" not in _front("untested")
+    rows = ("snt_id,sdr_i,si-snr_i", "a,8,7", "b,10,9", "avg,9,8")
+    rows += ("median,9,8", "5th percentile,8.1,7.1")
+    (run / "test_results.csv").write_text("\n".join(rows))
+    (model,) = _front("tested")["model-index"]
+    assert model["name"] == "tested"
+    (result,) = model["results"]
+    assert result["dataset"]["name"].startswith("2 test mixtures")
+    found = {x["type"]: x["value"] for x in result["metrics"]}
+    assert found == {"si-snri": 8.0, "sdri": 9.0}

@@ -1,6 +1,5 @@
 """Pack a training run into a model folder, and start training from one."""
 
-import csv
 from io import StringIO
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.scalarbool import ScalarBoolean
 from speechbrain.utils.checkpoints import Checkpointer
 
-from speechbrain_flashformer import __version__
+from speechbrain_flashformer.inference.card import model_card
 from speechbrain_flashformer.inference.files import written_beside
 from speechbrain_flashformer.inference.models import (
     build_model,
@@ -29,7 +28,6 @@ from speechbrain_flashformer.training.checkpoints import (
     averaged_weights,
     output_gain,
 )
-from speechbrain_flashformer.training.scores import SUMMARY
 
 LOOKAHEAD = "!apply:speechbrain_flashformer.nnet.streaming.lookahead_tokens"
 PACKED = {"hyperparams.yaml", "README.md", *(f"{m}.ckpt" for m in MODULES)}
@@ -42,44 +40,6 @@ modules:
 
 pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
     loadables: !ref <modules>
-"""
-
-CARD = """\
----
-library_name: speechbrain
-pipeline_tag: audio-to-audio
-tags:
-  - speech-separation
-  - speechbrain
-  - flashformer
----
-
-# {name}
-
-Separates single-channel recordings of {num_spks} speakers at {sample_rate} Hz;
-{parameters:.1f} million parameters. Made by speechbrain-flashformer {version}.
-
-## Use
-
-```sh
-pip install speechbrain-flashformer
-flashformer separate mixture.wav -o separated --model {name}{option}
-```
-
-```python
-from speechbrain_flashformer.inference import FlashFormerSeparation
-
-model = FlashFormerSeparation.from_hparams("{name}"{argument})
-sources = model.separate_file("mixture.wav")  # [1, time, speakers]
-```
-
-`{name}` is this folder. For the same model on the Hugging Face hub write
-`hf:OWNER/{name}`.
-{results}
-## Training
-
-To be written by the author of the model: training data and their licences,
-and what the model is not good at.
 """
 
 
@@ -167,16 +127,9 @@ def pack(run, out, half=False, overwrite=False):
             if half:
                 state = _halved(state, file)
             torch.save(state, partial / f"{name}.ckpt")
-        card = CARD.format(
-            name=out.name,
-            num_spks=tree["num_spks"],
-            sample_rate=tree["sample_rate"],
-            parameters=parameters / 1e6,
-            version=__version__,
-            results=_results(run, best[0].meta),
-            option=" --trust" if odd else "",
-            argument=", trust=True" if odd else "",
-        )
+        numbers = {key: tree[key] for key in ("num_spks", "sample_rate")}
+        numbers["parameters"] = parameters / 1e6
+        card = model_card(out.name, numbers, run, best[0].meta, bool(odd))
         (partial / "README.md").write_text(card, encoding="utf-8")
     return out
 
@@ -319,21 +272,3 @@ def _plain(node):
     if node.tag.value:
         copy.yaml_set_ctag(node.tag)
     return copy
-
-
-def _results(run, meta):
-    """Scores of the run, as a section of the model card."""
-    when = f" at epoch {meta['epoch']}" if "epoch" in meta else ""
-    lines = [f"- validation: SI-SNR {-meta['si-snr']:.2f} dB{when}"]
-    file = run / "test_results.csv"
-    if file.is_file():
-        with file.open(newline="", encoding="utf-8") as rows:
-            table = {row["snt_id"]: row for row in csv.DictReader(rows)}
-        # A test that was interrupted has no mean.
-        if mean := table.get("avg"):
-            lines.append(
-                f"- test, {len(table) - len(SUMMARY)} mixtures: "
-                f"SI-SNRi {float(mean['si-snr_i']):.2f} dB, "
-                f"SDRi {float(mean['sdr_i']):.2f} dB"
-            )
-    return "\n## Results\n\n" + "\n".join(lines) + "\n"
