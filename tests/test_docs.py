@@ -7,6 +7,7 @@ options exist is checked.
 
 import doctest
 import io
+import itertools
 import re
 import shlex
 import shutil
@@ -29,6 +30,12 @@ PAGES = [
     RECIPE / "README.md",
     ROOT / "recipes" / "Pretrained" / "README.md",
     ROOT / "speechbrain_flashformer" / "pretrained" / "README.md",
+]
+LINKED = [
+    *PAGES,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "speechbrain_flashformer" / "pretrained_streaming" / "README.md",
 ]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # What a page leaves to the reader, and what stands for it here.
@@ -90,6 +97,30 @@ def test_what_a_page_shows_runs(page, here, capsys):
     assert 2 * len(blocks) == len(re.findall("^```", text, re.M))
     for language, code in blocks:
         run_block(page, language, code, names)
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.name))
+def test_links_lead_somewhere(page):
+    """To a file of the project, and to a heading that it has."""
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    links = re.findall(r"\]\(([^)\s]+)\)|^\[[^]]+\]: (\S+)$", text, re.M)
+    for link in filter(None, itertools.chain(*links)):
+        if "://" in link:
+            continue
+        path, _, heading = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if heading:
+            assert heading in anchors(target), link
+
+
+def anchors(page):
+    """Names of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        for heading in headings
+    }
 
 
 def run_block(page, language, code, names):

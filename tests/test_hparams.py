@@ -39,7 +39,7 @@ def test_each_size_loads_alone_and_fits_its_budget(name):
     assert macs <= BUDGET[name]
     count = sum(p.numel() for part in model for p in part.parameters()) / 1e6
     row = f"| {name} | {count:.1f} | {macs:.2f} |"
-    assert row in (ROOT / "README.md").read_text("utf-8")
+    assert row in (ROOT / "docs/architecture.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("name", BUDGET)
