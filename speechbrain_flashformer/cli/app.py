@@ -286,6 +286,6 @@ COMMANDS = (
         "app",
         _app,
         _add_options,
-        "serve a web page that separates uploads (needs the extra app)",
+        "serve a web page to try a model in a browser (needs the extra app)",
     ),
 )

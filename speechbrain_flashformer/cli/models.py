@@ -52,7 +52,7 @@ def add_runtime(add):
         choices=CHOICES["runtime"],
         help="runtime for streaming. torch: PyTorch. onnx: onnxruntime on the "
         "CPU; the first run exports the model, which takes some seconds. auto "
-        "(default): onnx for live sound if the model was exported before, "
+        "(default): onnx for live audio if the model was exported before, "
         "else torch",
     )
 

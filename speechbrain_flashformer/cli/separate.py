@@ -29,8 +29,8 @@ the input.
 
 INPUT is an audio file, a folder, a quoted glob, or - for an audio file on
 standard input (NAME is then stdin). A folder is searched recursively, and DIR
-gets the same subfolders. In folders, files that libsndfile cannot read and
-sources from an earlier run are skipped.
+gets the same subfolders. Files in it that libsndfile cannot read, and sources
+of recordings in it from an earlier run, are skipped.
 
 The paths of the written files go to standard output, messages to standard
 error. If a file fails, the others are still separated, and the exit status

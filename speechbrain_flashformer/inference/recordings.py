@@ -315,9 +315,9 @@ class Recordings:
         rate, num_spks = self.hparams.sample_rate, self.hparams.num_spks
         networks, statistics = self._networks(), None
         if options.norm == "recording":
-            heard = map(hear, recording.blocks())
+            mixture = map(hear, recording.blocks())
             statistics = recording_statistics(
-                heard, recording.sample_rate, rate, networks
+                mixture, recording.sample_rate, rate, networks
             )
         network = ChunkNetwork(
             networks, lambda: self._autocast(options.precision), statistics

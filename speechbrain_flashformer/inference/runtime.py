@@ -209,7 +209,7 @@ def _check_can_store(folder):
             raise PermissionError(f"no right to write in {folder}")
     except OSError as error:
         raise type(error)(
-            f"the exported model cannot be kept in {folder}: {error}; set "
+            f"the exported model cannot be stored in {folder}: {error}; set "
             "XDG_CACHE_HOME to another folder, or give --runtime torch"
         ) from error
 
