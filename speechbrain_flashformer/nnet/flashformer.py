@@ -38,8 +38,7 @@ class FlashFormer(nn.Module):
     token_stride : int
         Frames per token, a power of two. With 1, attention covers every frame.
     window : tuple of int, optional
-        Tokens that attention sees to the (left, right); -1 means unbounded,
-        None means unbounded on both sides.
+        Tokens seen to the (left, right); -1 is unbounded, None is (-1, -1).
     lookback, lookahead : int
         FSMN taps on past and on future frames, at every rate.
     dilations : sequence of int
@@ -51,13 +50,12 @@ class FlashFormer(nn.Module):
     checkpointing : bool
         Recompute each layer in the backward pass, which saves memory.
     causal : bool
-        No frame depends on input after its token: the right side of the window
-        and lookahead become 0, and the input norm covers the past only.
+        Masks depend on no input after their token plus future_tokens: lookahead
+        and the right side of the window are 0, the input norm covers the past.
     future_tokens : int
         Lookahead of a causal network, in tokens after the current one.
     norm_span : int, optional
-        Frames that the input norm of a causal network covers; by default the
-        frames of 500 tokens.
+        Frames of a causal network's input norm; by default those of 500 tokens.
 
     Example
     -------
@@ -228,11 +226,7 @@ class FlashFormer(nn.Module):
         """Run all layers on tokens [B, T, C]; lengths [B] are in frames."""
         places = self.place(x, lengths, past["tokens"])
         for layer, context in zip(self.layers, past["layers"]):
-            if self.checkpointing and self.training:
-                given = x, places, mask, context
-                x = checkpoint(layer, *given, use_reentrant=False)
-            else:
-                x = layer(x, places, mask, context)
+            x = self.run_layer(layer, x, places, mask, context)
         return x
 
     def ascend(self, x, skips, past):
@@ -253,6 +247,12 @@ class FlashFormer(nn.Module):
         """Map features [B, L, C] to masks [S, B, N, L]."""
         masks = self.masks(self.norm_out(x)).mT.relu()
         return masks.unflatten(1, (self.num_spks, -1)).transpose(0, 1)
+
+    def run_layer(self, layer, *arguments):
+        """Run one layer, with activation checkpointing if it is enabled."""
+        if self.checkpointing and self.training:
+            return checkpoint(layer, *arguments, use_reentrant=False)
+        return layer(*arguments)
 
     def make_streaming_context(self, batch_size=1):
         """Create the state of new streams, for ``step``.

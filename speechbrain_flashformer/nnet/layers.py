@@ -111,7 +111,7 @@ class LayerScale(nn.Module):
         self.weight = nn.Parameter(torch.full((channels,), float(start)))
 
     def forward(self, x):
-        """Scale x [..., C] per channel."""
+        """Scale the last axis of x, the channels."""
         return x * self.weight
 
 

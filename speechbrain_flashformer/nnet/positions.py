@@ -86,7 +86,7 @@ class Places(nn.Module):
 
 
 def check_frames(mix_w, lengths, channels):
-    """Check encoder output and its lengths; clamp the lengths to 1...L.
+    """Check encoder output and its lengths; clamp the lengths to [1, L].
 
     Arguments
     ---------
