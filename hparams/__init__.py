@@ -1,1 +1,1 @@
-"""The models, one yaml each; shipped as speechbrain_flashformer.hparams."""
+"""One yaml per model size; installed as speechbrain_flashformer.hparams."""

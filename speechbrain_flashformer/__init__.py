@@ -4,7 +4,8 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-# Imported on first use: the masknet needs torch alone, --help not even that.
+# Imported on first use, because the masknet needs only torch and the command
+# line's --help not even that.
 HOMES = {
     "FlashFormer": "nnet.flashformer",
     "FlashFormerSeparation": "inference.interface",
@@ -15,7 +16,7 @@ __all__ = list(HOMES)
 
 
 def __getattr__(name):
-    """Import what stands in a module of the package."""
+    """Import a public name from its module on first use."""
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)

@@ -126,20 +126,20 @@ def test_the_oracle_against_a_loop(window):
 def test_masks_of_inference_serve_training(mode):
     """They are kept, and what inference mode makes has no gradients."""
     qkv = heads(1, 300)
-    windows._kept_band.cache_clear()
+    windows._cached_band.cache_clear()
     with mode():
         attend(*qkv, window=(100, 100))
     attend(*qkv, window=(100, 100)).sum().backward()
-    assert windows._kept_band.cache_info().hits
+    assert windows._cached_band.cache_info().hits
     assert qkv[0].grad.isfinite().all()
 
 
 @pytest.mark.parametrize("T", [500, 2000])
 def test_layers_share_their_masks(T):
-    windows._kept_band.cache_clear()
+    windows._cached_band.cache_clear()
     for _ in range(8):
         attend(*heads(2, T), window=(250, 250))
-    assert windows._kept_band.cache_info().misses == 1
+    assert windows._cached_band.cache_info().misses == 1
 
 
 class Recorder(TorchDispatchMode):

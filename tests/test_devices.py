@@ -48,7 +48,7 @@ def gpu(monkeypatch):
         window, "_no_dense_kernel", lambda q: contextlib.nullcontext()
     )
     # No mask of the stand-in is kept for what comes after.
-    monkeypatch.setattr(window, "_kept_band", window._band)
+    monkeypatch.setattr(window, "_cached_band", window._band)
     with NoFloat64(), FakeTensorMode(allow_non_fake_inputs=True):
         yield GPU
 

@@ -139,7 +139,7 @@ def test_the_report_counts(tmp_path, caplog):
     seconds = "0.5 to 0.5"
     assert rows["tr"] == ["2", hours, seconds, "3", "8000", "0"]
     assert rows["cv"] == ["2", hours, seconds, "3", "8000", "0"]
-    assert rows["tt"] == ["2", hours, seconds, "not told", "8000", "0"]
+    assert rows["tt"] == ["2", hours, seconds, "unknown", "8000", "0"]
     assert "| tr | 2 |" in caplog.text
 
 

@@ -1,1 +1,1 @@
-"""The network: torch alone; imports no other wing."""
+"""The network. It needs only torch and imports no other subpackage."""

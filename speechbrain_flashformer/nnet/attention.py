@@ -1,8 +1,8 @@
 """Exact attention without the T x T matrix: one call, three backends.
 
-``attend`` takes flash-attn's layout and window semantics and sends the work to
-the first backend that can do it. A backend that cannot says why; nothing is
-dropped, cast or widened silently.
+``attend`` has the layout and window semantics of flash-attn and calls the first
+backend that can run. A backend that cannot run gives its reason; no option is
+dropped and no input is cast silently.
 
 ===========  =========  =====================================================
 backend      devices    what it needs
@@ -36,20 +36,21 @@ try:
 except ImportError:
     varlen_attn = None
 
-_RAN = contextvars.ContextVar("attention_report", default=None)
+_REPORT = contextvars.ContextVar("attention_report", default=None)
 
 
 class Rows(NamedTuple):
-    """Which tokens of a padded batch count, found once for all layers.
+    """Valid tokens of a padded batch, computed once for all layers.
 
     Attributes
     ----------
     lengths : list of int
-        Tokens that count in each row, [B].
+        Valid tokens of each row, [B].
     index : torch.Tensor
-        Their places in the batch when its rows stand end to end.
+        Indices of the valid tokens in the flattened batch [B T].
     starts : torch.Tensor
-        Where each row begins when they alone do, int32 [B + 1].
+        Start of each row in the packed valid tokens, and their total; int32,
+        [B + 1].
     """
 
     lengths: list
@@ -58,7 +59,21 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, lengths, size, device):
-        """From the lengths [B], integers, of rows padded to one size.
+        """Build from lengths.
+
+        Arguments
+        ---------
+        lengths : torch.Tensor
+            Valid tokens of each row, integers [B].
+        size : int
+            T, tokens with padding.
+        device : torch.device
+            Device of index and starts.
+
+        Returns
+        -------
+        Rows
+            The valid tokens.
 
         Example
         -------
@@ -66,7 +81,7 @@ class Rows(NamedTuple):
         >>> rows.index.tolist(), rows.starts.tolist()
         ([0, 4, 5, 6], [0, 1, 4])
         """
-        # On the CPU, so that a GPU is waited for once at most.
+        # Computed on the CPU, so that a GPU synchronises at most once.
         lengths = lengths.cpu()
         places = torch.arange(size) < lengths[:, None]
         starts = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
@@ -75,22 +90,22 @@ class Rows(NamedTuple):
 
 
 def attend(q, k, v, window=(-1, -1), backend="auto", rows=None):
-    """Scaled dot-product attention, exact, with an optional sliding window.
+    """Exact scaled dot-product attention with an optional sliding window.
 
-    Query i sees the keys j with ``i - left <= j <= i + right`` (both ends
-    included, -1 is unbounded): (-1, 0) is causal.
+    Query i sees the keys j with ``i - left <= j <= i + right``; -1 means
+    unbounded. The window (-1, 0) is causal attention.
 
     Arguments
     ---------
     q, k, v : torch.Tensor
         Queries, keys and values, [B, T, H, D].
     window : tuple of int
-        Keys seen to the (left, right) of each query; -1 is unbounded.
+        Keys seen to the (left, right) of each query; -1 means unbounded.
     backend : str
         "auto" (the first that can run) or a name in the table above.
     rows : Rows, optional
-        Tokens that count in each row of a padded batch. The others are not
-        seen, and their outputs are 0.
+        Valid tokens of a padded batch. Queries do not see padded tokens, and
+        the outputs of padded tokens are 0.
 
     Returns
     -------
@@ -100,10 +115,11 @@ def attend(q, k, v, window=(-1, -1), backend="auto", rows=None):
     Raises
     ------
     ValueError
-        For inputs that do not fit together, or an unknown backend.
+        If the shapes do not match, the window is invalid, or the backend is
+        unknown.
     RuntimeError
-        When the chosen backend (or, with "auto", each one) cannot run; the
-        message lists every reason.
+        If the chosen backend (or, with "auto", every backend) cannot run. The
+        message lists the reasons.
 
     Example
     -------
@@ -117,22 +133,37 @@ def attend(q, k, v, window=(-1, -1), backend="auto", rows=None):
             f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
     check_window(window)
-    window = _plainest(tuple(window), q.shape[1])
+    window = _simplify_window(tuple(window), q.shape[1])
     name, reasons = choose_backend(q, window, backend)
-    if not torch.compiler.is_compiling() and _RAN.get() is not None:
-        _RAN.get().append({"backend": name, "not_used": reasons})
+    if not torch.compiler.is_compiling() and _REPORT.get() is not None:
+        _REPORT.get().append({"backend": name, "not_used": reasons})
     return BACKENDS[name][1](q, k, v, window, rows)
 
 
 def choose_backend(q, window, backend="auto"):
-    """Name the backend that will run, and why those before it cannot.
+    """Choose the backend that runs a call of ``attend``.
 
-    Arguments are those of ``attend``.
+    Arguments
+    ---------
+    q : torch.Tensor
+        Queries, [B, T, H, D]; keys and values have the same shape.
+    window : tuple of int
+        Keys seen to the (left, right); -1 means unbounded.
+    backend : str
+        "auto" or the name of a backend.
 
     Returns
     -------
     tuple
-        The name, and a dict from each backend passed over to its reason.
+        The name of the backend, and a dict from each skipped backend to the
+        reason why it cannot run.
+
+    Raises
+    ------
+    ValueError
+        If the backend is unknown.
+    RuntimeError
+        If the chosen backend (or, with "auto", every backend) cannot run.
 
     Example
     -------
@@ -156,7 +187,7 @@ def choose_backend(q, window, backend="auto"):
 
 
 def check_backend(backend):
-    """Raise a ValueError unless the name is "auto" or that of a backend."""
+    """Raise a ValueError unless the name is "auto" or a known backend."""
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(
             f"unknown attention backend {backend!r}: choose 'auto' or one of "
@@ -178,13 +209,13 @@ def check_window(window):
 
 @contextlib.contextmanager
 def attention_report():
-    """Collect which backend each ``attend`` call used, in order.
+    """Record the backend of each ``attend`` call in a with block.
 
     Yields
     ------
     list of dict
-        One entry per call: ``backend``, and ``not_used`` (name -> reason) for
-        the backends passed over.
+        One entry per call, in order: ``backend`` (its name) and ``not_used``
+        (skipped backend -> reason).
 
     Example
     -------
@@ -195,18 +226,18 @@ def attention_report():
     'sdpa'
     """
     ran = []
-    token = _RAN.set(ran)
+    token = _REPORT.set(ran)
     try:
         yield ran
     finally:
-        _RAN.reset(token)
+        _REPORT.reset(token)
 
 
 # --- CUDA kernels -----------------------------------------------------------
 
 
 def _why_not_flash_kernel(q):
-    """The limits that both CUDA flash kernels share."""
+    """Check the limits that both CUDA flash kernels share."""
     if not q.is_cuda:
         return f"needs a CUDA device, the tensors are on {q.device.type}"
     if q.dtype not in (torch.float16, torch.bfloat16):
@@ -230,7 +261,7 @@ def _why_not_torch_flash(q, window):
     if varlen_attn is None:
         return "this torch has no torch.nn.attention.varlen"
     reason = _why_not_flash_kernel(q)
-    # flash-attn fills such heads up itself.
+    # Only flash-attn pads heads to a multiple of 8.
     if reason is None and q.shape[3] % 8:
         reason = f"needs heads of a multiple of 8, got {q.shape[3]}"
     return reason
@@ -247,7 +278,7 @@ def _run_torch_flash(q, k, v, window, rows):
 
 
 def _run_packed(kernel, q, k, v, window, rows):
-    """A kernel that takes rows end to end, [tokens, H, D], and their starts."""
+    """Call a kernel for packed rows: [tokens, H, D] and the row starts."""
     B, T = q.shape[:2]
     packed = [x.flatten(0, 1) for x in (q, k, v)]
     if rows is None:
@@ -280,12 +311,13 @@ def _why_not_sdpa(q, window):
 def _run_sdpa(q, k, v, window, rows):
     if rows is None:
         return _sdpa(q, k, v, window)
-    # Rows of unlike length are run one by one: a mask per row would cost more
-    # than the calls, and each row stays exactly what it is alone.
+    # Rows of different lengths run one by one. One mask per row would cost
+    # more than the calls, and this way a row gives exactly the same result in
+    # a batch as alone.
     T, outs = q.shape[1], []
     for b, n in enumerate(rows.lengths):
         row = (x[b : b + 1, :n] for x in (q, k, v))
-        out = _sdpa(*row, _plainest(window, n))
+        out = _sdpa(*row, _simplify_window(window, n))
         outs.append(F.pad(out, (0, 0, 0, 0, 0, T - n)))
     return torch.cat(outs)
 
@@ -299,10 +331,10 @@ def _sdpa(q, k, v, window):
     return attend_window(q, k, v, *window)
 
 
-def _plainest(window, size):
-    """Windows that hide nothing become the plain ones, which run faster."""
+def _simplify_window(window, size):
+    """Return (-1, -1) or (-1, 0) if equivalent, because these run faster."""
     left, right = window
-    # An exported graph is for all lengths, and may not ask for this one.
+    # An exported graph may not branch on the length.
     if not torch.compiler.is_exporting() and (left < 0 or left >= size - 1):
         if right < 0 or right >= size - 1:
             return (-1, -1)

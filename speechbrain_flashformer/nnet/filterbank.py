@@ -1,9 +1,10 @@
-"""Encoder and decoder that begin as a short-time Fourier transform and back.
+"""Encoder and decoder initialized as a Fourier transform and its inverse.
 
-SpeechBrain's begin at random. These have the same weights under the same
-names, and begin where the two undo each other: but for half a filter at both
-ends, masks of one give the mixture back. They stay free to learn
-(arXiv:1910.10400 compares filterbanks that do and do not).
+SpeechBrain initializes its encoder and decoder at random. These have the same
+weights under the same names, but initially the decoder inverts the encoder:
+masks of 1 return the mixture, except for half a filter at both ends. The
+filters remain trainable (arXiv:1910.10400 compares trained and fixed
+filterbanks).
 
 Axes: B batch, N encoder channels, K samples of a filter, L frames.
 """
@@ -18,30 +19,31 @@ from speechbrain_flashformer.nnet import plain
 
 
 def fourier_filters(channels, kernel_size):
-    """Rows of a Fourier transform under a window, each also inverted.
+    """Windowed rows of a Fourier transform, and their negatives.
 
-    Of a filter and its negative the ReLU of the encoder keeps one half each,
-    so that their difference is linear. With the root of a Hann window here and
-    in the decoder, frames half a filter apart add up to the whole.
+    Each filter comes with its negative, because the ReLU of the encoder removes
+    half of a signal: the difference of the two outputs is linear. Encoder and
+    decoder both apply the square root of a Hann window, so that frames with a
+    stride of K / 2 sum to the signal.
 
     Arguments
     ---------
     channels : int
-        N, a multiple of 4 and at least 2 K: cosine, sine and the negatives of
-        both for each of N / 4 frequencies, the middles of as many equal bands
-        up to half the sampling rate.
+        N, a multiple of 4 and at least 2 K. There are N / 4 frequencies, the
+        centers of equal bands from 0 to half the sampling rate. Each has a
+        cosine, a sine and the negatives of both.
     kernel_size : int
-        K, even.
-
-    Raises
-    ------
-    ValueError
-        With other numbers.
+        K, samples per filter, even.
 
     Returns
     -------
     torch.Tensor
-        [N, 1, K], scaled so that they are encoder and decoder alike.
+        [N, 1, K], scaled for use in both the encoder and the decoder.
+
+    Raises
+    ------
+    ValueError
+        If N or K does not meet these conditions.
 
     Example
     -------
@@ -63,7 +65,7 @@ def fourier_filters(channels, kernel_size):
             f"{channels}"
         )
     count = channels // 4
-    frequencies = (torch.arange(count) + 0.5) / (2 * count)  # of the rate
+    frequencies = (torch.arange(count) + 0.5) / (2 * count)  # / rate
     time = torch.arange(kernel_size) - (kernel_size - 1) / 2
     angles = 2 * math.pi * frequencies[:, None] * time
     half = torch.cat([angles.cos(), angles.sin()]) / math.sqrt(count)
@@ -72,22 +74,22 @@ def fourier_filters(channels, kernel_size):
 
 
 class _Analysis(nn.Conv1d):
-    """A Conv1d that a recipe may reset without losing its start."""
+    """A Conv1d whose reset restores the Fourier initialization."""
 
     def reset_parameters(self):
-        """Begin again; called when it is made and by recipes that reset."""
+        """Initialize; called by the constructor, and by recipes on reset."""
         with torch.no_grad():
             filters = fourier_filters(self.out_channels, *self.kernel_size)
             self.weight.copy_(filters)
 
 
 class Encoder(plain.Encoder):
-    """SpeechBrain's encoder, which begins as a Fourier transform.
+    """SpeechBrain's encoder, initialized as a Fourier transform.
 
     Arguments
     ---------
     kernel_size : int
-        Samples of a filter; frames are half of it apart.
+        Samples per filter; the stride is half of it.
     out_channels : int
         As ``channels`` of ``fourier_filters``.
 
@@ -116,12 +118,12 @@ class Encoder(plain.Encoder):
 
 
 class Decoder(plain.Decoder):
-    """SpeechBrain's decoder, which begins as the way back from ``Encoder``.
+    """SpeechBrain's decoder, initialized as the inverse of ``Encoder``.
 
-    Takes what ``torch.nn.ConvTranspose1d`` takes; ``in_channels`` as
-    ``channels`` of ``fourier_filters``. Only with frames half a filter apart
-    does the start give the mixture back; these also take a product and a sum,
-    on CPU ten times as fast as torch's kernel.
+    Arguments are those of ``torch.nn.ConvTranspose1d``; ``in_channels`` as
+    ``channels`` of ``fourier_filters``. It inverts the encoder only if the
+    stride is half the kernel size. In this case it runs as a matrix product and
+    a sum, which on CPU is ten times as fast as torch's kernel.
 
     Example
     -------
@@ -141,7 +143,7 @@ class Decoder(plain.Decoder):
         )
 
     def forward(self, x):
-        """Samples [B, T] of frames [B, N, L]."""
+        """Decode frames [B, N, L] to samples [B, T]."""
         if not self.halves or x.ndim != 3:
             return super().forward(x)
         frames = torch.matmul(x.transpose(1, 2), self.weight.squeeze(1))
@@ -151,7 +153,7 @@ class Decoder(plain.Decoder):
         return samples if self.bias is None else samples + self.bias
 
     def reset_parameters(self):
-        """Begin again; called when it is made and by recipes that reset."""
+        """Initialize; called by the constructor, and by recipes on reset."""
         with torch.no_grad():
             filters = fourier_filters(self.in_channels, *self.kernel_size)
             self.weight.copy_(filters)

@@ -1,8 +1,8 @@
-"""FlashFormer: a mask network that attends at a low rate and remembers long.
+"""FlashFormer: a mask network with attention at a low frame rate.
 
-A U over time: frames are downsampled two by two (an FSMN block at each rate),
-attention runs on the tokens at the lowest rate, and frames are upsampled again
-with skips. Nearly all arithmetic is at the rate of tokens.
+A U over time: frames are downsampled by 2 per stage, with one FSMN block at
+each rate; attention runs on tokens, at the lowest rate; frames are upsampled
+with skip connections. Nearly all arithmetic is at the token rate.
 
 Axes: B batch, N encoder channels, L frames, T tokens, C channels, S speakers.
 """
@@ -12,65 +12,50 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from speechbrain_flashformer.nnet import layers, positions
 from speechbrain_flashformer.nnet.attention import check_window
 from speechbrain_flashformer.nnet.fsmn import GatedFSMN
-from speechbrain_flashformer.nnet.layers import (
-    Delay,
-    FlashFormerLayer,
-    TransposedLinear,
-    check_counts,
-    rate_widths,
-)
 from speechbrain_flashformer.nnet.norm import CumulativeNorm, GlobalNorm
 from speechbrain_flashformer.nnet.pieces import in_pieces, pieces
-from speechbrain_flashformer.nnet.positions import (
-    Places,
-    begun_mask,
-    check_frames,
-    length_mask,
-    receptive_field,
-)
 
 
 class FlashFormer(nn.Module):
     """Mask network for SpeechBrain separation recipes.
 
-    Drop-in for SepFormer's ``Dual_Path_Model``: encoder output in, one
-    non-negative mask per speaker out. The defaults are those of base.
+    Drop-in for SepFormer's ``Dual_Path_Model``: takes encoder output, returns
+    one non-negative mask per speaker. The defaults are the base size.
 
     Arguments
     ---------
     in_channels, num_spks : int
-        N, channels of the encoder; S, masks to estimate (1 for enhancement).
+        N, encoder channels; S, masks to estimate (1 for enhancement).
     d_model, num_layers : int
         Width and number of the layers at the token rate.
     nhead : int
-        Attention heads; d_model / nhead must be a whole even number.
+        Attention heads; d_model / nhead must be an even integer.
     d_ffn, d_frame : int
-        Inner width of the feed-forward parts; width at the frame rate.
+        Inner width of the feed-forward modules; width at the frame rate.
     token_stride : int
-        Frames per token, a power of two. 1 is attention over every frame.
+        Frames per token, a power of two. With 1, attention covers every frame.
     window : tuple of int, optional
-        Tokens that attention sees to the (left, right); -1 is unbounded, None
-        is both unbounded.
+        Tokens seen to the (left, right); -1 is unbounded, None is (-1, -1).
     lookback, lookahead : int
-        FSMN taps on the past and on the future, at every rate.
+        FSMN taps on past and on future frames, at every rate.
     dilations : sequence of int
-        Dilations of the FSMN at the token rate; at the others it is 1.
+        Dilations of the FSMN at the token rate; other rates use 1.
     dropout : float
-        On the residual branches at the token rate.
+        Dropout on the residual branches at the token rate.
     attention_backend : str
         As in ``attention.attend``.
     checkpointing : bool
-        Recompute each layer in the backward pass to save memory.
+        Recompute each layer in the backward pass, which saves memory.
     causal : bool
-        Nothing is heard beyond the token that a frame is in: the right side of
-        the window and lookahead are 0, the input norm is over the past.
+        Masks depend on no input after their token plus future_tokens: lookahead
+        and the right side of the window are 0, the input norm covers the past.
     future_tokens : int
-        Tokens beyond its own that a causal network hears before it answers.
+        Lookahead of a causal network, in tokens after the current one.
     norm_span : int, optional
-        Frames that the input norm of a causal network remembers; by default
-        those of 500 tokens.
+        Frames of a causal network's input norm; by default those of 500 tokens.
 
     Example
     -------
@@ -105,21 +90,17 @@ class FlashFormer(nn.Module):
         check_window(window)
         if causal:
             window, lookahead = (window[0], 0), 0
-        if future_tokens < 0 or (future_tokens and not causal):
-            raise ValueError(
-                "future_tokens is 0 or more, and 0 unless causal, got "
-                f"{future_tokens}"
-            )
+        positions.check_lookahead(future_tokens, causal)
         if norm_span is None:
             norm_span = 500 * max(token_stride, 1)
-        counts = {"num_spks": num_spks, "norm_span": norm_span, "d_ffn": d_ffn}
-        check_counts(**counts, in_channels=in_channels, num_layers=num_layers)
+        layers.check_counts(num_spks=num_spks, norm_span=norm_span, d_ffn=d_ffn)
+        layers.check_counts(in_channels=in_channels, num_layers=num_layers)
         self.in_channels, self.num_spks = in_channels, num_spks
         self.token_stride, self.ratio = token_stride, 2
         self.causal, self.future_tokens = causal, future_tokens
         self.checkpointing = checkpointing
 
-        *frames, _ = widths = rate_widths(d_frame, d_model, token_stride)
+        *frames, _ = widths = layers.rate_widths(d_frame, d_model, token_stride)
         pairs, taps = list(zip(widths, widths[1:])), (lookback, lookahead)
         sizes = d_model, nhead, d_ffn, window, *taps, dilations, dropout
         if causal:
@@ -128,63 +109,63 @@ class FlashFormer(nn.Module):
             self.norm_in = GlobalNorm(in_channels)
         self.project = nn.Linear(in_channels, widths[0])
         self.down = nn.ModuleList(GatedFSMN(c, c, *taps) for c in frames)
-        self.delay = nn.ModuleList(
-            Delay(c, future_tokens * token_stride // 2**i)
-            for i, c in enumerate(frames)
-        )
+        late = future_tokens * token_stride
+        delays = (layers.Delay(c, late // 2**i) for i, c in enumerate(frames))
+        self.delay = nn.ModuleList(delays)
         self.merge = nn.ModuleList(nn.Linear(2 * a, b) for a, b in pairs)
         self.layers = nn.ModuleList(
-            FlashFormerLayer(*sizes, attention_backend)
+            layers.FlashFormerLayer(*sizes, attention_backend)
             for _ in range(num_layers)
         )
-        self.place = Places(d_model // nhead, token_stride, window[0])
+        self.place = positions.Places(d_model // nhead, token_stride, window[0])
         self.split = nn.ModuleList(nn.Linear(b, 2 * a) for a, b in pairs)
         self.up = nn.ModuleList(GatedFSMN(c, c, *taps) for c in frames)
         self.norm_out = nn.LayerNorm(widths[0])
-        self.masks = TransposedLinear(widths[0], num_spks * in_channels)
-        # In the place of a streaming context, when there is none.
+        self.masks = layers.TransposedLinear(widths[0], num_spks * in_channels)
+        # Replaces the context when whole recordings are processed.
         none = [None] * max(num_layers, len(frames))
         self.no_past = dict.fromkeys(("down", "skips", "layers", "up"), none)
         self.no_past |= {"norm": None, "tokens": None}
-        # What a streaming context must agree with.
+        # A streaming context is valid only for a network with this signature.
         shapes = [tuple(p.shape) for p in self.parameters()]
         others = (window, token_stride, future_tokens, nhead, list(dilations))
         self.signature = str((shapes, *others, norm_span))
 
     def forward(self, mix_w, lengths=None, statistics=None, decode=None):
-        """Estimate the masks.
+        """Estimate the masks of whole recordings.
 
         Arguments
         ---------
         mix_w : torch.Tensor
             Encoder output, [B, N, L], L >= 1.
         lengths : torch.Tensor, optional
-            Frames that count in each row, whole numbers [B]. The others never
-            change them; their masks mean nothing.
+            Valid frames of each row, integers [B]; by default all. Padding
+            does not change the masks of valid frames; its own are undefined.
         statistics : tuple of torch.Tensor, optional
             Mean and mean square [B] of the encoder output over the recordings
-            that the rows are parts of; each row's own by default.
+            that the rows are excerpts of; by default those of each row.
         decode : callable, optional
-            Takes the masks piece by piece, ``decode(masks, frames)`` with a
-            slice of frames, as all of a long recording need much memory.
+            Called with successive pieces as ``decode(masks, frames)``, where
+            frames is a slice. Saves the memory of all masks.
 
         Returns
         -------
         torch.Tensor
-            Masks, [S, B, N, L], non-negative; None with decode. Raises a
-            ValueError when something does not fit, or a causal network is
-            given statistics.
+            Masks, [S, B, N, L], non-negative; None with decode.
+
+        Raises
+        ------
+        ValueError
+            If an input does not fit, or a causal network gets statistics.
         """
-        lengths = check_frames(mix_w, lengths, self.in_channels)
+        lengths = positions.check_frames(mix_w, lengths, self.in_channels)
         L = mix_w.shape[2]
         late = self.future_tokens * self.token_stride
         if self.causal:
             if statistics is not None:
                 raise ValueError("a causal network takes no statistics")
-            # Silence follows the end, as at the end of a stream.
-            mask = length_mask(lengths, L, mix_w.device)
-            mix_w = mix_w if mask is None else mix_w * mask.mT
-            mix_w = F.pad(mix_w, (0, -L % self.token_stride + late))
+            fill = -L % self.token_stride + late
+            mix_w = positions.append_silence(mix_w, lengths, fill)
             lengths = None
         x = self.features(mix_w, lengths, statistics)[:, late : late + L]
         if decode is None:
@@ -194,25 +175,34 @@ class FlashFormer(nn.Module):
         return None
 
     def step(self, mix_w, context):
-        """Masks [S, B, N, L] of ``features``."""
+        """Estimate the masks of the next tokens of streams.
+
+        Arguments
+        ---------
+        mix_w : torch.Tensor
+            Encoder output, [B, N, L], whole tokens.
+        context : dict
+            From ``make_streaming_context``; updated in place.
+
+        Returns
+        -------
+        torch.Tensor
+            Masks, [S, B, N, L], delayed by future_tokens.
+        """
         return self.head(self.features(mix_w, context=context))
 
     def features(self, mix_w, lengths=None, statistics=None, context=None):
-        """The way through the U, of whole recordings or of a stream.
+        """Run the U; return features [B, L, C], the input of ``head``.
 
-        Arguments are those of ``forward``, but that a causal network takes
-        whole tokens, and the context of a stream, which is changed. The
-        frames [B, L, C] of masks lag by future_tokens.
+        Arguments are those of ``forward`` and ``step``. A causal network
+        takes whole tokens; its features are delayed by future_tokens.
         """
         past = self.no_past if context is None else context
-        mask = length_mask(lengths, mix_w.shape[2], mix_w.device)
-        y = mix_w.mT
-        given = past["norm"] or statistics or self.norm_in.reference(y, mask)
-        x = in_pieces(
-            lambda part: self.project(self.norm_in(y[:, part], given)),
-            y.shape[1],
-        )
-        # An exported graph, for all lengths, has whole tokens from the start.
+        y, L, norm = mix_w.mT, mix_w.shape[2], self.norm_in
+        mask = positions.length_mask(lengths, L, mix_w.device)
+        given = past["norm"] or statistics or norm.reference(y, mask)
+        x = in_pieces(lambda part: self.project(norm(y[:, part], given)), L)
+        # An exported graph may not branch on L: it pads to whole tokens here.
         if torch.compiler.is_exporting() and context is None:
             fill = (0, 0, 0, -x.shape[1] % self.token_stride)
             mask = F.pad(x.new_ones(1, x.shape[1], 1, dtype=torch.bool), fill)
@@ -229,23 +219,22 @@ class FlashFormer(nn.Module):
         x = self.attend(x, mask, lengths, past)
         x = self.ascend(x, skips, past)
         if context is not None:
-            passed = mix_w.shape[2] // self.token_stride
-            context["tokens"] = past["tokens"] + passed
+            context["tokens"] = past["tokens"] + L // self.token_stride
         return x
 
     def attend(self, x, mask, lengths, past):
-        """All layers on tokens [B, T, C]; mask is theirs, lengths of frames."""
-        positions = self.place(x, lengths, past["tokens"])
+        """Run all layers on tokens [B, T, C]; lengths [B] are in frames."""
+        places = self.place(x, lengths, past["tokens"])
         for layer, context in zip(self.layers, past["layers"]):
-            x = self.run_layer(layer, x, positions, mask, context)
+            x = self.run_layer(layer, x, places, mask, context)
         return x
 
     def ascend(self, x, skips, past):
-        """Tokens [B, T, C] to frames [B, L, C]."""
-        begun = begun_mask(x, past["tokens"], self.future_tokens)
+        """Upsample tokens [B, T, C] to frames [B, L, C]; empties skips."""
+        begun = positions.begun_mask(x, past["tokens"], self.future_tokens)
         for i, split in reversed(list(enumerate(self.split))):
             x = split(x).unflatten(2, (self.ratio, -1)).flatten(1, 2)
-            skip, mask = skips.pop()  # and its memory goes
+            skip, mask = skips.pop()  # frees its memory early
             if not torch.compiler.is_exporting():
                 x = x[:, : skip.shape[1]]
             if begun is not None:
@@ -255,45 +244,57 @@ class FlashFormer(nn.Module):
         return x
 
     def head(self, x):
-        """Frames [B, L, C] to masks [S, B, N, L]."""
+        """Map features [B, L, C] to masks [S, B, N, L]."""
         masks = self.masks(self.norm_out(x)).mT.relu()
         return masks.unflatten(1, (self.num_spks, -1)).transpose(0, 1)
 
     def run_layer(self, layer, *arguments):
-        """One layer; in training its inner values may be computed again."""
+        """Run one layer, with activation checkpointing if it is enabled."""
         if self.checkpointing and self.training:
             return checkpoint(layer, *arguments, use_reentrant=False)
         return layer(*arguments)
 
     def make_streaming_context(self, batch_size=1):
-        """What new streams remember for ``step``; a ValueError if none can."""
+        """Create the state of new streams, for ``step``.
+
+        Arguments
+        ---------
+        batch_size : int
+            B, streams that are processed side by side.
+
+        Returns
+        -------
+        dict
+            Contexts of all layers, and the number of tokens so far.
+
+        Raises
+        ------
+        ValueError
+            If the network cannot stream, or batch_size is below 1.
+        """
         if not self.can_stream:
             raise ValueError(
                 "streaming needs causal: true and a window with a left side of "
                 "0 or more"
             )
-        check_counts(batch_size=batch_size)
+        layers.check_counts(batch_size=batch_size)
         like = self.norm_in.weight.new_zeros(batch_size, 0)
-
-        def _contexts(layers):
-            return [layer.make_streaming_context(like) for layer in layers]
-
         return {
             "network": self.signature,
-            "tokens": 0,  # so far
+            "tokens": 0,  # processed so far
             "norm": self.norm_in.make_streaming_context(like),
-            "down": _contexts(self.down),
-            "skips": _contexts(self.delay),
-            "layers": _contexts(self.layers),
-            "up": _contexts(self.up),
+            "down": [m.make_streaming_context(like) for m in self.down],
+            "skips": [m.make_streaming_context(like) for m in self.delay],
+            "layers": [m.make_streaming_context(like) for m in self.layers],
+            "up": [m.make_streaming_context(like) for m in self.up],
         }
 
     @property
     def can_stream(self):
-        """Whether it can stream: causal, with a bounded window."""
+        """Whether the network can stream: causal, with a bounded window."""
         return self.causal and self.place.left >= 0
 
     @property
     def receptive_field(self):
-        """Frames to the (left, right) that an output depends on; -1: all."""
-        return receptive_field(self)
+        """Frames to the (left, right) that a mask depends on; -1: unbounded."""
+        return positions.receptive_field(self)

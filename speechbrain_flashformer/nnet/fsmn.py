@@ -1,8 +1,9 @@
 """FSMN memory: long context from a few taps per channel, without recurrence.
 
-A feedforward sequential memory network keeps, for every channel, a weighted
-sum of past and future frames. It is a depthwise FIR filter: linear in time,
-with a span fixed by its look-back and look-ahead orders and its dilation.
+A feedforward sequential memory network computes, for every channel, a weighted
+sum of past and future frames. It is a depthwise FIR filter. Its receptive field
+is set by the lookback, the lookahead and the dilation; its cost is linear in
+time.
 
 Sources: "Feedforward Sequential Memory Networks" (Zhang et al.,
 arXiv:1512.08301); strides and skips as in "Deep-FSMN" (Zhang et al.,
@@ -23,31 +24,49 @@ from speechbrain_flashformer.nnet.pieces import in_pieces
 
 
 def depthwise_filter(x, weight, pad):
-    """Filter each channel of x [B, T, C] along T with weight [C, 1, 1, taps].
+    """Filter each channel along time.
 
-    Returns [B, T + 2 pad - taps + 1, C].
+    Arguments
+    ---------
+    x : torch.Tensor
+        [B, T, C].
+    weight : torch.Tensor
+        [C, 1, 1, taps].
+    pad : int
+        Zeros at each end of x, in frames.
+
+    Returns
+    -------
+    torch.Tensor
+        [B, T + 2 pad - taps + 1, C].
+
+    Example
+    -------
+    >>> x, weight = torch.ones(1, 4, 1), torch.ones(1, 1, 1, 3)
+    >>> depthwise_filter(x, weight, pad=1).flatten().tolist()
+    [2.0, 3.0, 3.0, 2.0]
     """
-    # [B, T, C] seen as an image [B, C, 1, T] is already in the layout that
-    # the fast depthwise kernels want (channels last): on CPU 10 to 20 times
-    # faster than conv1d on [B, C, T]. Strides of any other x would lead to
-    # the slow ones.
+    # Viewed as an image [B, C, 1, T], a contiguous x already has the layout of
+    # the fast depthwise kernels (channels last). On CPU they are 10 to 20 times
+    # faster than conv1d on [B, C, T]. Any other strides of x would select the
+    # slow kernels.
     image = x.contiguous().transpose(1, 2).unsqueeze(2)
     out = F.conv2d(image, weight, padding=(0, pad), groups=weight.shape[0])
     return out.squeeze(2).transpose(1, 2)
 
 
 class _CpuFilter(torch.autograd.Function):
-    """``depthwise_filter`` with a fast gradient for the weight.
+    """``depthwise_filter`` with a fast gradient of the weight.
 
-    On CPU the gradient for the weight is fast if time is the height of an image
-    and the batch its width. Always in float32: the bfloat16 kernel hangs for 16
-    channels or fewer (torch 2.11).
+    On CPU this gradient is fast if time is the height of the image and the
+    batch its width. Both passes run in float32, because the bfloat16 kernel
+    hangs with 16 channels or fewer (torch 2.11).
     """
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx, x, weight, pad):
-        """Filter; keep what the gradients need."""
+        """Filter; save the inputs for the backward pass."""
         ctx.save_for_backward(x, weight)
         ctx.pad = pad
         return depthwise_filter(x, weight, pad)
@@ -56,18 +75,18 @@ class _CpuFilter(torch.autograd.Function):
     @torch.amp.custom_bwd(device_type="cpu")
     @once_differentiable
     def backward(ctx, grad):
-        """Gradients of x and weight."""
+        """Compute the gradients of x and weight."""
         x, weight = ctx.saved_tensors
         channels, _, _, taps = weight.shape
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            # The mirrored filter, back to the length of x.
+            # The mirrored filter; the padding restores the length of x.
             mirrored = weight.flip(3)
             grad_x = depthwise_filter(grad, mirrored, taps - 1 - ctx.pad)
         if ctx.needs_input_grad[1]:
             # [B, T, C] -> [1, C, T, B], channels last. Copied even if B is 1:
-            # with the strides of a view, though only those of an axis of one
-            # element differ, the kernel is wrong at some lengths (torch 2.11).
+            # a view differs only in the stride of an axis of size 1, but the
+            # kernel is then wrong at some lengths (torch 2.11).
             images = (
                 y.transpose(0, 1)
                 .clone(memory_format=torch.contiguous_format)[None]
@@ -90,10 +109,10 @@ class _CpuFilter(torch.autograd.Function):
 
 
 class FSMN(nn.Module):
-    """Memory over time, one filter per channel, added to its input.
+    """Memory over time: one filter per channel, added to its input.
 
     ``y[t] = x[t] + sum_i a[i] * x[t + i * dilation]`` for i from -lookback to
-    lookahead. With lookahead = 0 no output depends on a later input.
+    lookahead. With lookahead = 0 the filter is causal.
 
     Arguments
     ---------
@@ -104,7 +123,12 @@ class FSMN(nn.Module):
     lookahead : int
         Taps on future frames; 0 is causal.
     dilation : int
-        Frames between taps.
+        Distance between taps, in frames.
+
+    Raises
+    ------
+    ValueError
+        If a number of taps is negative, or the dilation is below 1.
 
     Example
     -------
@@ -123,28 +147,28 @@ class FSMN(nn.Module):
         self.dilation = dilation
         taps = lookback + 1 + lookahead
         self.weight = nn.Parameter(torch.empty(channels, 1, 1, taps))
-        # The tap that hears x itself.
-        itself = (torch.arange(taps) == lookback).float()
-        self.register_buffer("itself", itself, persistent=False)
+        # A filter that returns x, for the first term of the sum.
+        identity = (torch.arange(taps) == lookback).float()
+        self.register_buffer("identity", identity, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Start from small random taps, so that y begins near x."""
+        """Initialize with small random taps, so that y is close to x."""
         bound = 1 / math.sqrt(self.weight.shape[-1])
         nn.init.uniform_(self.weight, -bound, bound)
 
     def make_streaming_context(self, like):
-        """The past of new streams: silence.
+        """Create the context of new streams, whose past is silence.
 
         Arguments
         ---------
         like : torch.Tensor
-            [B, ...], of the streams' dtype and device.
+            [B, ...]; gives the batch size, the dtype and the device.
 
         Returns
         -------
         dict
-            What ``forward`` takes and changes.
+            Tensors of the past, [B, ...]; ``forward`` updates them.
         """
         shape = len(like), self.lookback * self.dilation, len(self.weight)
         return {"past": like.new_zeros(shape)}
@@ -157,10 +181,10 @@ class FSMN(nn.Module):
         x : torch.Tensor
             [B, T, C].
         mask : torch.Tensor, optional
-            [B, T, 1], 0 at padded frames, which are then never remembered.
+            [B, T, 1], 0 at padded frames; they do not enter the memory.
         context : dict, optional
-            Of a stream whose next frames x are; changed. Only with
-            lookahead = 0.
+            From ``make_streaming_context``, updated in place; x holds the next
+            frames of the streams. Only with lookahead = 0.
 
         Returns
         -------
@@ -173,7 +197,7 @@ class FSMN(nn.Module):
             return self._filter_whole(x)
         known = torch.cat([context["past"], x], 1)
         context["past"] = known[:, x.shape[1] :]
-        # For the few frames of a block a product and a sum take a third of
+        # For the few frames of a block, a product and a sum take a third of
         # the time of a convolution.
         taps = known.unfold(1, 1 + self.lookback * self.dilation, 1)
         taps = taps[..., :: self.dilation] * self.weight.flatten(1)
@@ -181,10 +205,11 @@ class FSMN(nn.Module):
 
     def _filter_whole(self, x):
         B, T, _ = x.shape
-        # Every dilation-th frame is a signal of its own. Filtering these
-        # without dilation is 5 to 10 times faster than a dilated kernel.
+        # Every dilation-th frame belongs to one of ``dilation`` signals.
+        # Filtering these without dilation is 5 to 10 times faster than a
+        # dilated kernel.
         phases = x
-        # An exported graph is for all lengths.
+        # An exported graph may not branch on T.
         exporting = torch.compiler.is_exporting()
         if exporting or T % self.dilation:
             phases = F.pad(x, (0, 0, 0, -T % self.dilation))
@@ -192,16 +217,16 @@ class FSMN(nn.Module):
         phases = phases.transpose(1, 2).flatten(0, 1)  # [B dilation, ...]
         pad, sides = self.lookback, (self.lookback, self.lookahead)
         if pad != self.lookahead:
-            # Padding that is wider on both sides than half the filter leads
-            # to a gradient for the weight that takes 20 times as long.
+            # Pad explicitly: with symmetric padding wider than half the filter,
+            # the gradient of the weight takes 20 times as long.
             phases, pad = F.pad(phases, (0, 0, *sides)), 0
-        # One filter for both terms of the sum.
-        weight, filtered = self.weight + self.itself, depthwise_filter
+        # One filter computes both terms of the sum.
+        weight, filtered = self.weight + self.identity, depthwise_filter
         inputs = phases, weight, pad
         if x.device.type == "cpu" and not exporting:
             wide = torch.promote_types(x.dtype, torch.float32)
             inputs = phases.to(wide), weight.to(wide), pad
-            # What torch.jit traces is no place for a gradient of our own.
+            # torch.jit cannot trace a custom autograd function.
             if not torch.jit.is_tracing():
                 filtered = _CpuFilter.apply
         memory = filtered(*inputs).to(x.dtype)
@@ -210,10 +235,10 @@ class FSMN(nn.Module):
 
 
 class GatedFSMN(nn.Module):
-    """A residual block: one branch remembers, the other gates it.
+    """A residual block with an FSMN memory and a gate.
 
-    ``x + out(silu(u) * memory(v))`` with ``u, v = in(norm(x))``. The memory is
-    one FSMN per dilation, in a row.
+    ``x + out(silu(u) * memory(v))`` with ``u, v = expand(norm(x))``. The memory
+    is a chain of FSMNs, one per dilation.
 
     Arguments
     ---------
@@ -226,9 +251,9 @@ class GatedFSMN(nn.Module):
     lookahead : int
         Taps on future frames; 0 is causal.
     dilations : sequence of int
-        Frames between taps, one FSMN for each.
+        Distance between taps in frames, one FSMN per entry.
     dropout : float
-        Dropout on the branch that is added to x.
+        Dropout on the residual branch.
 
     Example
     -------
@@ -263,7 +288,7 @@ class GatedFSMN(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def make_streaming_context(self, like):
-        """The past of new streams, as ``FSMN``'s, of each memory."""
+        """Create the contexts of new streams, one per FSMN, as in ``FSMN``."""
         return [fsmn.make_streaming_context(like) for fsmn in self.memory]
 
     def forward(self, x, mask=None, context=None):

@@ -19,16 +19,18 @@ from speechbrain_flashformer.nnet.window import run_kernel
 
 
 def check_counts(**counts):
-    """Raise a ValueError that names a count below 1."""
+    """Raise a ValueError that names the first count below 1."""
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name} must be 1 or more, got {count}")
 
 
 def rate_widths(d_frame, d_model, token_stride):
-    """Widths from frames to tokens, growing by equal factors.
+    """Widths of all rates, from frames to tokens, at a constant ratio.
 
-    Those between are multiples of 16, which kernels like.
+    There are log2(token_stride) + 1 rates. The widths between d_frame and
+    d_model are multiples of 16, for fast kernels. Raises a ValueError if
+    token_stride is not a power of two, or a width is below 1.
 
     Example
     -------
@@ -50,7 +52,14 @@ def rate_widths(d_frame, d_model, token_stride):
 
 
 class Delay(nn.Module):
-    """Frames, so many later; zeros come first.
+    """Delay frames; zeros come first.
+
+    Arguments
+    ---------
+    channels : int
+        C.
+    frames : int
+        Length of the delay; 0 passes the input through.
 
     Example
     -------
@@ -63,11 +72,11 @@ class Delay(nn.Module):
         self.channels, self.frames = channels, frames
 
     def make_streaming_context(self, like):
-        """The past of new streams, as ``FSMN``'s."""
+        """Create the context of new streams, as in ``FSMN``."""
         return {"past": like.new_zeros(len(like), self.frames, self.channels)}
 
     def forward(self, x, context=None):
-        """Delay x [B, L, C]; the context of a stream is changed."""
+        """Delay x [B, L, C]; a context is updated in place."""
         if not self.frames:
             return x
         if context is None:
@@ -80,16 +89,16 @@ class Delay(nn.Module):
 class LayerScale(nn.Module):
     """A learned weight per channel on a residual branch.
 
-    A bare parameter: recipes that reset every layer after construction call
-    ``reset_parameters`` on each module, and would undo a small start written
-    into a Linear. Source: CaiT (arXiv:2103.17239, eq. 1).
+    The weight is not folded into a Linear: SpeechBrain recipes call
+    ``reset_parameters`` on every module, which would reset a small initial
+    value there. Source: CaiT (arXiv:2103.17239, eq. 1).
 
     Arguments
     ---------
     channels : int
         C.
     start : float
-        The weight to begin with.
+        Initial value of the weights.
 
     Example
     -------
@@ -107,10 +116,10 @@ class LayerScale(nn.Module):
 
 
 class TransposedLinear(nn.Linear):
-    """A Linear whose output [B, L, C] lies in memory as [B, C, L].
+    """A Linear whose output [B, L, C] has the memory layout [B, C, L].
 
-    So the decoder takes it; that of a Linear would have to be copied for it,
-    which costs more than the product.
+    The decoder needs this layout. Copying the output of a plain Linear into it
+    costs more than the matrix product.
 
     Example
     -------
@@ -119,7 +128,7 @@ class TransposedLinear(nn.Linear):
     """
 
     def forward(self, x):
-        """Map the last axis of x [B, L, D]."""
+        """Map x [B, L, D] to [B, L, C]."""
         weight = self.weight.expand(x.shape[0], -1, -1)
         out = torch.baddbmm(self.bias[:, None], weight, x.transpose(1, 2))
         return out.transpose(1, 2)
@@ -131,11 +140,11 @@ class Attention(nn.Module):
     Arguments
     ---------
     d_model : int
-        C, divisible by nhead, with an even C / nhead.
+        C, divisible by nhead; C / nhead must be even.
     nhead : int
         H, attention heads.
     window : tuple of int
-        Tokens seen to the (left, right); -1 is unbounded.
+        Tokens seen to the (left, right); -1 means unbounded.
     backend : str
         As in ``attention.attend``.
 
@@ -147,7 +156,7 @@ class Attention(nn.Module):
     torch.Size([2, 50, 16])
     """
 
-    # Weights that are several matrices: an optimizer may take them apart.
+    # Weight -> how many matrices it stacks; Muon updates each one separately.
     stacked = {"qkv": 3}
 
     def __init__(self, d_model, nhead, window=(-1, -1), backend="auto"):
@@ -166,23 +175,23 @@ class Attention(nn.Module):
         self.out = nn.Linear(d_model, d_model)
 
     def make_streaming_context(self, like):
-        """The past of new streams, as ``FSMN``'s: keys and values."""
+        """Create the context of new streams, as in ``FSMN``."""
         width = self.d_model // self.nhead
         shape = len(like), self.window[0], self.nhead, width
         return {"keys": like.new_zeros(shape), "values": like.new_zeros(shape)}
 
     def forward(self, x, positions, context=None):
-        """Attend.
+        """Attend over time.
 
         Arguments
         ---------
         x : torch.Tensor
             [B, T, C].
         positions : Positions
-            Of the tokens.
+            From ``positions.Places``.
         context : dict, optional
-            Of a stream whose next tokens x are; changed. torch's own kernel
-            does it, whatever the backend: the others are no faster for so few
+            Keys and values of a stream's past, updated in place. Streams run
+            on torch's kernel, because other backends are no faster for so few
             queries.
 
         Returns
@@ -191,8 +200,8 @@ class Attention(nn.Module):
             [B, T, C].
         """
         if context is None:
-            # Keys outside of the window are not missed. One that is wider
-            # than a piece would be computed many times over.
+            # A piece needs only the keys within the window. A window wider
+            # than a piece would recompute the same keys many times.
             near = min(self.window) >= 0 and sum(self.window) <= PIECE // 4
             if near and positions.rows is None:
                 return in_pieces(
@@ -246,7 +255,7 @@ class FeedForward(nn.Module):
         self.out = nn.Linear(d_ffn, d_model)
 
     def forward(self, x):
-        """Run on x [B, T, C]."""
+        """Map x [B, T, C] to [B, T, C]."""
         return in_pieces(lambda part: self._run(x[:, part]), x.shape[1])
 
     def _run(self, x):
@@ -257,7 +266,7 @@ class FeedForward(nn.Module):
 class FlashFormerLayer(nn.Module):
     """One layer at the token rate: attention, gated FSMN, feed-forward.
 
-    Arguments are those of ``FlashFormer``.
+    Arguments are those of ``FlashFormer``; backend is its attention_backend.
 
     Example
     -------
@@ -293,14 +302,31 @@ class FlashFormerLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def make_streaming_context(self, like):
-        """The past of new streams, as ``FSMN``'s, of attention and memory."""
+        """Create the context of new streams, as in ``FSMN``."""
         return {
             "attention": self.attention.make_streaming_context(like),
             "fsmn": self.fsmn.make_streaming_context(like),
         }
 
     def forward(self, x, positions, mask=None, context=None):
-        """Run on x [B, T, C]; see ``Attention`` and ``FSMN``."""
+        """Run the layer.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [B, T, C].
+        positions : Positions
+            From ``positions.Places``.
+        mask : torch.Tensor, optional
+            [B, T, 1], 0 at padded tokens.
+        context : dict, optional
+            From ``make_streaming_context``; updated in place.
+
+        Returns
+        -------
+        torch.Tensor
+            [B, T, C].
+        """
         past = context or {"attention": None, "fsmn": None}
         x = x + self._attend(x, positions, past["attention"])
         x = self.fsmn(x, mask, past["fsmn"])

@@ -1,4 +1,4 @@
-"""Compute of a network, counted."""
+"""Count the multiply-accumulates (MACs) of a network."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -6,22 +6,22 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 
 def count_macs(function, *arguments):
-    """Multiply-accumulates of one call, attention products included.
+    """Count the multiply-accumulates of one call, with attention products.
 
-    FLOPs / 2, as torch's ``FlopCounterMode`` counts them, and the flash kernel
-    for CPU, which that passes over.
+    MACs are FLOPs / 2. FLOPs are counted by the formulas of torch's
+    ``FlopCounterMode``, plus one for the CPU flash kernel, which it ignores.
 
     Arguments
     ---------
     function : callable
-        Runs without gradients.
+        Function or module; called without gradients.
     *arguments
-        Handed to it.
+        Arguments of the function.
 
     Returns
     -------
     int
-        MACs.
+        Multiply-accumulates.
 
     Example
     -------
@@ -36,7 +36,7 @@ def count_macs(function, *arguments):
 
 
 class _Counter(TorchDispatchMode):
-    """Sums torch's own formulas over the operators that run."""
+    """Sums torch's FLOP formulas over the operators that run."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ class _Counter(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls):
-        # Nothing is compiled here, and its import takes a second or two.
+        # Nothing is compiled here, and importing dynamo takes 1 to 2 seconds.
         return False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -54,7 +54,7 @@ class _Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         formula = self.formulas.get(func._overloadpacket)
         if formula is None and func.namespace == "aten":
-            # In inference mode they come whole: count what they are made of.
+            # Inference mode dispatches composite operators: decompose them.
             with self:
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:

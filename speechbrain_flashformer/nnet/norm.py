@@ -1,11 +1,11 @@
-"""Norms of the input, in which frames count by their amplitude.
+"""Input norms that weight frames by their amplitude.
 
-One mean and one variance for all channels of many frames keep the differences
-in level between frames, which a norm per frame would hide. In Conv-TasNet's gLN
-(arXiv:1809.07454, eq. 9 to 11) all frames count alike, and speech is the louder
-to the network the more silence there is around it. Here silence changes
-nothing. Energies in place of amplitudes would do that too, but let one click
-decide for the whole recording.
+One mean and one variance for all channels of many frames preserve the level
+differences between frames, which a norm per frame would remove. Conv-TasNet's
+gLN (arXiv:1809.07454, eq. 9 to 11) weights all frames equally, so that silence
+around speech raises the level of the normalized speech. Here silence has no
+effect. Weighting by energy would ignore silence too, but one click could then
+dominate the statistics of a whole recording.
 
 Axes: B batch, L frames, N channels.
 """
@@ -15,26 +15,28 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # Floor of the denominator, so that digital silence and its gradient stay
-# finite. Far below one frame of the least standard deviation.
+# finite. It is far below the amplitude of one frame at the level of eps.
 FLOOR = 1e-20
 
 
 def weighted_sums(x, mask=None):
-    """What mean and mean square of frames weighted by amplitude are made of.
+    """Summands of the amplitude-weighted mean and mean square.
+
+    The weight of a frame is its amplitude: the root mean square over channels.
+    To obtain mean and mean square over a set of frames, sum over these frames
+    and divide the first two entries by the third (see ``moments``).
 
     Arguments
     ---------
     x : torch.Tensor
-        [B, L, N], in single precision at least: half would overflow.
+        [B, L, N], float32 or float64: the squares would overflow float16.
     mask : torch.Tensor, optional
         [B, L, 1], 0 at padded frames.
 
     Returns
     -------
     torch.Tensor
-        [B, 3, L]: for each frame its root mean square over the channels times
-        its mean, times its mean square, and alone. The sums of the first two
-        over any frames, over the sum of the third, are mean and mean square.
+        [B, 3, L]: weight times mean, weight times mean square, and weight.
 
     Example
     -------
@@ -44,7 +46,8 @@ def weighted_sums(x, mask=None):
              [125.,   0.],
              [  5.,   0.]]])
     """
-    # One pass over the channels; the squares would be kept for the gradient.
+    # vector_norm takes one pass over the channels, and autograd need not store
+    # the squares.
     amplitude = torch.linalg.vector_norm(x, dim=2) / x.shape[2] ** 0.5
     weight = amplitude if mask is None else amplitude * mask.squeeze(2)
     sums = [weight * x.mean(2), weight * amplitude.square(), weight]
@@ -52,7 +55,7 @@ def weighted_sums(x, mask=None):
 
 
 def moments(sums):
-    """Mean and mean square of ``weighted_sums``.
+    """Mean and mean square from sums of ``weighted_sums``.
 
     Arguments
     ---------
@@ -62,7 +65,7 @@ def moments(sums):
     Returns
     -------
     tuple of torch.Tensor
-        [B, ...] each; 0 where there was only silence.
+        Mean and mean square, [B, ...] each; 0 if all frames are silent.
 
     Example
     -------
@@ -74,8 +77,8 @@ def moments(sums):
     return (sums[:, :2] / sums[:, 2:].clamp(min=FLOOR)).unbind(1)
 
 
-def _wide(x):
-    """In single precision at least: half would overflow in the squares."""
+def _promote(x):
+    """Cast to float32 at least: the squares would overflow float16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -87,8 +90,8 @@ class GlobalNorm(nn.Module):
     channels : int
         N.
     eps : float
-        Least standard deviation: silence stays finite. So small that the
-        level of a recording makes no difference.
+        Floor of the standard deviation, so that silence stays finite. It is
+        small enough that the level of a recording makes no difference.
 
     Example
     -------
@@ -106,12 +109,12 @@ class GlobalNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def reference(self, x, mask=None):
-        """What frames are normalised by.
+        """Compute the statistics that frames are normalized by.
 
         Arguments
         ---------
         x : torch.Tensor
-            [B, L, N], all frames of recordings.
+            [B, L, N], all frames of the recordings.
         mask : torch.Tensor, optional
             [B, L, 1], 0 at padded frames.
 
@@ -120,46 +123,48 @@ class GlobalNorm(nn.Module):
         tuple of torch.Tensor
             Mean and mean square, [B] each.
         """
-        return moments(weighted_sums(_wide(x), mask).sum(2))
+        return moments(weighted_sums(_promote(x), mask).sum(2))
 
     def forward(self, x, given=None):
-        """Normalise the frames of recordings.
+        """Normalize the frames of recordings.
 
         Arguments
         ---------
         x : torch.Tensor
             [B, L, N].
         given : tuple of torch.Tensor, optional
-            The ``reference`` of the recordings that x are parts of; by default
-            that of x.
+            The ``reference`` of the recordings that x is an excerpt of; by
+            default that of x.
 
         Returns
         -------
         torch.Tensor
             [B, L, N].
         """
-        wide = _wide(x)
+        wide = _promote(x)
         mean, power = (s.to(wide) for s in given or self.reference(x))
         variance = (power - mean.square()).clamp(min=0)
         scale = (variance + self.eps**2).rsqrt()
-        # One pass over the frames, which are many: gain * x + shift.
+        # gain * x + shift takes one pass over the frames.
         gain = scale[:, None, None] * self.weight
         shift = self.bias - mean[:, None, None] * gain
         return torch.addcmul(shift, wide, gain).to(x.dtype)
 
 
 class CumulativeNorm(GlobalNorm):
-    """``GlobalNorm`` over the past: at each frame, over the last ``span``.
+    """Causal ``GlobalNorm``: at each frame, over the last ``span`` frames.
 
-    Weights are those of ``GlobalNorm``. A span that ends forgets: a loud word
-    does not quieten the hour after it.
+    The parameters are those of ``GlobalNorm``. The span is bounded, so that a
+    loud word lowers the level of the next ``span`` frames only.
 
     Arguments
     ---------
     channels : int
         N.
     span : int
-        Frames.
+        Frames that the statistics cover, with the current one.
+    eps : float
+        As in ``GlobalNorm``.
 
     Example
     -------
@@ -174,26 +179,38 @@ class CumulativeNorm(GlobalNorm):
         self.span = span
 
     def make_streaming_context(self, like):
-        """The past of new streams, ``weighted_sums`` of silence.
+        """Create the context of new streams, whose past is silence.
 
-        like is any tensor [B, ...] of the streams' dtype and device.
+        Arguments
+        ---------
+        like : torch.Tensor
+            [B, ...]; gives the batch size, the dtype and the device.
+
+        Returns
+        -------
+        dict
+            ``sums`` [B, 3, span], the ``weighted_sums`` of the past.
         """
         wide = torch.promote_types(like.dtype, torch.float32)
         return {"sums": like.new_zeros(len(like), 3, self.span, dtype=wide)}
 
     def reference(self, x, mask=None):
-        """The past of frames x: silence. Padding comes after all that count."""
+        """Create the context of whole recordings, whose past is silence.
+
+        The mask is not needed: padding follows all valid frames.
+        """
         return self.make_streaming_context(x)
 
     def forward(self, x, context=None):
-        """Normalise frames by those before them.
+        """Normalize frames by the statistics of the past.
 
         Arguments
         ---------
         x : torch.Tensor
             [B, L, N].
         context : dict, optional
-            Of a stream whose next frames x are; changed.
+            From ``make_streaming_context``, updated in place; x holds the next
+            frames of the streams.
 
         Returns
         -------
@@ -205,8 +222,9 @@ class CumulativeNorm(GlobalNorm):
         wide = x.to(past.dtype)
         known = torch.cat([past, weighted_sums(wide)], 2)
         context["sums"] = known[:, :, x.shape[1] :]
-        # Span by span: what is left of the span before, and what is new. No
-        # difference of running totals, in which a click would never be over.
+        # Sums over the last span frames: the remainder of the previous block of
+        # span frames plus the new frames of this one. A difference of running
+        # totals would keep the rounding error of a loud click forever.
         spans = F.pad(known, (0, -x.shape[1] % self.span))
         spans = spans.unflatten(2, (-1, self.span))
         left = spans[:, :, :-1].flip(3).cumsum(3).flip(3)

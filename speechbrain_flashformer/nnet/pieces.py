@@ -1,19 +1,29 @@
-"""Frames or tokens run piece by piece, where no gradient needs them all.
+"""Process long inputs piece by piece when no gradient is needed.
 
-Inner values of a long recording would fall out of the cache, and need much
-memory.
+The activations of a long recording do not fit into the CPU's cache, and they
+need much memory.
 """
 
 import torch
 
-PIECE = 4096  # frames or tokens
+PIECE = 4096  # maximum size of a piece, in frames or tokens
 
 
 def pieces(length):
-    """The slices of so many frames that are run one after another.
+    """Slices that divide frames or tokens into pieces of at most ``PIECE``.
 
-    With gradients, and in a compiled or exported graph, which is for all
-    lengths, there is but one.
+    With gradients there is one slice. In a compiled or exported graph too,
+    because the graph must fit all lengths.
+
+    Arguments
+    ---------
+    length : int
+        Number of frames or tokens.
+
+    Returns
+    -------
+    list of slice
+        The pieces, in order.
 
     Example
     -------
@@ -25,8 +35,9 @@ def pieces(length):
     """
     if torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return [slice(None)]
-    # The length is looked at first, as torch.jit.trace checks a trace with
-    # gradients by one without, and what is looked at is in the trace.
+    # The length is compared first, because the comparison becomes part of a
+    # trace, and torch.jit.trace checks a trace with gradients against one
+    # without: both must contain it.
     if length <= PIECE or torch.is_grad_enabled():
         return [slice(None)]
     starts = range(0, length, PIECE)
@@ -34,10 +45,23 @@ def pieces(length):
 
 
 def in_pieces(function, length, reach=(0, 0)):
-    """``function(frames)`` [B, n, C] of each of the ``pieces``, in a row.
+    """Apply a function to each of the ``pieces`` and concatenate the results.
 
-    With a reach each is given so many frames more to the (left, right), which
-    are cut off what comes out: a filter gives what it gives for the whole.
+    Arguments
+    ---------
+    function : callable
+        Takes a slice of n frames, returns a tensor [B, n, C].
+    length : int
+        T, number of frames.
+    reach : tuple of int
+        Receptive field of the function, in frames to the (left, right). Each
+        piece is extended by as many frames, and the extension is cut off the
+        output: the result equals that of one call.
+
+    Returns
+    -------
+    torch.Tensor
+        [B, T, C].
 
     Example
     -------
@@ -52,7 +76,7 @@ def in_pieces(function, length, reach=(0, 0)):
         first = max(0, span.start - reach[0])
         part = function(slice(first, min(span.stop + reach[1], length)))
         part = part[:, span.start - first : span.stop - first]
-        # Not a list of parts: they would be in the way of larger tensors.
+        # Written in place: a list of parts would fragment the memory.
         if whole is None:
             whole = part.new_empty(len(part), length, part.shape[2])
         whole[:, span] = part

@@ -1,6 +1,6 @@
-"""SpeechBrain's encoder and decoder of ``dual_path``, without SpeechBrain.
+"""Encoder and decoder of SpeechBrain's ``dual_path``, without SpeechBrain.
 
-The same weights under the same names and the same results: its import takes
+Weights, their names and the results are the same. Importing SpeechBrain takes
 longer than separating a short recording.
 
 Axes: B batch, T samples, N encoder channels, L frames.
@@ -15,11 +15,11 @@ class Encoder(nn.Module):
     Arguments
     ---------
     kernel_size : int
-        Samples of a filter; frames are half of it apart.
+        Samples per filter; the stride is half of it.
     out_channels : int
         N.
     in_channels : int
-        1, as SpeechBrain's has it.
+        1; present for compatibility with SpeechBrain.
 
     Example
     -------
@@ -39,12 +39,14 @@ class Encoder(nn.Module):
         )
 
     def forward(self, x):
-        """Encode mixtures [B, T]."""
+        """Encode mixtures [B, T] to frames [B, N, L]."""
         return self.conv1d(x.unsqueeze(1)).relu()
 
 
 class Decoder(nn.ConvTranspose1d):
     """One transposed convolution, [B, N, L] -> [B, T].
+
+    Arguments are those of ``torch.nn.ConvTranspose1d``; out_channels is 1.
 
     Example
     -------
@@ -55,5 +57,5 @@ class Decoder(nn.ConvTranspose1d):
     """
 
     def forward(self, x):
-        """Decode frames [B, N, L]."""
+        """Decode frames [B, N, L] to samples [B, T]."""
         return super().forward(x).squeeze(1)

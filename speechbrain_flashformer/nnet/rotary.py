@@ -1,4 +1,4 @@
-"""Rotary positions, exact on every device however long the recording.
+"""Rotary position embedding, exact on every device for any length.
 
 Source: "RoFormer" (Su et al., arXiv:2104.09864).
 
@@ -10,14 +10,14 @@ import math
 import torch
 import torch.nn as nn
 
-# Phases are whole multiples of 2^-40 of a turn. An hour of audio has 450,000
-# positions, too many for a phase in float32; float64 is not on every device.
-# Whole numbers are exact, and those that wrap around 64 bits lose whole turns.
+# Phases are integers in units of 2^-40 turns. An hour of audio has 450,000
+# positions, too many for a float32 phase, and some devices lack float64.
+# Integer phases are exact: overflow of 64 bits only drops whole turns.
 TURN = 2**40
 
 
 class RotaryAngles(nn.Module):
-    """Angles that ``rotate`` turns queries and keys by (RoFormer, eq. 15).
+    """Angles by which ``rotate`` turns queries and keys (RoFormer, eq. 15).
 
     Arguments
     ---------
@@ -25,6 +25,11 @@ class RotaryAngles(nn.Module):
         D, even.
     base : float
         The longest wavelength is about ``2 pi base`` tokens.
+
+    Raises
+    ------
+    ValueError
+        If head_width is odd.
 
     Example
     -------
@@ -45,20 +50,20 @@ class RotaryAngles(nn.Module):
         self.register_buffer("steps", torch.tensor(steps), persistent=False)
 
     def forward(self, length, offset=0):
-        """Cosines and sines of the next positions.
+        """Compute the cosines and sines of consecutive positions.
 
         Arguments
         ---------
         length : int
-            Number of tokens, T.
+            T, number of tokens.
         offset : int or torch.Tensor
             Position of the first token; a tensor [1] in an exported graph.
 
         Returns
         -------
         tuple of torch.Tensor
-            Cosines and sines, float32, each [T, 1, D]; the sines that the
-            second half of a head is multiplied by are negative.
+            Cosines and sines, float32, each [T, 1, D]. The first half of the
+            sines is negated, as ``rotate`` needs it.
         """
         place = torch.arange(length, device=self.steps.device) + offset
         phases = (place[:, None, None] * self.steps) & (TURN - 1)
@@ -68,7 +73,7 @@ class RotaryAngles(nn.Module):
 
 
 def rotate(x, angles):
-    """Turn the pairs (i, i + D / 2) of each head by their position's angle.
+    """Rotate the pairs (i, i + D / 2) of each head by the position's angle.
 
     Arguments
     ---------

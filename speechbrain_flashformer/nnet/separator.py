@@ -1,4 +1,4 @@
-"""Encode, mask, decode: the one forward of training, evaluation and inference.
+"""Encode, mask, decode: the forward pass of training and inference.
 
 Axes: B batch, T samples, N encoder channels, L frames, S speakers.
 """
@@ -17,10 +17,10 @@ from speechbrain_flashformer.nnet.norm import moments, weighted_sums
 from speechbrain_flashformer.nnet.pieces import pieces
 from speechbrain_flashformer.nnet.positions import length_mask
 
-# The parts of a model, as SpeechBrain's recipes and interfaces call them.
+# The modules of a model, as SpeechBrain's recipes and interfaces name them.
 MODULES = ("encoder", "masknet", "decoder")
 
-
+# The sizes of ``build``; each has a yaml in hparams/.
 SIZES = ("tiny", "base", "large", "streaming")
 
 
@@ -31,6 +31,11 @@ class Separator(nn.Module):
     ---------
     encoder, masknet, decoder : torch.nn.Module
         As in ``separate``.
+
+    Example
+    -------
+    >>> Separator(*build("tiny").children())(torch.randn(1, 800)).shape
+    torch.Size([1, 800, 2])
     """
 
     def __init__(self, encoder, masknet, decoder):
@@ -39,19 +44,32 @@ class Separator(nn.Module):
         self.decoder = decoder
 
     def forward(self, mixture, lengths=None):
-        """Separate mixtures [B, T]; relative lengths [B], 1 by default."""
+        """Separate mixtures.
+
+        Arguments
+        ---------
+        mixture : torch.Tensor
+            [B, T], T >= 1.
+        lengths : torch.Tensor, optional
+            Valid part of each row relative to T, [B]; by default 1.
+
+        Returns
+        -------
+        torch.Tensor
+            Estimated sources, [B, T, S].
+        """
         return separate(mixture, *self.children(), lengths)
 
 
 def build(size, **numbers):
-    """A model of a size, with random weights.
+    """Build a model with random weights.
 
     Arguments
     ---------
     size : str or Path
-        One of ``SIZES``, or a yaml like theirs in ``hparams/``.
+        One of ``SIZES``, or the path of a yaml file like those in ``hparams/``.
     **numbers
-        Take the place of those in the yaml: ``num_spks=3``.
+        Replace values of the yaml, for example ``num_spks=3``.
 
     Returns
     -------
@@ -61,7 +79,7 @@ def build(size, **numbers):
     Raises
     ------
     ValueError
-        When there is no such size, or its yaml has no such number.
+        If the size does not exist, or its yaml has no such key.
 
     Example
     -------
@@ -91,8 +109,8 @@ def build(size, **numbers):
 def separate(mixture, encoder, masknet, decoder, lengths=None, statistics=None):
     """Separate mixtures of equal or padded length.
 
-    No sample is lost at the end (an encoder without padding drops up to a
-    stride of them), and padding never changes the rest.
+    The output has every sample of the input: the mixture is padded to a whole
+    number of frames, because the encoder would drop an incomplete one.
 
     Arguments
     ---------
@@ -101,17 +119,17 @@ def separate(mixture, encoder, masknet, decoder, lengths=None, statistics=None):
     encoder : torch.nn.Module
         [B, T] -> [B, N, L], a SpeechBrain ``Encoder``.
     masknet : torch.nn.Module
-        [B, N, L] -> [S, B, N, L], a ``FlashFormer`` or any other. One that
-        takes ``lengths`` (frames that count, [B]) or ``statistics`` is given
-        them.
+        [B, N, L] -> [S, B, N, L], a ``FlashFormer`` or any other masknet. It
+        gets ``lengths`` (valid frames, [B]) and ``statistics`` if its forward
+        has arguments of these names.
     decoder : torch.nn.Module
         [B, N, L] -> [B, T], a SpeechBrain ``Decoder``.
     lengths : torch.Tensor, optional
-        Valid part of each row relative to T, [B]. Outputs past the length are
-        0; the rest is as without padding if the masknet takes lengths.
+        Valid part of each row relative to T, [B]. Outputs beyond it are 0. The
+        valid part equals that without padding if the masknet takes lengths.
     statistics : tuple of torch.Tensor, optional
-        Those of the recordings that the rows are parts of, as from
-        ``encoder_statistics``.
+        Mean and mean square [B] of the recordings that the rows are excerpts
+        of, as from ``encoder_statistics``.
 
     Returns
     -------
@@ -130,14 +148,14 @@ def separate(mixture, encoder, masknet, decoder, lengths=None, statistics=None):
     """
     B, T = mixture.shape
     kernel, stride = encoder_frame(encoder)
-    # Frames that cover all samples, at least one.
+    # The number of frames that cover all samples, at least one.
     frames = 1 + (max(T - kernel, 0) + stride - 1) // stride
     padded, options = kernel + (frames - 1) * stride, {}
     if lengths is not None:
         samples = (lengths * T).round()
         mask = length_mask(samples, T, mixture.device)
         mixture = mixture * mask.squeeze(2)
-        # From here on lengths are in frames.
+        # From here on, lengths are in frames.
         lengths = (samples - kernel).clamp(min=0) / stride
         lengths = 1 + lengths.ceil().long()
         if takes(masknet, "lengths"):
@@ -146,7 +164,7 @@ def separate(mixture, encoder, masknet, decoder, lengths=None, statistics=None):
         options["statistics"] = statistics
     mix_w = encoder(F.pad(mixture, (0, padded - T)))
     if lengths is not None:
-        # A frame past the last one of a row may still overlap its end.
+        # A frame after the last valid one may still overlap the row's end.
         mix_w = mix_w * length_mask(lengths, frames, mix_w.device).mT
 
     def _decode(masks, span):
@@ -156,13 +174,13 @@ def separate(mixture, encoder, masknet, decoder, lengths=None, statistics=None):
 
     def _add(masks, span):
         nonlocal sources
-        # A network that compiles itself gives all in one piece.
+        # A compiled network returns all masks in one piece.
         part, begin = _decode(masks, span), (span.start or 0) * stride
         if sources is None:
             sources = part.new_zeros(len(masks), B, padded)
         sources[..., begin : begin + part.shape[2]] += part
 
-    if len(pieces(frames)) > 1 and _gives_pieces(masknet, decoder):
+    if len(pieces(frames)) > 1 and _can_decode_pieces(masknet, decoder):
         sources = None
         masknet(mix_w, decode=_add, **options)
     else:
@@ -171,30 +189,31 @@ def separate(mixture, encoder, masknet, decoder, lengths=None, statistics=None):
     return sources if lengths is None else sources * mask
 
 
-def _gives_pieces(masknet, decoder):
-    """Whether masks can come in pieces, and no one else wants to see them.
+def _can_decode_pieces(masknet, decoder):
+    """Whether masks can be decoded piece by piece.
 
-    A wrapper may share out the rows, a hook sees what comes out; a bias would
-    be added twice to what two pieces share.
+    A wrapper of the masknet may split the rows over devices, and a forward hook
+    needs the masks as output. The bias of a decoder would be added twice where
+    two pieces overlap.
     """
-    seen = not isinstance(masknet, FlashFormer) or masknet._forward_hooks
-    return not seen and getattr(unwrapped(decoder), "bias", None) is None
+    plain = isinstance(masknet, FlashFormer) and not masknet._forward_hooks
+    return plain and getattr(unwrapped(decoder), "bias", None) is None
 
 
 def encoder_statistics(blocks, encoder):
-    """Statistics for the input norm: encoder output of whole recordings.
+    """Compute statistics of whole recordings for the input norm.
 
     Arguments
     ---------
     blocks : iterable of torch.Tensor
-        The recordings in order, each [C, n].
+        Successive blocks of C recordings, each [C, n].
     encoder : torch.nn.Module
         As in ``separate``.
 
     Returns
     -------
     tuple of torch.Tensor
-        Mean and mean square, [C] each, of frames that count by their
+        Mean and mean square of the encoder output, [C] each, weighted by
         amplitude as in ``norm.weighted_sums``.
 
     Example
@@ -217,7 +236,7 @@ def encoder_statistics(blocks, encoder):
         nonlocal sums, frames
         mix_w = encoder(samples.to(weight.device)).to(dtype)
         block = weighted_sums(mix_w.transpose(1, 2)).sum(2)
-        # Over hours in float64, which only the CPU is sure to have.
+        # Hours of audio need float64, which only the CPU is sure to support.
         sums = sums + block.cpu().double()
         frames += mix_w.shape[2]
 
@@ -228,7 +247,7 @@ def encoder_statistics(blocks, encoder):
             whole = 1 + (samples.shape[1] - kernel) // stride
             samples = samples[:, whole * stride :]
         rest = samples
-    # What a last frame covers that only the padding fills.
+    # The samples at the start of the rest that earlier frames already cover.
     covered = kernel - stride if frames else 0
     if rest.shape[1] > covered:
         _add(F.pad(rest, (0, kernel - rest.shape[1])))
@@ -236,15 +255,49 @@ def encoder_statistics(blocks, encoder):
 
 
 def encoder_frame(encoder):
-    """Kernel and stride in samples of an encoder, wrapped or scripted too."""
+    """Kernel size and stride of an encoder.
+
+    Arguments
+    ---------
+    encoder : torch.nn.Module
+        An encoder; it may be wrapped or scripted.
+
+    Returns
+    -------
+    tuple of int
+        Kernel size and stride, in samples.
+
+    Example
+    -------
+    >>> encoder_frame(build("tiny").encoder)
+    (32, 16)
+    """
     conv = next(m for m in encoder.modules() if hasattr(m, "kernel_size"))
     return conv.kernel_size[0], conv.stride[0]
 
 
 def takes(masknet, name):
-    """Whether a masknet has an argument of this name, wrapped or not.
+    """Whether the forward of a masknet takes an argument of this name.
 
-    Around adapters are wrappers that hand on whatever they are given.
+    True for a forward with ``**kwargs``, because wrappers of adapters pass
+    their arguments on.
+
+    Arguments
+    ---------
+    masknet : torch.nn.Module
+        A masknet; it may be wrapped.
+    name : str
+        Name of the argument.
+
+    Returns
+    -------
+    bool
+        Whether the masknet takes it.
+
+    Example
+    -------
+    >>> takes(build("tiny").masknet, "lengths")
+    True
     """
     parameters = inspect.signature(unwrapped(masknet).forward).parameters
     any_name = (x.kind is x.VAR_KEYWORD for x in parameters.values())
@@ -252,7 +305,23 @@ def takes(masknet, name):
 
 
 def unwrapped(module):
-    """The module inside wrappers of torch.compile and of several devices."""
+    """Remove the wrappers of torch.compile and of multi-device training.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        A module, wrapped or not.
+
+    Returns
+    -------
+    torch.nn.Module
+        The module inside.
+
+    Example
+    -------
+    >>> unwrapped(nn.DataParallel(nn.ReLU()))
+    ReLU()
+    """
     module = getattr(module, "_orig_mod", module)
     several = isinstance(module, (nn.DataParallel, DistributedDataParallel))
     return unwrapped(module.module) if several else module

@@ -1,4 +1,4 @@
-"""One step of a stream, as a function of its state.
+"""One streaming step as a function of an explicit state.
 
 Axes: B streams side by side, n and m samples, N encoder channels, L frames,
 S speakers.
@@ -13,26 +13,52 @@ import torch.nn.functional as F
 
 from speechbrain_flashformer.nnet.separator import encoder_frame
 
-# Squares of samples beyond this would not be finite for long.
+# Samples of this magnitude or more are replaced by 0: their squares would soon
+# overflow.
 TOO_LOUD = 1e10
 
 
 def silence_broken(block):
-    """A block with 0 for what is not finite, or beyond ``TOO_LOUD``."""
+    """Replace broken samples by 0.
+
+    Arguments
+    ---------
+    block : torch.Tensor
+        Samples, of any shape.
+
+    Returns
+    -------
+    torch.Tensor
+        The block, with 0 where a sample is not finite or not below
+        ``TOO_LOUD``.
+
+    Example
+    -------
+    >>> silence_broken(torch.tensor([0.5, torch.nan, 1e20]))
+    tensor([0.5000, 0.0000, 0.0000])
+    """
     return torch.where(block.abs() < TOO_LOUD, block, 0)
 
 
 class StreamingStep(nn.Module):
-    """Encode, mask, decode the next whole tokens of a stream.
+    """Encode, mask and decode the next whole tokens of a stream.
 
-    As a module its state is tensors of fixed size, in and out, for export. It
-    begins with zeros, but for ``samples``, which are the first of the stream.
-    With a look-ahead the first ``delay`` samples that come out mean nothing.
+    For export, ``forward`` takes and returns its state as tensors of fixed
+    size. The initial state is zero, except that ``samples`` holds the first
+    samples of the stream. With a lookahead, the first ``delay`` samples of the
+    output are undefined.
 
     Arguments
     ---------
     encoder, masknet, decoder : torch.nn.Module
-        As in ``separator.separate``; the masknet a causal ``FlashFormer``.
+        As in ``separator.separate``; the masknet is a causal ``FlashFormer``.
+
+    Attributes
+    ----------
+    kernel, stride : int
+        Kernel size and stride of the encoder, in samples.
+    overlap, token, delay : int
+        Kernel minus stride; samples per token; lookahead in samples.
 
     Example
     -------
@@ -55,7 +81,23 @@ class StreamingStep(nn.Module):
         self.delay = masknet.future_tokens * self.token
 
     def make_streaming_context(self, batch_size):
-        """What new streams remember, for ``run``."""
+        """Create the context of new streams, for ``run``.
+
+        Arguments
+        ---------
+        batch_size : int
+            B.
+
+        Returns
+        -------
+        dict
+            Context of the masknet, and tensors [B, ...].
+
+        Raises
+        ------
+        ValueError
+            If the masknet cannot stream, or batch_size is below 1.
+        """
         masknet = self.masknet
         sizes = {
             "frames": (masknet.in_channels, self.delay // self.stride),
@@ -68,7 +110,20 @@ class StreamingStep(nn.Module):
         return context
 
     def run(self, mix_w, context):
-        """Sources [B, m, S] of frames [B, N, L]; the context is changed."""
+        """Separate the next frames.
+
+        Arguments
+        ---------
+        mix_w : torch.Tensor
+            Encoder output, [B, N, L], whole tokens.
+        context : dict
+            From ``make_streaming_context``; updated in place.
+
+        Returns
+        -------
+        torch.Tensor
+            Sources, [B, m, S], with m = L * stride.
+        """
         masks = self.masknet.step(mix_w, context=context["network"])
         size = mix_w.shape[2]
         if self.delay:
@@ -83,22 +138,51 @@ class StreamingStep(nn.Module):
         return sources[..., :done].transpose(1, 2)
 
     def make_state(self, batch_size):
-        """The state of new streams: tensors by name, all zeros."""
+        """Create the state of new streams, for ``forward``.
+
+        Arguments
+        ---------
+        batch_size : int
+            B.
+
+        Returns
+        -------
+        dict
+            Name -> tensor, all zeros.
+
+        Raises
+        ------
+        ValueError
+            If the masknet cannot stream, or batch_size is below 1.
+        """
         context = self.make_streaming_context(batch_size)
         like = context["tail"]
         samples = like.new_zeros(batch_size, self.overlap)
         tokens = like.new_zeros(1, dtype=torch.long)
         state = {"samples": samples, **flat_state(context), "tokens": tokens}
-        # What holds nothing needs no name.
+        # Empty tensors are left out.
         return {k: tensor for k, tensor in state.items() if tensor.numel()}
 
     @cached_property
     def names(self):
-        """Those of the state, in order."""
+        """Names of the tensors of the state, in order."""
         return list(self.make_state(1))
 
     def forward(self, mixture, *state):
-        """Sources [B, n, S] of mixtures [B, n], and the new state."""
+        """Separate the next samples.
+
+        Arguments
+        ---------
+        mixture : torch.Tensor
+            [B, n], n a multiple of ``token``.
+        *state : torch.Tensor
+            In the order of ``names``.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            Sources [B, n, S], followed by the new state.
+        """
         given = dict(zip(self.names, state))
         context = self.make_streaming_context(mixture.shape[0])
         context["network"]["tokens"] = given["tokens"]
@@ -114,18 +198,18 @@ class StreamingStep(nn.Module):
 
 
 class CompiledSteps:
-    """Steps of a network's streams, traced for each size of block they meet.
+    """Streaming steps, traced once for each block size that occurs.
 
-    A step has hundreds of small operations, and calling them from Python takes
+    A step has hundreds of small operations, and calling these from Python takes
     a good part of its time. All streams of a model can share the traces.
 
     Arguments
     ---------
     step : StreamingStep
-        On any device.
+        The step, on any device.
     most_tokens : int
-        Longest block that is traced, in tokens; on longer ones Python's share
-        is small.
+        Longest block that is traced, in tokens. Longer blocks run untraced,
+        because Python's share of their time is small.
 
     Example
     -------
@@ -143,7 +227,7 @@ class CompiledSteps:
         self.traces = {}
 
     def __call__(self, mixture, *state):
-        """Sources [B, n, S] of mixtures [B, n], and the new state."""
+        """Separate the next samples; see ``StreamingStep.forward``."""
         if mixture.shape[1] > self.longest:
             return self.step(mixture, *state)
         key = *mixture.shape, mixture.dtype, mixture.device
@@ -155,7 +239,7 @@ class CompiledSteps:
         state = self.step.make_state(batch_size)
         example = state["samples"].new_zeros(batch_size, samples)
         with torch.no_grad(), warnings.catch_warnings():
-            # Sizes become constants, as they should.
+            # torch warns that sizes become constants, which is intended here.
             warnings.simplefilter("ignore")
             return torch.jit.trace(
                 self.step, (example, *state.values()), check_trace=False
@@ -163,7 +247,25 @@ class CompiledSteps:
 
 
 def flat_state(context, name=""):
-    """The tensors of nested dicts and lists, by the names on the way."""
+    """Collect the tensors of nested dicts and lists.
+
+    Arguments
+    ---------
+    context : dict, list or torch.Tensor
+        Nested; other values are ignored.
+    name : str
+        Prefix of the names.
+
+    Returns
+    -------
+    dict
+        Name -> tensor; a name joins the keys of a path by underscores.
+
+    Example
+    -------
+    >>> list(flat_state({"up": [{"past": torch.zeros(1)}], "tokens": 0}))
+    ['up_0_past']
+    """
     if isinstance(context, torch.Tensor):
         return {name: context}
     flat = {}
@@ -173,7 +275,24 @@ def flat_state(context, name=""):
 
 
 def fill_state(context, flat, name=""):
-    """Put tensors back where ``flat_state`` found them."""
+    """Write tensors back into the places where ``flat_state`` found them.
+
+    Arguments
+    ---------
+    context : dict or list
+        Updated in place.
+    flat : dict
+        Name -> tensor; a missing name leaves its tensor unchanged.
+    name : str
+        Prefix of the names.
+
+    Example
+    -------
+    >>> context = {"up": [{"past": torch.zeros(1)}]}
+    >>> fill_state(context, {"up_0_past": torch.ones(1)})
+    >>> context
+    {'up': [{'past': tensor([1.])}]}
+    """
     for key, part in _parts(context):
         place = f"{name}_{key}" if name else str(key)
         if isinstance(part, (dict, list)):
@@ -183,7 +302,7 @@ def fill_state(context, flat, name=""):
 
 
 def _parts(context):
-    """Keys and parts of a dict or a list; of anything else none."""
+    """Keys and values of a dict or list; empty for any other type."""
     if isinstance(context, dict):
         return list(context.items())
     return list(enumerate(context)) if isinstance(context, list) else []

@@ -1,4 +1,4 @@
-"""Separate a stream block by block, exactly as the whole would be.
+"""Separate a stream block by block, with the result of the whole signal.
 
 Axes: B streams side by side, n and m samples, N encoder channels, L frames,
 S speakers.
@@ -15,35 +15,35 @@ from speechbrain_flashformer.nnet.step import (
     silence_broken,
 )
 
-# Most tokens that run at once, half a second at 125 a second: memory is
-# bounded however long a block is.
+# Maximum number of tokens per step, half a second at 125 tokens per second. It
+# bounds the memory for any block length.
 MOST_TOKENS = 64
 
 
 def lookahead_tokens(lookahead_ms, sample_rate, kernel_stride, token_stride):
-    """The ``future_tokens`` of a network that hears so much ahead.
+    """Convert a lookahead from milliseconds to tokens (``future_tokens``).
 
     Arguments
     ---------
     lookahead_ms : float
-        Milliseconds beyond the token that a sample is in, which the latency
-        grows by: a multiple of a token.
+        Lookahead after the current token, in milliseconds; a multiple of the
+        duration of a token. It adds to the latency.
     sample_rate : int
         Hz.
     kernel_stride : int
-        Samples from one frame of the encoder to the next.
+        Samples per frame: the stride of the encoder.
     token_stride : int
         Frames per token.
 
     Returns
     -------
     int
-        Tokens.
+        Lookahead in tokens.
 
     Raises
     ------
     ValueError
-        When that is no whole number of tokens, of 0 or more.
+        If the lookahead is negative or not a whole number of tokens.
 
     Example
     -------
@@ -52,7 +52,7 @@ def lookahead_tokens(lookahead_ms, sample_rate, kernel_stride, token_stride):
     """
     token_ms = 1000 * kernel_stride * token_stride / sample_rate
     tokens = round(lookahead_ms / token_ms)
-    # Written in decimals, thirds of a millisecond are near misses.
+    # The tolerance admits rounded decimals, such as 5.33 for 16/3 ms.
     if tokens < 0 or abs(tokens * token_ms - lookahead_ms) > 0.01:
         below = max(0, int(lookahead_ms // token_ms))
         raise ValueError(
@@ -63,39 +63,39 @@ def lookahead_tokens(lookahead_ms, sample_rate, kernel_stride, token_stride):
 
 
 class StreamingSeparator:
-    """Samples in, separated samples out, as soon as they are known.
+    """Separates samples as they arrive, and returns each as soon as it can.
 
-    What comes out is, to rounding, what ``separator.separate`` gives for the
-    whole signal, however it is cut into blocks. Samples that are not finite,
-    or beyond ``TOO_LOUD``, are taken as 0, so that they are over when their
-    block is.
+    The output equals that of ``separator.separate`` for the whole signal, up to
+    rounding and for any division into blocks. Samples that are not finite, or
+    not below ``TOO_LOUD``, are replaced by 0, so that they cannot disturb later
+    output.
 
     Arguments
     ---------
     encoder, masknet, decoder : torch.nn.Module
-        As in ``separator.separate``; the masknet a causal ``FlashFormer``.
+        As in ``separator.separate``; the masknet is a causal ``FlashFormer``.
     batch_size : int
-        B.
+        B, streams that run side by side.
     run : callable, optional
-        What runs the step, called as ``StreamingStep`` is: ``CompiledSteps``,
-        or a session of another runtime.
+        Runs the step in place of ``StreamingStep.forward``, with the same
+        arguments: ``CompiledSteps``, or a session of another runtime.
 
     Attributes
     ----------
     latency : int
-        Samples that must have come in, from its own on, before a sample comes
-        out, at most: ``((1 + future_tokens) * token_stride - 1) * stride +
-        kernel``.
+        Maximum number of samples, counted from a sample itself, that must
+        arrive before its output is returned: ``((1 + future_tokens) *
+        token_stride - 1) * stride + kernel``.
     state : dict
-        All that the stream remembers: tensors, numbers and lists of these, of
-        bounded size. It can be copied, saved, and put back, and follows the
-        modules to another device.
+        The state of the streams: nested dicts and lists of tensors and numbers,
+        of bounded size. It can be copied, saved and restored. It moves to the
+        device of the modules if they are moved.
 
     Raises
     ------
     ValueError
-        When the masknet cannot stream, the decoder has a bias, which
-        overlapping frames would add twice, or batch_size is not 1 or more.
+        If the masknet cannot stream, batch_size is below 1, or the decoder has
+        a bias, which overlapping frames would add twice.
 
     Example
     -------
@@ -122,32 +122,31 @@ class StreamingSeparator:
         self.state = {
             **context,
             "frame": [self.step.kernel, self.step.stride],
-            "samples": context["tail"].new_zeros(batch_size, 0),  # to come
-            "fed": 0,
-            "given": 0,
-            "early": self.step.delay,  # samples that mean nothing yet
+            "samples": context["tail"].new_zeros(batch_size, 0),  # pending
+            "fed": 0,  # samples in
+            "given": 0,  # samples out
+            "early": self.step.delay,  # samples before the stream starts
             "flushed": False,
         }
 
     def feed(self, block):
-        """Take the next samples, give those that are ready.
+        """Process the next samples and return the sources that are ready.
 
         Arguments
         ---------
         block : torch.Tensor
-            [B, n], floating point of any precision and on any device; n may
-            be 0.
+            [B, n], of any floating-point type, on any device; n may be 0.
 
         Returns
         -------
         torch.Tensor
-            [B, m, S].
+            Sources, [B, m, S]; m may be 0.
 
         Raises
         ------
         ValueError
-            When the block is of another shape or type, the state that was put
-            back is of another model, or the modules are not on one device.
+            If the block has another shape or type, the state comes from
+            another model, or the modules are on several devices.
         RuntimeError
             After ``flush``.
         """
@@ -164,34 +163,49 @@ class StreamingSeparator:
         if not block.is_floating_point():
             raise ValueError(f"a block is floating point, got {block.dtype}")
         state, step = self.state, self.step
-        # About a tenth faster than no_grad.
+        # inference_mode is about 10 % faster than no_grad.
         with torch.inference_mode():
             block = silence_broken(block).to(state["samples"])
             state["fed"] += block.shape[1]
             samples = torch.cat([state["samples"], block], 1)
             parts = [block.new_zeros(len(block), 0, step.masknet.num_spks)]
-            # Whole tokens; what is left waits for its own.
+            # Process whole tokens; the rest waits for more samples.
             while samples.shape[1] >= step.token + step.overlap:
                 tokens = (samples.shape[1] - step.overlap) // step.token
                 size = min(tokens, MOST_TOKENS) * step.token
                 given = samples[:, : size + step.overlap]
-                parts.append(self._meant(self._advance(given)))
+                parts.append(self._drop_early(self._advance(given)))
                 samples = samples[:, size:]
             state["samples"] = samples.clone()
             sources = torch.cat(parts, 1)
             state["given"] += sources.shape[1]
-        # What is made in that mode cannot be used in training.
+        # A tensor created in inference mode could not be used in training.
         return sources.clone()
 
     def flush(self):
-        """End the stream; the rest of its samples, [B, m, S]."""
+        """End the stream and return its remaining sources.
+
+        Returns
+        -------
+        torch.Tensor
+            Sources, [B, m, S]; in total the stream returns as many samples as
+            it was fed.
+
+        Raises
+        ------
+        ValueError
+            If the state comes from another model, or the modules are on
+            several devices.
+        RuntimeError
+            After an earlier ``flush``.
+        """
         self._check_state()
         state, step = self.state, self.step
         state["flushed"] = True
         fed, samples = state["fed"], state["samples"]
         with torch.inference_mode():
-            # Silence: to the end of a frame, and no frames after it, to the
-            # end of a token and for its future.
+            # Pad the samples with silence to a whole frame. Then append zero
+            # frames to a whole token, and for the lookahead.
             frames = 1 - (-max(fed - step.kernel, 0) // step.stride)
             frames -= (fed - samples.shape[1]) // step.stride
             size = step.kernel + (frames - 1) * step.stride
@@ -203,11 +217,11 @@ class StreamingSeparator:
             mix_w = F.pad(mix_w, (0, more + step.delay // step.stride))
             parts = [step.run(mix_w, state)] if mix_w.shape[2] else []
             parts.append(state["tail"].transpose(1, 2))
-            rest = self._meant(torch.cat(parts, 1))
+            rest = self._drop_early(torch.cat(parts, 1))
         return rest[:, : fed - state["given"]].clone()
 
     def _advance(self, samples):
-        """Sources of whole tokens; the samples begin with an overlap."""
+        """Separate whole tokens; samples start with ``overlap`` old ones."""
         state, step = self.state, self.step
         if self.run is None:
             return step.run(step.encoder(samples), state)
@@ -222,8 +236,8 @@ class StreamingSeparator:
         network["tokens"] = int(new["tokens"])
         return sources
 
-    def _meant(self, sources):
-        """Sources [B, m, S] without those of before the stream began."""
+    def _drop_early(self, sources):
+        """Drop the sources [B, m, S] from before the start of the stream."""
         early = min(self.state["early"], sources.shape[1])
         self.state["early"] -= early
         return sources[:, early:]

@@ -1,7 +1,8 @@
-"""Attention through a sliding window, on torch's own kernel alone.
+"""Sliding-window attention on torch's scaled_dot_product_attention.
 
-torch's kernel has no window: queries go in blocks, and each block sees a slice
-of keys under a mask. Memory is linear in T.
+torch's kernel has no window argument. Queries are therefore processed in
+blocks, and each block attends to a slice of the keys under a mask. Memory is
+linear in T.
 
 Axes: B batch, T tokens, H heads, D head width.
 """
@@ -14,15 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# Queries of a block, and of one at an edge. Short blocks compute few products
-# that the mask hides; edges are calls of their own, which should be few.
+# Queries per block, inside and at the edges of a recording. Short blocks
+# compute few masked products. Each block at an edge is a separate call, so
+# these blocks are longer.
 BLOCK, EDGE = 64, 256
-# Most tokens whose mask is a square.
+# Maximum T for one call with a T x T mask.
 MOST_DENSE = 1024
 
 
 def attend_window(q, k, v, left, right):
-    """Attention through a window that is bounded on both sides.
+    """Attend within a window that is bounded on both sides.
 
     Arguments
     ---------
@@ -42,14 +44,14 @@ def attend_window(q, k, v, left, right):
     >>> attend_window(q, k, v, left=8, right=0).shape
     torch.Size([2, 500, 4, 16])
     """
-    # An exported graph is for all lengths, and may not branch on this one.
+    # An exported graph may not branch on the length.
     if torch.compiler.is_exporting():
         return _attend_padded(q, k, v, left, right)
     T = q.shape[1]
-    # A window that hides little is a mask on all keys, in one call for all
-    # rows: many small calls cost more than the products it hides.
+    # If the window hides few keys, one call with a mask over all keys is faster
+    # than many small calls.
     if T <= min(left + right + 2 * BLOCK, MOST_DENSE) and not q.is_cuda:
-        # One mask for many lengths.
+        # Rounded up, so that many lengths share one cached mask.
         size = -(-T // EDGE) * EDGE
         mask = band(size, size, 0, left, right, q.dtype, q.device)
         return run_kernel(q, k, v, attn_mask=mask[:T, :T])
@@ -60,9 +62,10 @@ def attend_window(q, k, v, left, right):
 def _attend_row(q, k, v, left, right):
     """Attend with a batch of one.
 
-    The blocks whose keys all exist go in one call under one mask, their keys
-    being overlapping views (no copy). Those at the edges take exact slices:
-    padding would make rows that see nothing, whose gradients are NaN.
+    One call covers all blocks whose windows lie within the recording; they
+    share a mask, and their keys are overlapping views without a copy. Blocks
+    at the edges take exact slices of the keys. Padding the keys there would
+    create rows that see no key, and their gradients would be NaN.
     """
     T = q.shape[1]
     left, right = min(left, T), min(right, T)
@@ -96,7 +99,7 @@ def _attend_row(q, k, v, left, right):
 
 
 def _attend_padded(q, k, v, left, right):
-    """Attend without a branch on T: all blocks are padded to be alike."""
+    """Attend without a branch on T, by padding all blocks to one shape."""
     B, T = q.shape[:2]
     count = (T + BLOCK - 1) // BLOCK
     rest = count * BLOCK - T
@@ -111,7 +114,7 @@ def _attend_padded(q, k, v, left, right):
     )
     hidden = _hidden(BLOCK, span, left, left, right, q.device)
     absent = (place < left) | (place >= left + T)  # [count, span]
-    # Finite: a padded query may see nothing at all, and must not give NaN.
+    # Finite, because a padded query may see no key and must not become NaN.
     lowest = torch.finfo(q.dtype).min / 2
     mask = torch.where(hidden | absent[:, None], lowest, 0.0).to(q.dtype)
     mask = mask.expand(B, -1, -1, -1).flatten(0, 1).unsqueeze(1)
@@ -120,10 +123,28 @@ def _attend_padded(q, k, v, left, right):
 
 
 def run_kernel(q, k, v, **options):
-    """torch's kernel on q, k, v [B, T, H, D], with its options."""
+    """Call torch's scaled_dot_product_attention.
+
+    Arguments
+    ---------
+    q, k, v : torch.Tensor
+        [B, T, H, D]; k and v may have another T than q.
+    **options
+        Keyword arguments of torch's ``scaled_dot_product_attention``.
+
+    Returns
+    -------
+    torch.Tensor
+        [B, T, H, D].
+
+    Raises
+    ------
+    RuntimeError
+        On CUDA, if only a kernel that builds the T x T matrix could run.
+    """
     width = q.shape[3]
     if missing := _missing_width(q):
-        # Zeros add nothing to a product.
+        # Zero padding does not change the products.
         q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
         options["scale"] = width**-0.5
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -133,12 +154,12 @@ def run_kernel(q, k, v, **options):
 
 
 def _missing_width(q):
-    """What heads lack: CUDA's kernels take multiples of 8 under a mask."""
+    """Padding of D: with a mask, CUDA kernels need a multiple of 8."""
     return -q.shape[3] % 8 if q.is_cuda else 0
 
 
 def _no_dense_kernel(q):
-    """On CUDA, make torch raise rather than build the T x T matrix."""
+    """On CUDA, make torch raise instead of building the T x T matrix."""
     if not q.is_cuda:
         return contextlib.nullcontext()
     return sdpa_kernel(
@@ -147,10 +168,25 @@ def _no_dense_kernel(q):
 
 
 def band(rows, columns, offset, left, right, dtype, device):
-    """The additive mask [rows, columns] of a window.
+    """Additive attention mask of a window.
 
-    Row i stands at column ``i + offset``. All layers of a network ask for the
-    same few masks, so the last ones are kept.
+    The last masks are cached, because all layers of a network use the same few.
+
+    Arguments
+    ---------
+    rows, columns : int
+        Numbers of queries and keys.
+    offset : int
+        Query i has the position of key ``i + offset``.
+    left, right : int
+        Keys seen before and after each query.
+    dtype, device
+        Of the mask.
+
+    Returns
+    -------
+    torch.Tensor
+        [rows, columns], 0 inside the window and -inf outside.
 
     Example
     -------
@@ -158,45 +194,51 @@ def band(rows, columns, offset, left, right, dtype, device):
     tensor([[0., 0., -inf, -inf],
             [-inf, 0., 0., -inf]])
     """
-    # A graph may keep no tensor of another.
-    make = _band if torch.compiler.is_compiling() else _kept_band
+    # A compiled graph may not hold a tensor that another graph created.
+    make = _band if torch.compiler.is_compiling() else _cached_band
     return make(rows, columns, offset, left, right, dtype, device)
 
 
 def _band(rows, columns, offset, left, right, dtype, device):
-    # What is made in inference mode cannot be used in training.
+    # A tensor created in inference mode could not be used in training.
     with torch.inference_mode(False):
         mask = torch.zeros(rows, columns, dtype=dtype, device=device)
         hidden = _hidden(rows, columns, offset, left, right, device)
         return mask.masked_fill(hidden, -math.inf)
 
 
-_kept_band = functools.lru_cache(maxsize=4)(_band)
+_cached_band = functools.lru_cache(maxsize=4)(_band)
 
 
 def _hidden(rows, columns, offset, left, right, device):
-    """What a window hides, [rows, columns]."""
+    """Booleans [rows, columns], True at the keys that a window hides."""
     place = torch.arange(rows, device=device)[:, None] + offset
     ahead = torch.arange(columns, device=device) - place
     return (ahead < -left) | (ahead > right)
 
 
 def stream_mask(queries, left, seen, like):
-    """The mask [n, left + n] of the next n queries of a stream.
+    """Additive attention mask of the next queries of a stream.
 
-    The keys before them are the last ``left``, of which only those exist that
-    the stream has had.
+    The keys are those of the last ``left`` tokens, followed by those of the n
+    new tokens. At the start of a stream some of the ``left`` do not exist yet;
+    the mask hides them.
 
     Arguments
     ---------
     queries : int
-        n.
+        n, new tokens.
     left : int
         Keys seen to the left of each query.
     seen : int or torch.Tensor
-        Tokens that the stream has had; a tensor [1] in an exported graph.
+        Tokens of the stream so far; a tensor [1] in an exported graph.
     like : torch.Tensor
-        The mask has its dtype and device.
+        Tensor whose dtype and device the mask gets.
+
+    Returns
+    -------
+    torch.Tensor
+        [n, left + n], 0 at visible keys and -inf at hidden ones.
 
     Example
     -------

@@ -1,1 +1,1 @@
-"""Training: data, mixing, losses, optimizer, scores, the loop."""
+"""Training: data, mixing, losses, optimizer, scores and the training loop."""

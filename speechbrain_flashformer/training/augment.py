@@ -1,4 +1,4 @@
-"""Changes to a training batch, by the names of SpeechBrain's recipes.
+"""Augmentation of a training batch, with the settings of SpeechBrain's recipes.
 
 Axes: B batch, T samples, S speakers.
 """
@@ -8,20 +8,21 @@ from speechbrain.dataio.batch import PaddedData
 
 
 def augment(batch, hparams):
-    """Change the signals of a training batch in place.
+    """Augment the signals of a training batch in place.
 
-    The mixture keeps what is not its sources: noise stays in noisy data.
+    The part of the mixture that is not in the sources, such as noise, remains.
 
     Arguments
     ---------
     batch : PaddedBatch
         With ``mix_sig`` and ``s1_sig`` to ``sS_sig``, [B, T] each.
     hparams : SimpleNamespace
-        What is not there is off. ``use_speedperturb``: ``speed_perturb``
-        changes mixture and sources alike, unless ``dynamic_mixing`` has
-        changed the sources already. ``use_rand_shift``: every source is moved
-        around by ``min_shift`` to ``max_shift`` samples. ``use_wavedrop``:
-        ``drop_freq`` and ``drop_chunk`` take pieces out of the mixture.
+        Settings; a missing switch is off. ``use_speedperturb``:
+        ``speed_perturb`` changes mixture and sources together, unless
+        ``dynamic_mixing`` has already changed the sources. ``use_rand_shift``:
+        rolls each source by ``min_shift`` to ``max_shift`` samples.
+        ``use_wavedrop``: ``drop_freq`` and ``drop_chunk`` remove frequencies
+        and chunks from the mixture.
 
     Example
     -------
@@ -45,7 +46,8 @@ def augment(batch, hparams):
     lengths = batch.mix_sig.lengths
     signals = torch.stack([getattr(batch, name).data for name in names])
     if _on("use_speedperturb") and not _on("dynamic_mixing"):
-        # One draw for all of them: they stay a mixture and its sources.
+        # One call for all signals, so that all get the same speed and the
+        # mixture remains the sum.
         wide = signals.flatten(0, 1)
         signals = hparams.speed_perturb(wide).unflatten(0, signals.shape[:2])
     if _on("use_rand_shift"):
@@ -59,7 +61,10 @@ def augment(batch, hparams):
 
 
 def _shift(signals, lengths, hparams):
-    """Roll each source [1 + S, B, T] inside its length, and the mixture."""
+    """Roll the sources within their lengths, and update the mixture.
+
+    The signals [1 + S, B, T] are the mixture and its sources.
+    """
     mixture, sources = signals[0], signals[1:]
     S, B, T = sources.shape
     shifts = torch.randint(hparams.min_shift, hparams.max_shift + 1, (S, B, 1))

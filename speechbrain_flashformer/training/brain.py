@@ -1,4 +1,4 @@
-"""The training loop of separation, on SpeechBrain's own hooks."""
+"""The training loop of separation, as a SpeechBrain ``Brain``."""
 
 import math
 from pathlib import Path
@@ -36,20 +36,18 @@ logger = get_logger(__name__)
 
 
 class Separation(sb.Brain):
-    """Separate, score against the best order of speakers, keep the best.
+    """Train, validate and test a separation model; keep the best checkpoints.
 
-    Runs under ``torchrun`` as well: every process trains on, and tests, its
-    own part of the data.
-
-    Hyperparameters read, those in brackets when they are there:
+    It runs under ``torchrun`` too: every process trains on and tests its part
+    of the data. It uses these hyperparameters; those in brackets are optional:
     ``num_spks``, ``sample_rate``, ``loss`` (``loss(targets, predictions,
     lengths) -> [B]``), ``threshold_byloss`` and ``threshold``,
     [``loss_upper_lim``], ``lr_scheduler`` (any of SpeechBrain's),
-    [``warmup_steps`` and ``lr``, before a schedule by epochs],
-    [``matrix_optimizer``: takes the weight matrices of the masknet,
-    ``optimizer`` the rest; all their parameters have one learning rate],
-    [``avg_checkpoints``: tests the mean of so many best checkpoints],
-    ``train_logger``, [``tensorboard_train_logger``],
+    [``warmup_steps`` and ``lr``: warmup before a schedule by epochs],
+    [``matrix_optimizer``: for the weight matrices of the masknet, with
+    ``optimizer`` for all other parameters; both get the same learning rate],
+    [``avg_checkpoints``: number of best checkpoints whose averaged weights are
+    tested], ``train_logger``, [``tensorboard_train_logger``],
     ``output_folder``, ``save_audio`` and ``n_audio_to_save``,
     [``more_metrics``: ``pesq``, ``stoi``], and those of ``augment``.
     """
@@ -67,8 +65,8 @@ class Separation(sb.Brain):
             )
 
     def compute_forward(self, batch, stage):
-        """Estimated sources, [B, T, S]."""
-        # Brain itself moves no batch; each stage comes by here.
+        """Separate a batch; returns the estimated sources, [B, T, S]."""
+        # Brain does not move the batch. All stages call this method.
         mixture, _ = self.to_device(batch).mix_sig
         return separate(
             mixture,
@@ -79,9 +77,10 @@ class Separation(sb.Brain):
         )
 
     def to_device(self, batch):
-        """Move a batch to the device, but for its lengths if it is padded.
+        """Move a batch to the device; ``padded_lengths`` stay on the CPU.
 
-        From lengths on the device, masks would have to wait for it.
+        These are the relative lengths of a padded batch, else None. On a GPU,
+        the masks made from them would have to wait for it.
         """
         if not hasattr(batch, "padded_lengths"):
             lengths = batch.mix_sig.lengths
@@ -89,9 +88,9 @@ class Separation(sb.Brain):
         return batch.to(self.device)
 
     def compute_objectives(self, predictions, batch, stage):
-        """In training the loss, else the negative SI-SNR of the scores."""
+        """Compute the loss in training, else the mean negative SI-SNR in dB."""
         targets, lengths = self.targets(batch), batch.mix_sig.lengths
-        # In half precision the energies of a few seconds overflow.
+        # In half precision, the energy of a few seconds would overflow.
         with torch.autocast(self.device_type, enabled=False):
             predictions = predictions.float()
             if stage == sb.Stage.TRAIN:
@@ -101,24 +100,25 @@ class Separation(sb.Brain):
         return -torch.tensor([row["si-snr"] for row in rows]).mean()
 
     def targets(self, batch):
-        """The clean sources, [B, T, S]."""
+        """Stack the clean sources of a batch, [B, T, S]."""
         names = [f"s{i + 1}_sig" for i in range(self.hparams.num_spks)]
         return torch.stack([getattr(batch, n).data for n in names], dim=-1)
 
     def threshold_by_loss(self, loss):
-        """Mean over the items that still have something to teach.
+        """Average losses [B] in dB between ``threshold`` and the upper limit.
 
-        With none left the loss is a zero that reaches every weight, so that
-        no process waits for gradients of another.
+        If none is left, the loss is 0 and still connected to every weight, so
+        that no process waits for gradients of another.
         """
         keep = loss < getattr(self.hparams, "loss_upper_lim", math.inf)
         if self.hparams.threshold_byloss:
             keep &= loss > self.hparams.threshold
-        # A loss that is not finite stays so, times 0: Brain is to count it.
+        # A loss that is not finite stays so when multiplied by 0: Brain counts
+        # it.
         return (loss * keep).sum() / keep.sum().clamp(min=1)
 
     def score(self, batch, predictions, targets, lengths, stage):
-        """Rows of a batch, which are kept; in the test, its first audio too."""
+        """Score a batch and store its rows; in the test, also save audio."""
         rows, signals = quick_scores(
             batch.id, batch.mix_sig.data, targets, predictions, lengths
         )
@@ -135,9 +135,10 @@ class Separation(sb.Brain):
     # --- data ---------------------------------------------------------------
 
     def make_dataloader(self, dataset, stage, **options):
-        """A loader, of this process's part of the data."""
-        # Torch draws a seed for workers from the common generator, even
-        # without workers: a resumed training would draw once more.
+        """Make a loader for this process's part of the data."""
+        # Each iterator of a loader draws a seed for workers, even without
+        # workers. From the global generator, a resumed training would draw one
+        # more.
         options["generator"] = torch.Generator()
         if stage != sb.Stage.TRAIN and is_initialized():
             options["sampler"] = range(
@@ -145,19 +146,19 @@ class Separation(sb.Brain):
             )
         loader = super().make_dataloader(dataset, stage, **options)
         if stage == sb.Stage.TRAIN and self.train_sampler is None:
-            # Brain tells a sampler of ours the epoch only under DDP.
+            # Brain sets the epoch of a custom sampler only under DDP.
             self.train_sampler = options.get("batch_sampler", loader.sampler)
         return loader
 
     # --- training -----------------------------------------------------------
 
     def init_optimizers(self):
-        """One optimizer, or two if ``matrix_optimizer`` is given."""
+        """Create one optimizer, or two if ``matrix_optimizer`` is given."""
         if not hasattr(self.hparams, "matrix_optimizer"):
             super().init_optimizers()
             return
         matrices = matrix_groups(self.modules["masknet"])
-        if not matrices:  # such as Conv-TasNet's
+        if not matrices:  # for example, Conv-TasNet
             super().init_optimizers()
             return
         taken = {id(p) for group in matrices for p in group["params"]}
@@ -172,7 +173,7 @@ class Separation(sb.Brain):
                 self.checkpointer.add_recoverable(name, optimizer)
 
     def on_fit_batch_start(self, batch, should_step):
-        """Change the batch; set the learning rate of this step."""
+        """Augment the batch and set the learning rate of this step."""
         self.to_device(batch)
         self.batch_ids = batch.id
         augment(batch, self.hparams)
@@ -182,7 +183,7 @@ class Separation(sb.Brain):
             )
 
     def check_loss_isfinite(self, loss):
-        """Tell which batch is not finite; Brain counts, and loses patience."""
+        """Log the batch of a loss that is not finite; Brain counts these."""
         if loss.isfinite():
             return
         logger.warning(
@@ -193,9 +194,9 @@ class Separation(sb.Brain):
         super().check_loss_isfinite(loss)
 
     def check_gradients(self):
-        """Brain's check, which waits for the device once per weight.
+        """Check that all gradients are finite, with one device sync.
 
-        Here once, where all are finite.
+        Brain's check synchronizes once per weight; it runs only on a failure.
         """
         gradients = [p.grad for p in self.modules.parameters()]
         gradients = [x for x in gradients if x is not None]
@@ -203,21 +204,22 @@ class Separation(sb.Brain):
             super().check_gradients()
 
     def _should_save_intra_epoch_ckpt(self, *args):
-        """Brain's decision, but never with gradients half gathered."""
-        gathering = self.step % self.grad_accumulation_factor
-        return super()._should_save_intra_epoch_ckpt(*args) and not gathering
+        """Follow Brain's decision, except during gradient accumulation."""
+        accumulating = self.step % self.grad_accumulation_factor
+        due = super()._should_save_intra_epoch_ckpt(*args)
+        return due and not accumulating
 
     # --- stages -------------------------------------------------------------
 
     def on_stage_start(self, stage, epoch=None):
-        """Forget the scores of the stage before."""
+        """Reset the scores; for a test, open the table of results."""
         self.rows = []
         if stage == sb.Stage.TEST:
             folder = Path(self.hparams.output_folder)
             run_on_main(remove_running, [folder])
             rank = get_rank() if is_initialized() else 0
             ranks = get_world_size() if is_initialized() else 1
-            # The first mixtures of all are the first of every process.
+            # The first mixtures of the test are the first of each process.
             audio = self.hparams.n_audio_to_save - rank
             self.audio_to_save = math.ceil(audio / ranks)
             if not self.hparams.save_audio:
@@ -229,7 +231,7 @@ class Separation(sb.Brain):
             )
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
-        """Log, step the schedule, save."""
+        """Validation: log, step the schedule, save. Test: write results."""
         if stage == sb.Stage.TRAIN:
             self.train_stats = {
                 "loss": stage_loss,
@@ -241,8 +243,8 @@ class Separation(sb.Brain):
             self.save_results()
 
     def _end_validation(self, rows, epoch):
-        # Brain's average passes over what is not finite, and a broken model
-        # would look good: take it from all rows.
+        # Brain's average skips values that are not finite, so that a broken
+        # model would look good. Average all rows instead.
         loss, gain = (
             sum(row[name] for row in rows) / len(rows)
             for name in ("si-snr", "si-snr_i")
@@ -258,12 +260,12 @@ class Separation(sb.Brain):
             valid_stats=stats,
         )
         meta = {"si-snr": loss, "epoch": epoch}
-        # How much louder the estimates are than the sources; finite rows.
+        # The level of the estimates relative to the sources, finite rows only.
         levels = [row["level_db"] for row in rows]
         levels = [level for level in levels if math.isfinite(level)]
         if levels and not fixes_level(self.hparams.loss):
             meta["level_db"] = sum(levels) / len(levels)
-            # SI-SNR does not see the sign; a network has one for all outputs.
+            # SI-SNR ignores polarity; all outputs of a network share one.
             inverted = sum(row["polarity"] < 0 for row in rows)
             meta["polarity"] = -1 if 2 * inverted > len(rows) else 1
         self.checkpointer.save_and_keep_only(
@@ -273,14 +275,14 @@ class Separation(sb.Brain):
         )
 
     def log(self, **stats):
-        """Hand statistics to the loggers, whose main process writes."""
+        """Pass statistics to the loggers; only the main process writes."""
         self.hparams.train_logger.log_stats(**stats)
         board = getattr(self.hparams, "tensorboard_train_logger", None)
         if board is not None:
             board.log_stats(**stats)
 
     def on_evaluate_start(self, max_key=None, min_key=None):
-        """Load the best checkpoint, or the mean of the best ones."""
+        """Load the best checkpoint, or the averaged weights of the best."""
         best = self.checkpointer.find_checkpoints(
             max_key=max_key,
             min_key=min_key,
@@ -300,12 +302,12 @@ class Separation(sb.Brain):
 
     @property
     def avg_checkpoints(self):
-        """How many checkpoints a test takes the mean of."""
+        """Number of checkpoints whose weights are averaged for a test."""
         return getattr(self.hparams, "avg_checkpoints", 1)
 
     @property
     def more_metrics(self):
-        """Measures of the test beside SI-SNR and SDR."""
+        """Metrics of the test besides SI-SNR and SDR."""
         return getattr(self.hparams, "more_metrics", [])
 
     # --- outputs ------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and what they must also hold."""
+"""Checkpoints that are written completely or not at all."""
 
 import logging
 import math
@@ -24,14 +24,18 @@ from torch.distributed import (
 
 logger = get_logger(__name__)
 
+# Prefix of a checkpoint that is still being written.
 PARTIAL = "PARTIAL+"
 
 
 class WholeCheckpointer(Checkpointer):
-    """A ``Checkpointer`` whose checkpoints appear when all is written.
+    """A ``Checkpointer`` that renames a checkpoint once it is complete.
 
-    SpeechBrain's writes into the place where it looks for checkpoints: a
-    training stopped in between would take the torn one for its newest.
+    SpeechBrain's ``Checkpointer`` writes into the folder that it searches. If a
+    training stops while it writes, the next run would load the incomplete
+    checkpoint as the newest.
+
+    Arguments are those of ``speechbrain.utils.checkpoints.Checkpointer``.
 
     Example
     -------
@@ -45,7 +49,15 @@ class WholeCheckpointer(Checkpointer):
     def save_checkpoint(
         self, meta=(), end_of_epoch=True, name=None, verbosity=logging.INFO
     ):
-        """As SpeechBrain's; an error leaves the checkpoints as they were."""
+        """Save a checkpoint; an error leaves the others unchanged.
+
+        Arguments and return value are those of SpeechBrain's ``Checkpointer``.
+
+        Raises
+        ------
+        OSError
+            If the checkpoint cannot be written; names the folder.
+        """
         self._remove_partial()
         try:
             checkpoint = super().save_checkpoint(
@@ -53,7 +65,8 @@ class WholeCheckpointer(Checkpointer):
             )
         except (OSError, RuntimeError) as error:
             self._remove_partial()
-            # A data worker's death is raised wherever this process then is.
+            # torch raises the death of a data worker at any point of the main
+            # process, here too.
             if "DataLoader worker" in str(error):
                 raise
             raise OSError(
@@ -72,7 +85,7 @@ class WholeCheckpointer(Checkpointer):
                 path=path,
                 paramfiles={name: path / file.name for name, file in files},
             )
-        # Every process lists the checkpoints next, and must see the same.
+        # Every process lists the checkpoints next, and must see the same ones.
         ddp_barrier()
         return checkpoint
 
@@ -91,14 +104,21 @@ class WholeCheckpointer(Checkpointer):
 
 
 class RandomState:
-    """The state of torch's random generators in every process.
+    """The state of torch's random generators in all processes, a recoverable.
 
-    Without it dropout and augmentation would go on otherwise after a stop.
+    Without it, dropout and augmentation of a resumed training would differ from
+    those of an uninterrupted one.
     """
 
     @mark_as_saver
     def save(self, path):
-        """Write the states; called by all processes."""
+        """Write the states of all processes, which all must call this.
+
+        Arguments
+        ---------
+        path : Path
+            File that the main process writes.
+        """
         state = {"cpu": torch.get_rng_state()}
         if torch.accelerator.is_available():
             device = torch.accelerator.current_accelerator()
@@ -110,7 +130,17 @@ class RandomState:
 
     @mark_as_loader
     def load(self, path, end_of_epoch):
-        """Take up the state of this process; a new process has none."""
+        """Restore the state of this process.
+
+        A process that did not exist at the time of the save is unchanged.
+
+        Arguments
+        ---------
+        path : Path
+            File from ``save``.
+        end_of_epoch : bool
+            Not used; SpeechBrain passes it.
+        """
         states = torch.load(path, weights_only=True)
         rank = get_rank() if is_initialized() else 0
         if rank >= len(states):
@@ -128,7 +158,23 @@ register_checkpoint_hooks(RandomState, save_on_main_only=False)
 
 
 def all_gather(thing):
-    """A list of what each process has, in every one of them."""
+    """Gather one object of every process.
+
+    Arguments
+    ---------
+    thing : object
+        Object of this process; can be pickled.
+
+    Returns
+    -------
+    list
+        Objects of all processes by rank, in every process.
+
+    Example
+    -------
+    >>> all_gather("row")
+    ['row']
+    """
     if not is_initialized():
         return [thing]
     things = [None] * get_world_size()
@@ -137,20 +183,21 @@ def all_gather(thing):
 
 
 def output_gain(checkpoints):
-    """What brings the outputs of averaged weights to their sources' level.
+    """Gain that brings the outputs to the level and polarity of the sources.
 
-    Of what validation has measured, the mean in dB and the sign of most.
+    It uses what validation measured: the mean level in dB over the checkpoints,
+    and the polarity of their majority.
 
     Arguments
     ---------
     checkpoints : list of speechbrain.utils.checkpoints.Checkpoint
-        At least one. A loss that fixes level and polarity leaves ``level_db``
-        and ``polarity`` out of their meta.
+        At least one. Their meta has ``level_db`` and ``polarity``, unless the
+        loss fixes both.
 
     Returns
     -------
     float
-        A factor.
+        Factor for the outputs of the averaged weights.
     """
     metas = [checkpoint.meta for checkpoint in checkpoints]
     level_db = sum(meta.get("level_db", 0.0) for meta in metas) / len(metas)
@@ -159,19 +206,19 @@ def output_gain(checkpoints):
 
 
 def averaged_weights(checkpoints, name):
-    """The mean over checkpoints of one module's weights.
+    """Average the weights of one module over checkpoints.
 
     Arguments
     ---------
     checkpoints : list of speechbrain.utils.checkpoints.Checkpoint
         At least one.
     name : str
-        Of the module, as the checkpointer knows it.
+        Name of the module among the recoverables.
 
     Returns
     -------
     dict
-        A state dict, on the CPU.
+        State dict, on the CPU.
     """
     load = partial(torch.load, weights_only=True)
     return average_checkpoints(checkpoints, name, load)

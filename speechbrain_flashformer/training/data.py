@@ -1,11 +1,11 @@
-"""From CSV files to data sets: what a separation recipe reads.
+"""Data sets of a separation recipe, from CSV files.
 
-Which mixtures make up an epoch, in what order and cut where, depends on the
-seed and the number of the epoch alone: on nothing that a stop would lose, nor
-on workers or processes.
+The mixtures of an epoch, their order and their excerpts depend only on the seed
+and the number of the epoch. They do not depend on the number of workers or
+processes, and a resumed training gets the same ones.
 
-Every function here stands at module level, so that data workers start with
-any method (Windows and macOS spawn them).
+All functions are at module level, so that data workers can pickle them
+(Windows and macOS spawn workers).
 """
 
 import codecs
@@ -23,22 +23,23 @@ from torch.utils.data import Sampler
 
 
 def read_table(path):
-    """A CSV file as a spreadsheet may have saved it.
+    """Read a CSV file, in any of the forms that spreadsheets save.
 
     Arguments
     ---------
     path : str or Path
-        In UTF-8, or in UTF-16 that says it is; lines may end in any way.
+        CSV file in UTF-8, or in UTF-16 with a byte order mark, with any line
+        endings.
 
     Returns
     -------
     tuple
-        The columns' names, a list; the rows, a dict each, by their lines.
+        List of the column names, and a dict from line number to row (a dict).
 
     Raises
     ------
     ValueError
-        When it is in another encoding, or no CSV; names the file.
+        If the encoding is another one or the file is not CSV; names the file.
 
     Example
     -------
@@ -74,7 +75,7 @@ def dataio_prep(hparams):
     Arguments
     ---------
     hparams : dict
-        Reads ``train_data``, ``valid_data``, ``test_data`` (CSV files with the
+        Uses ``train_data``, ``valid_data``, ``test_data`` (CSV files with the
         columns ID, duration, mix_wav, s1_wav, s2_wav, ...), ``data_folder``,
         ``num_spks``, ``sample_rate``, ``seed``,
         ``limit_training_signal_len`` and ``training_signal_len`` (samples).
@@ -83,6 +84,11 @@ def dataio_prep(hparams):
     -------
     tuple of EpochDataset
         Items have ``id``, ``mix_sig`` and ``s1_sig`` to ``sS_sig``, each [T].
+
+    Raises
+    ------
+    ValueError
+        If a CSV file has no rows.
     """
     crop = None
     if hparams["limit_training_signal_len"]:
@@ -95,9 +101,9 @@ def dataio_prep(hparams):
 
 
 class EpochDataset(DynamicItemDataset):
-    """Items that may be another in each epoch.
+    """A data set whose items may differ from epoch to epoch.
 
-    Index n is item n % len in epoch n // len; the pipeline is given n as
+    Index n is item n % len in epoch n // len. The pipeline gets n as
     ``number``.
     """
 
@@ -112,7 +118,27 @@ class EpochDataset(DynamicItemDataset):
 
 
 def load_dataset(csv_file, hparams, crop=None):
-    """Build one set; with ``crop``, items are random cuts of that length."""
+    """Build one data set.
+
+    Arguments
+    ---------
+    csv_file : str or Path
+        With the columns of ``dataio_prep``.
+    hparams : dict
+        Uses ``data_folder``, ``num_spks``, ``sample_rate`` and ``seed``.
+    crop : int, optional
+        Maximum length in samples; longer items become random excerpts.
+
+    Returns
+    -------
+    EpochDataset
+        Items as in ``dataio_prep``.
+
+    Raises
+    ------
+    ValueError
+        If the CSV file has no rows.
+    """
     places = {"data_root": hparams["data_folder"]}
     data = load_data_csv(csv_file, places)
     if not data:
@@ -136,7 +162,25 @@ def load_dataset(csv_file, hparams, crop=None):
 
 
 def choose_cut(duration, number, crop, sample_rate, seed):
-    """Pick where cut ``number`` begins: (start, stop) in samples.
+    """Choose the excerpt of an item.
+
+    Arguments
+    ---------
+    duration : str or float
+        Seconds.
+    number : int
+        Index of ``EpochDataset``, which determines the excerpt.
+    crop : int or None
+        Maximum length in samples.
+    sample_rate : int
+        Hz.
+    seed : int
+        Seed of the training.
+
+    Returns
+    -------
+    tuple of int
+        Start and stop, in samples.
 
     Example
     -------
@@ -153,24 +197,25 @@ def choose_cut(duration, number, crop, sample_rate, seed):
 
 
 def read_cut(file, cut):
-    """Read samples ``cut = (start, stop)`` of a mono file, [T]."""
+    """Read samples ``cut = (start, stop)`` of a mono file; returns [T]."""
     return read_audio({"file": file, "start": cut[0], "stop": cut[1]})
 
 
 class EpochSampler(Sampler):
-    """Numbers that never come twice: those of epoch e are from e * size on.
+    """Samples indices that are unique to an epoch: e * size + i in epoch e.
 
     Arguments
     ---------
     size : int
-        Of an epoch.
+        Items per epoch.
     shuffle : bool
-        Whether the numbers of an epoch come in an order of its own.
+        Whether to shuffle each epoch.
     seed : int
-        Of that order.
+        Seed of the shuffling.
     batches : Sampler, optional
-        Makes lists of numbers below ``size`` and has ``set_epoch``, such as
-        SpeechBrain's ``DynamicBatchSampler``; they are moved to the epoch.
+        Yields lists of indices below ``size`` and has ``set_epoch``, such as
+        SpeechBrain's ``DynamicBatchSampler``. The indices are shifted to the
+        epoch.
 
     Example
     -------
@@ -185,7 +230,7 @@ class EpochSampler(Sampler):
         self.batches, self.epoch = batches, 0
 
     def set_epoch(self, epoch):
-        """Say which epoch comes next; SpeechBrain calls it."""
+        """Set the number of the next epoch; SpeechBrain calls this."""
         self.epoch = epoch
         if self.batches is not None:
             self.batches.set_epoch(epoch)
@@ -204,20 +249,20 @@ class EpochSampler(Sampler):
 
 
 def training_loader_options(hparams, dataset, size):
-    """What the loader of training data is given, by a recipe's settings.
+    """Options of the training ``DataLoader``, from the settings of a recipe.
 
     Arguments
     ---------
     hparams : dict
-        Reads ``dataloader_opts`` (of which ``shuffle`` is obeyed),
-        ``dynamic_mixing``, ``dynamic_batching`` and for it
-        ``max_batch_length`` (seconds), ``num_buckets``, ``seed``,
+        Uses ``dataloader_opts`` (its ``shuffle`` becomes a sampler),
+        ``dynamic_mixing``, ``dynamic_batching``, ``seed``, and for dynamic
+        batching ``max_batch_length`` (seconds), ``num_buckets``,
         ``sample_rate``, ``limit_training_signal_len`` and
         ``training_signal_len``.
     dataset : EpochDataset
-        The training set that ``dataio_prep`` made.
+        Training set from ``dataio_prep``.
     size : int
-        Items in an epoch.
+        Items per epoch.
 
     Returns
     -------
@@ -227,7 +272,7 @@ def training_loader_options(hparams, dataset, size):
     Raises
     ------
     ValueError
-        When batches by length are asked of dynamic mixing.
+        If dynamic batching and dynamic mixing are both on.
     """
     options = {**hparams["dataloader_opts"], "collate_fn": PaddedBatch}
     shuffle = options.pop("shuffle", False) and not hparams["dynamic_mixing"]
@@ -250,8 +295,8 @@ def training_loader_options(hparams, dataset, size):
         max_batch_length=hparams["max_batch_length"],
         num_buckets=hparams["num_buckets"],
         lengths_list=seconds,
-        # Else their number would change from epoch to epoch, which a
-        # distributed sampler does not see. Only their order is shuffled.
+        # Shuffled examples would change the number of batches per epoch, and a
+        # distributed sampler would not notice. Only batches are shuffled.
         shuffle=False,
         batch_ordering="random" if shuffle else "ascending",
         seed=seed,

@@ -1,11 +1,11 @@
-"""Effects of dynamic mixing: what a mixture goes through before it is heard.
+"""Effects of dynamic mixing.
 
-An effect is called as ``effect(signals, rng, sample_rate)`` in a ``share`` of
-the mixtures, and returns the signals changed. They are [S + 1, T], float32: S
-sources, then what no speaker says (zeros, until there is noise). Their sum is
-the mixture, so that targets go through all of it, but without the noise.
-Effects keep the level of each source, and a source that is silent stays so.
-``rng`` is a ``numpy.random.Generator``, from which alone they draw.
+An effect is called as ``effect(signals, rng, sample_rate)`` for a random
+``share`` (0 to 1) of the mixtures and returns the changed signals. They are
+[S + 1, T], float32: S sources and the noise (zeros by default). Their sum is
+the mixture, so that effects apply to the targets too, except for noise. Effects
+keep the level of each source, and a silent source stays silent. ``rng`` is a
+``numpy.random.Generator``, the only source of random numbers.
 
 Axes: S speakers, T samples.
 """
@@ -20,44 +20,45 @@ from speechbrain_flashformer.training.recordings import (
     find_recordings,
 )
 
-# Least share of the time that is spoken: by a speaker when turns are taken, in
-# a mixture that stands in silence.
+# Minimum length of the part of a source that TurnTaking keeps, or of a mixture
+# that Silence keeps, relative to the whole.
 LEAST_SPOKEN = 0.2
-# A piece so much softer than the source is a pause, and another is drawn.
+# A part this much softer than the source is a pause, and another is drawn.
 PAUSE_DB = -30.0
 TRIES = 100
-# A source begins and ends with a sample above this share of its peak: filters
-# ring for ever.
+# A source starts and ends with a sample above this share of its peak, because
+# the tail of a filtered signal never reaches 0.
 AUDIBLE = 1e-3
 
-# Reverberation times, seconds, and direct to reverberant energy, dB; uniform.
+# Ranges of the reverberation time (T60, seconds) and of the ratio of direct to
+# reverberant energy (dB), both uniform.
 ROOM_T60, DIRECT_DB = (0.1, 0.5), (0.0, 15.0)
-# Points of the random curve and taps of the filter that follows it.
+# Points of the random frequency response, and taps of the filter.
 EQ_POINTS, EQ_TAPS = 7, 65
-# Telephones: lower and upper edge in Hz, steepness as the order of the filter.
+# Telephone bands: ranges of the edges (Hz) and of the order of the filter.
 TELEPHONE_LOW, TELEPHONE_HIGH = (100.0, 400.0), (2800.0, 3800.0)
 TELEPHONE_ORDER = (2, 6)
 
 
 def level_db(signal):
-    """Mean power of a signal [T], in dB; of digital silence -120."""
+    """Mean power of a signal [T] in dB; -120 for digital silence."""
     return 10 * np.log10(np.mean(np.square(signal, dtype=np.float64)) + 1e-12)
 
 
 def speech_level_db(signal):
-    """Level of a signal [T] without the silence before and after it."""
+    """Level of a signal [T] in dB, without silence at its start and end."""
     return level_db(signal[slice(*_extent(signal))])
 
 
 def _extent(signal):
-    """Where a signal [T] begins and ends."""
+    """Start and end of a signal [T] without silence, in samples."""
     loud = np.abs(signal)
     loud = loud > AUDIBLE * loud.max()
     return int(loud.argmax()), len(loud) - int(loud[::-1].argmax())
 
 
 def happens(share, rng):
-    """Whether it happens this time; a share of 0 draws nothing."""
+    """Draw whether an effect applies; a share of 0 draws no random number."""
     return share > 0 and rng.random() < share
 
 
@@ -66,16 +67,16 @@ def happens(share, rng):
 
 @dataclass
 class Absence:
-    """The first speaker is alone, the other sources are 0.
+    """Only the first speaker is present; the other sources are 0.
 
-    Needs a loss that is defined for a silent source. The mixture ends with the
-    speaker.
+    Requires a loss that is defined for a silent source. The mixture is cut to
+    the speech of that speaker.
     """
 
     share: float
 
     def __call__(self, signals, rng, sample_rate):
-        """Leave one speaker."""
+        """Remove all speakers except the first."""
         begin, end = _extent(signals[0])
         signals = signals[:, begin:end]
         signals[1:-1] = 0
@@ -84,12 +85,15 @@ class Absence:
 
 @dataclass
 class TurnTaking:
-    """Each speaker says only a part, a fifth at least, at a random time."""
+    """Keep a random part of each source, at a random time.
+
+    The part is at least ``LEAST_SPOKEN`` of the source.
+    """
 
     share: float
 
     def __call__(self, signals, rng, sample_rate):
-        """Draw a part of each source."""
+        """Draw a part of each source and its new time."""
         taken = signals.copy()
         for row, source in zip(taken[:-1], signals[:-1]):
             begin, end = _extent(source)
@@ -101,20 +105,23 @@ class TurnTaking:
 
 @dataclass
 class Silence:
-    """A part of the mixture, a fifth at least, stands in silence."""
+    """Keep a random part of the mixture, with silence around it.
+
+    The part is at least ``LEAST_SPOKEN`` of the mixture.
+    """
 
     share: float
 
     def __call__(self, signals, rng, sample_rate):
-        """Draw a part of the mixture."""
+        """Draw a part of the mixture and its new time."""
         part = _place_part(signals, signals.shape[1], rng)
         return signals if part is None else part
 
 
 def _place_part(signals, length, rng):
-    """A random piece of signals [R, T] in silence [R, length].
+    """Place a random part of signals [R, T] in silence, [R, length].
 
-    None where every piece that was drawn had a pause of some source.
+    Returns None if some source has a pause in every part that was drawn.
     """
     whole = [speech_level_db(x) if x.any() else None for x in signals]
     for _ in range(TRIES):
@@ -140,9 +147,19 @@ def _place_part(signals, length, rng):
 
 @dataclass
 class RandomEQ:
-    """Each source passes a random filter, as if through another microphone.
+    """Filter each source at random, to imitate different microphones.
 
-    The filter is smooth and its gains are within ``range_db`` up or down.
+    Arguments
+    ---------
+    share : float
+        Share of the mixtures.
+    range_db : float
+        Maximum gain or attenuation of the smooth filter, in dB, above 0.
+
+    Raises
+    ------
+    ValueError
+        If range_db is not above 0.
     """
 
     share: float
@@ -156,52 +173,73 @@ class RandomEQ:
 
     def __call__(self, signals, rng, sample_rate):
         """Draw a filter for each source."""
-        return _filtered(signals, lambda x: self._equalise(x, rng))
+        return _filter_sources(signals, lambda x: self._equalize(x, rng))
 
-    def _equalise(self, signal, rng):
+    def _equalize(self, signal, rng):
         gains = rng.uniform(-self.range_db, self.range_db, EQ_POINTS)
         taps = firwin2(
             EQ_TAPS, np.linspace(0, 1, EQ_POINTS), 10 ** (gains / 20)
         )
-        # Its delay is taken out.
+        # Remove the delay of the filter.
         full = np.convolve(signal, taps)
         return full[EQ_TAPS // 2 :][: len(signal)]
 
 
 @dataclass
 class Reverberation:
-    """All speakers are in one synthetic room, each at a place of their own."""
+    """Place all speakers in one synthetic room, at different positions."""
 
     share: float
 
     def __call__(self, signals, rng, sample_rate):
-        """Draw a room, and a place for each source."""
+        """Draw a room, and a room impulse response for each source."""
         t60 = rng.uniform(*ROOM_T60)
-        return _filtered(
+        return _filter_sources(
             signals, lambda x: reverberate(x, t60, sample_rate, rng)
         )
 
 
 @dataclass
 class BandLimit:
-    """All speakers pass one band, as if recorded from a telephone."""
+    """Limit all speakers to one band, as a telephone does."""
 
     share: float
 
     def __call__(self, signals, rng, sample_rate):
-        """Draw a band for all."""
+        """Draw one band for all sources."""
         edges = [rng.uniform(*TELEPHONE_LOW), rng.uniform(*TELEPHONE_HIGH)]
         edges[1] = min(edges[1], 0.95 * sample_rate / 2)
         order = rng.integers(TELEPHONE_ORDER[0], TELEPHONE_ORDER[1] + 1)
         band = butter(order, edges, "bandpass", fs=sample_rate, output="sos")
-        return _filtered(signals, lambda x: sosfilt(band, x))
+        return _filter_sources(signals, lambda x: sosfilt(band, x))
 
 
 def reverberate(signal, t60, sample_rate, rng):
-    """Place a signal [T] in a synthetic room: noise that decays after it.
+    """Add synthetic reverberation: the impulse response is decaying noise.
 
-    The direct sound stays in place. The ratio of direct to reverberant energy
-    is drawn between 0 and 15 dB.
+    The direct sound is not delayed. The ratio of direct to reverberant energy
+    is drawn from ``DIRECT_DB``.
+
+    Arguments
+    ---------
+    signal : numpy.ndarray
+        [T].
+    t60 : float
+        Reverberation time, in seconds.
+    sample_rate : int
+        Hz.
+    rng : numpy.random.Generator
+        Draws the impulse response.
+
+    Returns
+    -------
+    numpy.ndarray
+        [T].
+
+    Example
+    -------
+    >>> reverberate(np.ones(800), 0.2, 8000, np.random.default_rng(0)).shape
+    (800,)
     """
     samples = np.arange(1, round(t60 * sample_rate))
     tail = rng.normal(size=len(samples)) * 10 ** (
@@ -212,13 +250,13 @@ def reverberate(signal, t60, sample_rate, rng):
     return fftconvolve(signal, response)[: len(signal)]
 
 
-def _filtered(signals, change):
-    """Change each signal that is not silent; its energy stays the same."""
+def _filter_sources(signals, change):
+    """Apply a filter to each signal that is not silent, and keep its energy."""
     for i, signal in enumerate(signals):
         if signal.any():
-            heard = change(signal)
-            energies = np.vdot(signal, signal), np.vdot(heard, heard)
-            signals[i] = heard * np.sqrt(energies[0] / energies[1])
+            filtered = change(signal)
+            energies = np.vdot(signal, signal), np.vdot(filtered, filtered)
+            signals[i] = filtered * np.sqrt(energies[0] / energies[1])
     return signals
 
 
@@ -227,12 +265,23 @@ def _filtered(signals, change):
 
 @dataclass
 class Noise:
-    """Noise in the mixture; the sources stay clean.
+    """Add noise to the mixture; the sources stay clean.
 
-    ``snr_db`` holds the least and the greatest ratio of the loudest source to
-    the noise; that of WHAM! (arXiv:1907.01160) is -6 to 3 dB. ``folder`` holds
-    recordings of noise, as ``find_recordings`` takes them; without one it has
-    a random spectrum.
+    Arguments
+    ---------
+    share : float
+        Share of the mixtures.
+    snr_db : tuple of float
+        Minimum and maximum ratio of the loudest source to the noise, in dB;
+        -6 to 3 in WHAM! (arXiv:1907.01160).
+    folder : str
+        Recordings of noise, as ``find_recordings`` takes them; if empty, the
+        noise has a random spectrum.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If the folder has no recordings, or snr_db is not a range.
 
     Example
     -------
@@ -259,7 +308,7 @@ class Noise:
             self.recordings = RecordingReader([x.path for x in found], "noise")
 
     def __call__(self, signals, rng, sample_rate):
-        """Draw a noise and its level."""
+        """Draw the noise and its level."""
         noise = self._draw(signals.shape[1], sample_rate, rng)
         loudest = max(speech_level_db(source) for source in signals[:-1])
         gain_db = loudest - rng.uniform(*self.snr_db) - level_db(noise)
@@ -276,22 +325,22 @@ class Noise:
 
 @dataclass
 class PolarityFlip:
-    """The polarity of all is inverted.
+    """Invert the polarity of all signals.
 
-    Pressure that makes one microphone's signal rise makes another's fall;
-    speech is not the same both ways, and a corpus may have one polarity. All of
-    it: a microphone that hears both speakers has one.
+    Microphones differ in polarity, the waveform of speech is not symmetric, and
+    a corpus may have only one polarity. All signals are inverted together,
+    because one microphone records all speakers.
     """
 
     share: float
 
     def __call__(self, signals, rng, sample_rate):
-        """Invert all."""
+        """Invert all signals."""
         return -signals
 
 
 def random_noise(length, rng):
-    """Noise [T] whose power falls with frequency, by 0 to 2 orders."""
+    """Noise [T] whose power falls as 1 / frequency^a, a from 0 to 2."""
     spectrum = np.fft.rfft(rng.normal(size=length))
     frequency = np.maximum(np.arange(len(spectrum)), 1)
     return np.fft.irfft(spectrum / frequency ** rng.uniform(0, 1), length)

@@ -1,6 +1,6 @@
-"""eSpeak NG: sentences spoken in fresh processes.
+"""Speech synthesis with eSpeak NG, in separate processes.
 
-Needs the extra ``demo`` (espeakng-loader carries eSpeak NG in a wheel).
+Requires the extra ``demo`` (the wheel of espeakng-loader contains eSpeak NG).
 """
 
 import contextlib
@@ -19,13 +19,36 @@ try:
 except ImportError:
     espeakng_loader = None
 
-# A voice keeps some state of what was said before it in the same process, so
-# the sentences are dealt to this many fresh processes whatever the machine.
+# The output of eSpeak NG depends on what the process has spoken before. The
+# sentences are therefore divided among a fixed number of new processes, so that
+# all machines give the same output.
 PROCESSES = 4
 
 
 def speak_all(lines, sample_rate, folder, bar):
-    """Have all lines spoken, in fresh processes; their signals, in order."""
+    """Speak all lines.
+
+    Arguments
+    ---------
+    lines : list of dict
+        Each with ``voice``, ``text``, ``rate``, ``pitch`` and ``range``.
+    sample_rate : int
+        Hz.
+    folder : Path
+        Folder for temporary files.
+    bar : tqdm.tqdm
+        Progress bar, updated once per line.
+
+    Returns
+    -------
+    list of numpy.ndarray
+        One signal [T] per line, float32.
+
+    Raises
+    ------
+    RuntimeError
+        If eSpeak NG fails.
+    """
     size = -(-len(lines) // PROCESSES)
     shares = [lines[i : i + size] for i in range(0, len(lines), size)]
     files = [folder / f"spoken{i}.npz" for i in range(len(shares))]
@@ -38,14 +61,14 @@ def speak_all(lines, sample_rate, folder, bar):
 
 
 def _speak_share(lines, sample_rate, file, bar):
-    """Run ``main`` of this module in a process of its own."""
+    """Run ``main`` of this module in a new process."""
     process = subprocess.Popen(
         [sys.executable, "-m", __name__, str(file), str(sample_rate)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
-    # A process that died at once cannot be written to; its exit code tells.
+    # Writing fails if the process has died; its exit code is checked below.
     with contextlib.suppress(OSError):
         process.stdin.write(json.dumps(lines))
         process.stdin.close()
@@ -60,7 +83,7 @@ def _speak_share(lines, sample_rate, file, bar):
 
 
 def main():
-    """Speak the lines on standard input into an npz file (one process)."""
+    """Speak the lines from standard input and write them to an npz file."""
     file, sample_rate = sys.argv[1], int(sys.argv[2])
     speaker = _Speaker()
     spoken = {}
@@ -71,7 +94,7 @@ def main():
 
 
 class _Speaker:
-    """eSpeak NG through ctypes (the calls of its speak_lib.h)."""
+    """eSpeak NG through ctypes (functions of its speak_lib.h)."""
 
     RETRIEVAL, UTF8 = 1, 1
     PARAMETERS = {"rate": 1, "pitch": 3, "range": 4}
@@ -84,7 +107,7 @@ class _Speaker:
         )
         if self.rate <= 0:
             raise RuntimeError(f"eSpeak NG does not start with {data}")
-        # Some voices breathe at random.
+        # Some voices add random breath noise.
         self.lib.espeak_ng_SetRandSeed(ctypes.c_long(1))
         self.pieces = []
         callback = ctypes.CFUNCTYPE(
@@ -93,7 +116,7 @@ class _Speaker:
             ctypes.c_int,
             ctypes.c_void_p,
         )
-        # Kept, or it would be freed while the library still calls it.
+        # A reference, so that it is not freed while the library uses it.
         self.callback = callback(self._collect)
         self.lib.espeak_SetSynthCallback(self.callback)
 
@@ -103,7 +126,7 @@ class _Speaker:
         return 0
 
     def say(self, line, sample_rate):
-        """Speak a line; float32 samples without the silence around them."""
+        """Speak a line; returns float32 [T] without silence at the ends."""
         if self.lib.espeak_SetVoiceByName(line["voice"].encode()):
             raise RuntimeError(f"eSpeak NG has no voice {line['voice']}")
         for name, number in self.PARAMETERS.items():

@@ -1,7 +1,9 @@
-"""Losses of separation under the best order of speakers, without padding.
+"""Permutation-invariant separation losses that ignore padding.
 
-All are called as ``loss(targets, predictions, lengths)`` and give dB, lower is
-better, one value per mixture. Axes: B batch, T samples, S speakers.
+All losses are called as ``loss(targets, predictions, lengths)``. They return
+one value per mixture in dB; lower is better.
+
+Axes: B batch, T samples, S speakers.
 
 Source: permutation-invariant training (Yu et al., arXiv:1607.00325).
 """
@@ -17,22 +19,22 @@ from speechbrain_flashformer.training.metrics import (
     reorder,
 )
 
-# A source with less than this share of the energy of all counts as silent.
+# A source is silent if it has at most this share of the energy of all sources.
 SILENT = 1e-6
 
 
 def fixes_level(loss):
-    """Whether a loss tells estimates of the right level from louder ones.
+    """Whether a loss depends on the level of the estimates.
 
     Arguments
     ---------
     loss : callable
-        As those here.
+        A loss like those in this module.
 
     Returns
     -------
     bool
-        Whether it does.
+        False if louder estimates have the same loss.
 
     Example
     -------
@@ -40,25 +42,27 @@ def fixes_level(loss):
     (True, False)
     """
     time = torch.linspace(-9, 9, 200)[None, :, None]
-    sound, near = time.cos(), time.cos() + 0.3 * (3 * time).cos()
-    right, louder = (loss(sound, x, torch.ones(1)) for x in (near, 2 * near))
-    return bool((louder - right).abs() > 0.1)
+    target, estimate = time.cos(), time.cos() + 0.3 * (3 * time).cos()
+    plain, louder = (
+        loss(target, x, torch.ones(1)) for x in (estimate, 2 * estimate)
+    )
+    return bool((louder - plain).abs() > 0.1)
 
 
 def hears_silence(loss):
     """Whether a loss is defined for a silent source.
 
-    A quieter estimate of it is then better than a louder one.
+    If it is, a quieter estimate of that source has a lower loss.
 
     Arguments
     ---------
     loss : callable
-        As those here.
+        A loss like those in this module.
 
     Returns
     -------
     bool
-        Whether it is.
+        Whether it is defined.
 
     Example
     -------
@@ -76,13 +80,13 @@ def hears_silence(loss):
 
 
 def pit_snr_loss(targets, predictions, lengths=None, limit_db=30.0):
-    """Negative signal-to-noise ratio, with a limit; defined for silence too.
+    """Negative signal-to-noise ratio with a soft limit; defined for silence.
 
     ``10 log10(|s - e|^2 / |s|^2 + 10^(-limit_db / 10))`` for each source s and
-    its estimate e: what is better than the limit teaches little more. For a
-    silent source the error is compared with the energy of all sources
-    together, so that an estimate that stays silent reaches the limit as well.
-    Other than SI-SNR it fixes the level and the polarity of the estimates.
+    its estimate e. Beyond the limit the gradient is small. For a silent source,
+    ``|s|^2`` is replaced by the energy of all sources, so that a silent
+    estimate reaches the limit too. Unlike SI-SNR, this loss fixes the level and
+    the polarity of the estimates.
 
     Source: Wisdom et al., "What's All the FUSS About Free Universal Sound
     Separation Data?" (arXiv:2011.00803, eq. 1 and 2), with the energy of the
@@ -97,12 +101,17 @@ def pit_snr_loss(targets, predictions, lengths=None, limit_db=30.0):
     lengths : torch.Tensor, optional
         Relative lengths, [B].
     limit_db : float
-        The soft limit of the ratio.
+        Soft limit of the ratio, in dB.
 
     Returns
     -------
     torch.Tensor
-        dB, [B], from -limit_db on.
+        dB, [B], -limit_db or more.
+
+    Raises
+    ------
+    ValueError
+        If targets and predictions have different shapes.
 
     Example
     -------
@@ -120,7 +129,8 @@ def pit_snr_loss(targets, predictions, lengths=None, limit_db=30.0):
     reference = reference.clamp(min=EPS)
     floor = 10 ** (-limit_db / 10)
     with torch.no_grad():
-        # |s - e|^2 of all pairs by one product; the gradient needs one order.
+        # |s - e|^2 of all pairs from one matrix product. Only the errors of the
+        # best order, below, need a gradient.
         products = targets.mT @ predictions
         outputs = predictions.square().sum(1)
         errors = energy[:, :, None] + outputs[:, None] - 2 * products
@@ -131,10 +141,11 @@ def pit_snr_loss(targets, predictions, lengths=None, limit_db=30.0):
 
 
 def pit_si_snr_loss(targets, predictions, lengths=None):
-    """Negative SI-SNR; takes no level and no polarity for right or wrong.
+    """Negative SI-SNR, which ignores the level and polarity of estimates.
 
-    SpeechBrain's ``get_si_snr_with_pitwrapper`` counts padding as signal. A
-    silent source has no SI-SNR: see ``pit_snr_loss``.
+    SpeechBrain's ``get_si_snr_with_pitwrapper`` counts padding as signal; this
+    loss does not. SI-SNR is undefined for a silent source: use
+    ``pit_snr_loss``.
 
     Arguments
     ---------
@@ -148,7 +159,12 @@ def pit_si_snr_loss(targets, predictions, lengths=None):
     Returns
     -------
     torch.Tensor
-        -dB, [B].
+        Negative SI-SNR in dB, [B].
+
+    Raises
+    ------
+    ValueError
+        If targets and predictions have different shapes.
 
     Example
     -------
@@ -159,9 +175,10 @@ def pit_si_snr_loss(targets, predictions, lengths=None):
 
 
 def pit_mixed_loss(targets, predictions, lengths=None):
-    """``pit_si_snr_loss`` where all speak, else ``pit_snr_loss``.
+    """``pit_snr_loss`` for mixtures with a silent source, else SI-SNR.
 
-    SNR is defined where somebody is silent, and fixes the level there.
+    SI-SNR is undefined for a silent source. SNR is defined, and it fixes the
+    level of the estimates in these mixtures.
 
     Arguments
     ---------
@@ -176,6 +193,11 @@ def pit_mixed_loss(targets, predictions, lengths=None):
     -------
     torch.Tensor
         dB, [B].
+
+    Raises
+    ------
+    ValueError
+        If targets and predictions have different shapes.
 
     Example
     -------

@@ -1,12 +1,12 @@
-"""Measures of separation that never count padding.
+"""Separation metrics that ignore padding.
 
-Axes: B batch, T samples, S speakers. Signals are [B, T, S], the order of
-SpeechBrain's recipes; lengths are relative to T, [B]. All values are in dB,
-higher is better.
+Axes: B batch, T samples, S speakers. Signals are [B, T, S], as in SpeechBrain's
+recipes; lengths are relative to T, [B]. SI-SNR and SDR are in dB; higher is
+better.
 
 Sources: SI-SNR as in "SDR - half-baked or well done?" (Le Roux et al.,
 arXiv:1811.02508, eq. 3, on signals of zero mean); SDR as in BSS Eval version 3
-(Vincent et al., 2006), the measure of ``mir_eval.separation``.
+(Vincent et al., 2006), as in ``mir_eval.separation``.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ EPS = 1e-8
 
 
 def padding_mask(signal, lengths=None):
-    """Mark the samples that count, those that are no padding.
+    """Mask of valid samples.
 
     Arguments
     ---------
@@ -32,7 +32,7 @@ def padding_mask(signal, lengths=None):
     Returns
     -------
     torch.Tensor
-        1 where a sample counts, 0 in the padding, [B, T, 1].
+        [B, T, 1], 1 at valid samples and 0 at padding.
 
     Example
     -------
@@ -48,7 +48,7 @@ def padding_mask(signal, lengths=None):
 
 
 def si_snr(targets, predictions, lengths=None):
-    """Scale-invariant signal-to-noise ratio of each pair.
+    """Scale-invariant signal-to-noise ratio of each source.
 
     Arguments
     ---------
@@ -70,17 +70,17 @@ def si_snr(targets, predictions, lengths=None):
     >>> (si_snr(x, 3 * x) > 60).all()
     tensor(True)
     """
-    targets, predictions = _centred(lengths, targets, predictions)
+    targets, predictions = _centered(lengths, targets, predictions)
     energy = targets.square().sum(1, keepdim=True)
     gain = (targets * predictions).sum(1, keepdim=True) / (energy + EPS)
-    wanted = gain * targets
-    noise = predictions - wanted
-    ratio = wanted.square().sum(1) / (noise.square().sum(1) + EPS)
+    signal = gain * targets
+    noise = predictions - signal
+    ratio = signal.square().sum(1) / (noise.square().sum(1) + EPS)
     return 10 * torch.log10(ratio + EPS)
 
 
-def _centred(lengths, *signals):
-    """Signals [B, T, S] without their mean, 0 in the padding."""
+def _centered(lengths, *signals):
+    """Subtract the mean of signals [B, T, S]; set padding to 0."""
     mask = padding_mask(signals[0], lengths)
     count = mask.sum(1, keepdim=True).clamp(min=1)
     signals = [x.float() * mask for x in signals]
@@ -88,7 +88,7 @@ def _centred(lengths, *signals):
 
 
 def best_order(targets, predictions, lengths=None):
-    """The assignment of estimates to sources with the highest mean SI-SNR.
+    """Assign estimates to sources for the highest mean SI-SNR.
 
     Arguments
     ---------
@@ -102,8 +102,13 @@ def best_order(targets, predictions, lengths=None):
     Returns
     -------
     tuple of torch.Tensor
-        SI-SNR in dB of each source's own estimate [B, S], and the index of
+        SI-SNR in dB of each source with its estimate [B, S], and the index of
         that estimate [B, S].
+
+    Raises
+    ------
+    ValueError
+        If targets and predictions have different shapes.
 
     Example
     -------
@@ -113,20 +118,20 @@ def best_order(targets, predictions, lengths=None):
     """
     check_shapes(targets, predictions)
     with torch.no_grad():
-        # All pairs by one product. It is exact enough to choose by, up to some
-        # 60 dB; the gradient needs one order.
-        clean, separated = _centred(lengths, targets, predictions)
+        # All pairs from one matrix product. It is precise enough for a choice,
+        # up to about 60 dB. Only the best order needs a gradient.
+        clean, separated = _centered(lengths, targets, predictions)
         products = clean.mT @ separated
         energy = clean.square().sum(1)[:, :, None]
         outputs = separated.square().sum(1)[:, None]
-        wanted = products.square() / (energy + EPS)
-        noise = (outputs - wanted).clamp(min=0)
-        order = assignment((wanted + EPS).log() - (noise + EPS).log())
+        signal = products.square() / (energy + EPS)
+        noise = (outputs - signal).clamp(min=0)
+        order = assignment((signal + EPS).log() - (noise + EPS).log())
     return si_snr(targets, reorder(predictions, order), lengths), order
 
 
 def check_shapes(targets, predictions):
-    """Raise a ValueError unless there is an estimate for each source."""
+    """Raise a ValueError unless both tensors have the same shape."""
     if targets.shape != predictions.shape:
         raise ValueError(
             "sources and estimates must have one shape [B, T, S], got "
@@ -135,17 +140,17 @@ def check_shapes(targets, predictions):
 
 
 def assignment(scores):
-    """Give each source an estimate of its own, for the highest mean score.
+    """Assign one estimate to each source, for the highest mean score.
 
     Arguments
     ---------
     scores : torch.Tensor
-        Of every source against every estimate, [B, S, S].
+        Score of every source (rows) with every estimate (columns), [B, S, S].
 
     Returns
     -------
     torch.Tensor
-        The index of each source's estimate, [B, S].
+        Index of the estimate of each source, [B, S].
 
     Example
     -------
@@ -159,7 +164,19 @@ def assignment(scores):
 
 
 def reorder(predictions, order):
-    """Bring estimates [B, T, S] into the order [B, S] of ``best_order``.
+    """Reorder estimates.
+
+    Arguments
+    ---------
+    predictions : torch.Tensor
+        Estimates, [B, T, S].
+    order : torch.Tensor
+        Indices of estimates, [B, S], as from ``best_order``.
+
+    Returns
+    -------
+    torch.Tensor
+        Estimates in the order of the sources, [B, T, S].
 
     Example
     -------
@@ -170,22 +187,23 @@ def reorder(predictions, order):
 
 
 def sdr(target, estimate, filter_length=512):
-    """Signal-to-distortion ratio: any short filter of the target is no error.
+    """Signal-to-distortion ratio, which allows a short filter of the target.
 
     Arguments
     ---------
     target : torch.Tensor
         Clean sources, [S, T].
     estimate : torch.Tensor
-        Their estimates, in the same order, [..., S, T]; several at once cost
-        little more than one.
+        Their estimates, in the same order, [..., S, T]; several sets of
+        estimates cost little more than one.
     filter_length : int
-        Taps of the filter allowed; 512 is the field's convention.
+        Taps of the allowed filter; 512 is the usual value.
 
     Returns
     -------
     torch.Tensor
-        dB, float64, CPU, [..., S]; -80 for a silent estimate, as of SI-SNR.
+        dB, float64, on the CPU, [..., S]; -80 for a silent estimate, like
+        SI-SNR.
 
     Example
     -------
@@ -196,7 +214,7 @@ def sdr(target, estimate, filter_length=512):
     # Not every device has float64.
     target, estimate = target.cpu().double(), estimate.cpu().double()
     taps = filter_length
-    # Much faster than a length with a large prime in it.
+    # Much faster than a length with a large prime factor.
     size = next_fast_len(target.shape[1] + taps - 1, real=True)
     spectrum = torch.fft.rfft(target, n=size)
     auto = torch.fft.irfft(spectrum.abs().square(), n=size)[:, :taps]
@@ -208,7 +226,7 @@ def sdr(target, estimate, filter_length=512):
     # A silent or very narrow-band target makes the system singular.
     ridge = 1e-10 * auto[:, :1, None] + torch.finfo(torch.float64).tiny
     toeplitz = toeplitz + ridge * torch.eye(taps)
-    # One factorisation for all estimates: [S, taps, K].
+    # One factorization for all K estimates: [S, taps, K].
     columns = cross.reshape(-1, *auto.shape).permute(1, 2, 0)
     filters = torch.linalg.solve(toeplitz, columns)
     explained = (filters * columns).sum(1).T.reshape(cross.shape[:-1])
@@ -219,13 +237,13 @@ def sdr(target, estimate, filter_length=512):
 
 
 def perceptual(name, target, estimate, sample_rate):
-    """PESQ or STOI of each source.
+    """Compute PESQ or STOI of each source.
 
     Arguments
     ---------
     name : str
-        ``pesq`` (ITU-T P.862: narrow band at 8000 Hz, wide band at 16000 Hz)
-        or ``stoi`` (Taal et al., 2011).
+        ``pesq`` (ITU-T P.862: narrowband at 8000 Hz, wideband at 16000 Hz) or
+        ``stoi`` (Taal et al., 2011).
     target : torch.Tensor
         Clean sources, [S, T].
     estimate : torch.Tensor
@@ -236,14 +254,14 @@ def perceptual(name, target, estimate, sample_rate):
     Returns
     -------
     list of float
-        S values; NaN where the measure finds no speech.
+        S values; NaN where the metric finds no speech.
 
     Raises
     ------
     ImportError
-        When the package of the measure is not installed.
+        If the package of the metric is not installed.
     ValueError
-        When the name or, for PESQ, the rate is none of these.
+        If the name is unknown, or PESQ is not defined at the sampling rate.
 
     Example
     -------
@@ -257,7 +275,7 @@ def perceptual(name, target, estimate, sample_rate):
         from pystoi import stoi
 
         values = [float(stoi(x, y, sample_rate)) for x, y in pairs]
-        # What it returns for too little speech, with a warning.
+        # pystoi returns 1e-5, with a warning, if there is too little speech.
         return [math.nan if value == 1e-5 else value for value in values]
     from pesq import PesqError, pesq
 
@@ -270,7 +288,20 @@ def perceptual(name, target, estimate, sample_rate):
 
 
 def check_perceptual(names, sample_rate):
-    """Raise what ``perceptual`` would, before anything is computed."""
+    """Check the arguments of ``perceptual`` before any computation.
+
+    Arguments
+    ---------
+    names : list of str
+        Metrics.
+    sample_rate : int
+        Hz.
+
+    Raises
+    ------
+    ImportError, ValueError
+        As ``perceptual``.
+    """
     packages = {"pesq": "pesq", "stoi": "pystoi"}
     for name in names:
         if name not in packages:

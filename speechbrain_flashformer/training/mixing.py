@@ -1,8 +1,8 @@
-"""Dynamic mixing: new training mixtures for ever from single-speaker speech.
+"""Dynamic mixing: an endless set of mixtures of single-speaker recordings.
 
-Mixture ``n`` is made of the seed and ``n`` alone: the same whatever the number
-of workers or processes, and never the same twice in a training. Levels follow
-WSJ0-mix.
+Mixture ``n`` depends only on the seed and on ``n``. It does not depend on the
+number of workers or processes, and no mixture repeats in a training. Levels
+follow WSJ0-mix.
 
 Axes: S speakers, T samples.
 """
@@ -24,18 +24,18 @@ from speechbrain_flashformer.training.recordings import (
     find_recordings,
 )
 
-# WSJ0-mix: the first speaker's level and that of the others beside it
-# (normal, mean and deviation in dB), the loudest and softest, and the peak.
+# WSJ0-mix: level of the first speaker, and of the others relative to it (normal
+# distributions: mean and standard deviation in dB), limits of levels, and peak.
 FIRST_LEVEL_DB = (-27.43, 2.57)
 RELATIVE_LEVEL_DB = (-2.51, 2.66)
 LEVEL_LIMITS_DB = (-45.0, 0.0)
 PEAK = 0.9
 
-# A cut softer than this is a pause, and another one of the speaker is drawn.
+# A cut below this level is a pause, and another cut of the speaker is drawn.
 SILENCE_DB = -60.0
 TRIES = 100
 
-# Longest pause between two recordings of a concatenation, seconds.
+# Maximum pause between two recordings of a concatenation, in seconds.
 LONGEST_PAUSE = 1.0
 
 
@@ -45,22 +45,25 @@ def dynamic_mix_data_prep(hparams):
     Arguments
     ---------
     hparams : dict
-        Reads ``base_folder_dm``, ``dm_speaker``, ``num_spks``,
+        Uses ``base_folder_dm``, ``dm_speaker``, ``num_spks``,
         ``sample_rate``, ``training_signal_len``, ``seed``,
-        ``use_speedperturb``, ``speed_changes`` (of which the least and the
-        greatest count), ``dm_same_corpus_share``,
-        ``dm_concatenation_share``, ``dm_effects`` (a dict, by any names) and
-        ``loss``.
+        ``use_speedperturb``, ``speed_changes`` (its minimum and maximum),
+        ``dm_same_corpus_share``, ``dm_concatenation_share``, ``dm_effects`` (a
+        dict with any keys) and ``loss``.
 
     Returns
     -------
     DynamicMixtures
+        The training set.
 
     Raises
     ------
+    FileNotFoundError
+        If ``base_folder_dm`` has no recordings.
     ValueError
-        When there are no recordings to mix, or sources would be silent and the
-        loss is not defined for silence.
+        If ``base_folder_dm`` is empty, an effect makes sources silent and the
+        loss is not defined for silence, or as ``find_recordings`` and
+        ``DynamicMixtures``.
     """
     if not hparams["base_folder_dm"]:
         raise ValueError(
@@ -94,10 +97,10 @@ def dynamic_mix_data_prep(hparams):
 class DynamicMixtures(Dataset):
     """An endless training set of mixtures made on the fly.
 
-    All speakers are equally likely, however much speech there is of each; of
-    the recordings of a speaker, those twice as long are twice as likely. A
-    recording shorter than ``samples`` stands at a random place in the mixture,
-    which ends with its longest source.
+    All speakers are equally likely, no matter how much speech each has. The
+    recordings of a speaker are drawn in proportion to their duration. A mixture
+    is as long as its longest source; shorter sources have a random position in
+    it.
 
     Arguments
     ---------
@@ -106,21 +109,28 @@ class DynamicMixtures(Dataset):
     num_spks : int
         S, different speakers in a mixture.
     sample_rate : int
-        Of the mixtures, Hz.
+        Sampling rate of the mixtures, Hz.
     samples : int
-        Longest mixture.
+        Maximum length of a mixture.
     seed : int
         The same seed gives the same mixtures.
     speeds : tuple of int
-        Least and greatest speed, in percent; pitch and formants go with it.
+        Minimum and maximum speed in percent; it changes pitch and formants too.
     same_corpus_share : float
-        Share of the mixtures whose speakers are all from one corpus, as long
-        as it has enough of them: else the microphone may tell who is who.
+        Share of the mixtures whose speakers are all from one corpus, if it has
+        enough speakers. Otherwise the network could tell speakers apart by
+        their microphones.
     concatenation_share : float
-        Share of the mixtures in which each speaker goes on for all of
-        ``samples``, with recordings of theirs and pauses between.
+        Share of the mixtures in which each source fills all of ``samples``:
+        recordings of the speaker one after another, with pauses.
     effects : list of callable
-        As those of ``effects``, applied in this order.
+        Effects like those in ``effects``, applied in this order.
+
+    Raises
+    ------
+    ValueError
+        If a share is not from 0 to 1, there are too few speakers, or a
+        recording cannot be read; names it.
 
     Example
     -------
@@ -164,7 +174,7 @@ class DynamicMixtures(Dataset):
                     f"the share of {name} must be from 0 to 1, not {share}"
                 )
         names, firsts, speakers = np.unique(
-            # Two corpora may have a name for two people.
+            # Different speakers of two corpora may have the same name.
             [f"{x.corpus}\0{x.speaker}" for x in recordings],
             return_index=True,
             return_inverse=True,
@@ -177,7 +187,7 @@ class DynamicMixtures(Dataset):
             )
         self.reader = RecordingReader([x.path for x in recordings])
         self.corpora = np.array([recordings[i].corpus for i in firsts])
-        # Of each speaker, their recordings.
+        # Indices of the recordings of each speaker.
         order = np.argsort(speakers, kind="stable")
         self.spoken = np.split(order, np.cumsum(np.bincount(speakers))[:-1])
 
@@ -203,7 +213,7 @@ class DynamicMixtures(Dataset):
         return item
 
     def _draw_speakers(self, rng):
-        """Numbers of the speakers of a mixture."""
+        """Draw the speakers of a mixture; returns their indices."""
         first = rng.integers(len(self.spoken))
         others = np.arange(len(self.spoken))
         if happens(self.same_corpus_share, rng):
@@ -214,7 +224,7 @@ class DynamicMixtures(Dataset):
         return [first, *more]
 
     def _draw_cut(self, speaker, concatenated, rng):
-        """What a speaker says, at most ``samples``; no silence."""
+        """Draw speech of a speaker, at most ``samples`` and not silent."""
         for _ in range(TRIES):
             index = self._draw_recording(speaker, rng)
             percent = int(rng.integers(self.speeds[0], self.speeds[1] + 1))
@@ -229,7 +239,7 @@ class DynamicMixtures(Dataset):
         )
 
     def _draw_recording(self, speaker, rng):
-        """One of a speaker's recordings; second by second, all are alike."""
+        """Draw a recording of a speaker, in proportion to the durations."""
         theirs = self.spoken[speaker]
         upto = np.cumsum(self.reader.frames[theirs] / self.reader.rates[theirs])
         return theirs[np.searchsorted(upto, rng.random() * upto[-1])]
@@ -240,7 +250,7 @@ class DynamicMixtures(Dataset):
         )
 
     def _concatenate(self, cut, speaker, percent, rng):
-        """``samples`` of what a speaker says, of which ``cut`` is the first."""
+        """Fill ``samples`` with speech of a speaker, starting with ``cut``."""
         level, theirs = level_db(cut), self.spoken[speaker]
         longest = round(LONGEST_PAUSE * self.sample_rate)
         pieces, length = [], 0
@@ -249,14 +259,14 @@ class DynamicMixtures(Dataset):
             pieces += [pause, cut]
             length += len(pause) + len(cut)
             cut = self._cut(rng.choice(theirs), percent, rng)
-            # Recordings of one person may differ in level; pauses stay quiet.
+            # Match the levels of the recordings, except for pauses.
             if level_db(cut) > SILENCE_DB:
                 cut = cut * 10 ** ((level - level_db(cut)) / 20)
         return np.concatenate(pieces)[: self.samples]
 
 
 def _place(cuts, rng):
-    """Cuts at random places and levels, and no noise: [S + 1, T]."""
+    """Place cuts at random positions and levels: [S + 1, T] without noise."""
     length = max(map(len, cuts))
     signals = np.zeros((len(cuts) + 1, length), np.float32)
     first = rng.normal(*FIRST_LEVEL_DB)

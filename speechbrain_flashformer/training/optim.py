@@ -1,7 +1,7 @@
-"""Muon for matrices of a network, in a precision that is fast on its device.
+"""The Muon optimizer, in a precision that is fast on the device.
 
 Sources: "Muon: An optimizer for hidden layers in neural networks" (Jordan et
-al., 2024), as in ``torch.optim.Muon``; updates of the size of AdamW's from
+al., 2024), as in ``torch.optim.Muon``; the update scale that matches AdamW from
 "Muon is Scalable for LLM Training" (arXiv:2502.16982, eq. 4).
 """
 
@@ -9,21 +9,25 @@ import torch
 
 
 class Muon(torch.optim.Muon):
-    """``torch.optim.Muon`` that takes parts of a weight as matrices.
+    """``torch.optim.Muon`` with stacked matrices and a choice of precision.
 
-    torch orthogonalises in bfloat16, one weight after another. A CPU without
-    bfloat16 instructions then spends more time here than in the network. This
-    one works in float32 where there are none, and on all matrices of one shape
-    at once.
+    torch orthogonalizes in bfloat16, one weight after another. On a CPU without
+    bfloat16 instructions this takes more time than the network. This class uses
+    float32 on such devices, and processes all matrices of one shape at once.
 
     Arguments
     ---------
     params : iterable
-        Matrices, or groups of them as any optimizer takes. A group may hold
-        ``parts``: how many matrices each of its weights stacks along its rows.
-        See ``matrix_groups``.
+        Matrices, or parameter groups of them. A group may have ``parts``: the
+        number of matrices that each of its weights stacks along the rows. See
+        ``matrix_groups``.
     **options
-        Those of ``torch.optim.Muon``.
+        Options of ``torch.optim.Muon``.
+
+    Raises
+    ------
+    ValueError
+        If the rows of a weight cannot be divided into ``parts`` matrices.
 
     Example
     -------
@@ -34,7 +38,19 @@ class Muon(torch.optim.Muon):
     """
 
     def add_param_group(self, param_group):
-        """Add matrices; of ``torch.optim.Optimizer``, which begins with it."""
+        """Add a parameter group; the constructor calls this for each group.
+
+        Arguments
+        ---------
+        param_group : dict
+            ``params`` (matrices), optionally ``parts`` (1 by default), and
+            other options of the group.
+
+        Raises
+        ------
+        ValueError
+            If the rows of a weight cannot be divided into ``parts`` matrices.
+        """
         parts = param_group.setdefault("parts", 1)
         super().add_param_group(param_group)
         for weight in self.param_groups[-1]["params"]:
@@ -46,7 +62,18 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Take one step; returns what ``closure`` returns, if it is given."""
+        """Update the weights.
+
+        Arguments
+        ---------
+        closure : callable, optional
+            Evaluates the model again and returns the loss.
+
+        Returns
+        -------
+        torch.Tensor or None
+            The loss of the closure.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -68,7 +95,7 @@ class Muon(torch.optim.Muon):
         return loss
 
     def _update(self, group, weights, updates):
-        """Change weights of one shape; updates are [parts, rows, columns]."""
+        """Update weights of one shape; updates are [parts, rows, columns]."""
         rows, columns = updates[0].shape[1:]
         size = 0.2 * max(rows, columns) ** 0.5
         if group["adjust_lr_fn"] != "match_rms_adamw":
@@ -86,18 +113,18 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalised(matrices, coefficients, steps, eps):
-    """Bring the singular values of matrices near 1 (Newton-Schulz iteration).
+    """Move the singular values of matrices towards 1 (Newton-Schulz iteration).
 
     Arguments
     ---------
     matrices : torch.Tensor
         [K, rows, columns].
     coefficients : tuple of float
-        Of the quintic polynomial that each step applies.
+        Coefficients of the quintic polynomial that each step applies.
     steps : int
-        Steps of the iteration.
+        Number of steps.
     eps : float
-        Floor of the norm that a matrix is divided by.
+        Floor of the norm by which a matrix is divided.
 
     Returns
     -------
@@ -126,7 +153,17 @@ def orthogonalised(matrices, coefficients, steps, eps):
 
 
 def has_fast_bfloat16(device):
-    """Whether a device has instructions for bfloat16.
+    """Whether a device has bfloat16 instructions.
+
+    Arguments
+    ---------
+    device : torch.device
+        CPU, CUDA or any other device.
+
+    Returns
+    -------
+    bool
+        Whether it has them; False for other types than CPU and CUDA.
 
     Example
     -------
@@ -140,18 +177,19 @@ def has_fast_bfloat16(device):
 
 
 def matrix_groups(module):
-    """The matrices of a network, grouped as ``Muon`` takes them.
+    """Collect the matrices of a network as parameter groups of ``Muon``.
 
     Arguments
     ---------
     module : torch.nn.Module
-        A layer in it may have ``stacked``: by the name of a linear layer of
-        its own, how many matrices the weight of that stacks.
+        The network. A layer may have an attribute ``stacked``: a dict from the
+        name of a linear layer inside it to the number of matrices that its
+        weight stacks.
 
     Returns
     -------
     list of dict
-        Groups with ``params`` and ``parts``.
+        Parameter groups with ``params`` and ``parts``.
 
     Example
     -------
@@ -163,7 +201,7 @@ def matrix_groups(module):
     parts = {}
     for layer in module.modules():
         for name, count in getattr(layer, "stacked", {}).items():
-            # An adapter in the place of the layer may have no weight.
+            # An adapter that replaces the layer may have no weight.
             weight = getattr(getattr(layer, name), "weight", None)
             if weight is not None:
                 parts[weight] = count

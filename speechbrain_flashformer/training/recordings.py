@@ -1,4 +1,4 @@
-"""Recordings for dynamic mixing: find them, read pieces of them."""
+"""Find recordings for dynamic mixing and read excerpts of them."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +14,14 @@ from tqdm import tqdm
 
 from speechbrain_flashformer.training.data import read_table
 
-# Largest denominator of a ratio of rates: at 44.1 kHz, 97 % of the speed is
-# 42777 to 8000, for which the resampler would build a filter of 3 GB. The
-# nearest such ratio is off by less than a thousandth: two cents of pitch.
+# Maximum denominator of a resampling ratio. At 44.1 kHz and 97 % speed, the
+# exact ratio is 42777 to 8000, and the resampler would build a filter of 3 GB.
+# The rounded ratio is off by less than 0.1 %, which is two cents of pitch.
 FINEST_RATIO = 400
 
 
 class Recording(NamedTuple):
-    """Where speech is, who speaks, and the corpus that it is from."""
+    """Path, speaker and corpus of a recording of one speaker."""
 
     path: Path
     speaker: str
@@ -29,33 +29,42 @@ class Recording(NamedTuple):
 
 
 def find_recordings(place, speaker="folder"):
-    """List recordings and who speaks in each.
+    """List recordings and their speakers.
 
     Arguments
     ---------
     place : str or Path
-        A folder, searched to all depths for wav and flac files; or a CSV file
-        with the columns ``wav`` (paths, relative ones beside the CSV),
-        ``speaker`` and, where there are several, ``corpus``.
+        A folder, which is searched recursively for wav and flac files. Or a CSV
+        file with the columns ``wav`` (paths, relative to the CSV), ``speaker``
+        and, optionally, ``corpus``.
     speaker : str
-        How a folder tells who speaks: ``folder``, the name of the folder that
-        holds the file; ``file``, each file is its own; else a regular
-        expression searched in the path below ``place``, whose groups that
-        matched are the name.
+        How to find the speaker of a file in a folder. ``folder``: the name of
+        its parent folder. ``file``: every file is another speaker. Any other
+        value is a regular expression, searched in the path relative to
+        ``place``; the speaker is the concatenation of its matched groups, or
+        the match if there are none.
 
     Returns
     -------
     list of Recording
-        Those of a folder, all of one corpus, by path; those of a CSV file in
-        its order.
+        From a folder sorted by path, all of one corpus; from a CSV file in its
+        order.
 
     Raises
     ------
     FileNotFoundError
-        When nothing is found.
+        If nothing is found.
     ValueError
-        When the CSV has not these columns or an empty cell in them, or a path
-        does not match.
+        If the CSV lacks a column or has an empty cell in it, or the regular
+        expression is invalid or does not match a path.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> (folder / "anna").mkdir()
+    >>> soundfile.write(folder / "anna" / "1.wav", np.zeros(8), 8000)
+    >>> find_recordings(folder)[0].speaker
+    'anna'
     """
     place = Path(place)
     if place.is_file():
@@ -65,7 +74,7 @@ def find_recordings(place, speaker="folder"):
             path
             for path in place.rglob("*")
             if path.suffix.lower() in (".wav", ".flac")
-            # What macOS keeps beside a file on other file systems.
+            # macOS writes such metadata files on other file systems.
             and not path.name.startswith("._")
         )
         found = [Recording(x, _speaker(x, place, speaker)) for x in paths]
@@ -106,19 +115,19 @@ def _speaker(path, place, speaker):
 
 
 class RecordingReader:
-    """Random pieces of mono recordings of any sampling rate.
+    """Reads random excerpts of mono recordings of any sampling rate.
 
     Arguments
     ---------
     paths : list of str or Path
-        Every header is read at once.
+        Recordings; the constructor reads all headers.
     title : str
-        Of the progress bar.
+        Title of the progress bar.
 
     Raises
     ------
     ValueError
-        When a recording cannot be read, is empty or not mono; names it.
+        If a recording cannot be read, is empty or is not mono; names it.
 
     Example
     -------
@@ -142,27 +151,32 @@ class RecordingReader:
             self.rates, self.frames = np.array(list(headers)).T
 
     def cut(self, index, samples, sample_rate, rng, percent=100):
-        """A piece of a recording, from a random place.
+        """Read a random excerpt of a recording.
 
         Arguments
         ---------
         index : int
-            Of the recording.
+            Index of the recording in ``paths``.
         samples : int
-            Longest piece; a shorter recording is taken whole.
+            Maximum length; a shorter recording is read completely.
         sample_rate : int
-            Of the piece, Hz.
+            Sampling rate of the excerpt, Hz.
         rng : numpy.random.Generator
-            Draws the place.
+            Draws the start.
         percent : int
-            Speed; pitch and formants go with it.
+            Speed in percent; it changes pitch and formants too.
 
         Returns
         -------
         numpy.ndarray
             [T], float32.
+
+        Raises
+        ------
+        ValueError
+            If the excerpt cannot be read or is not finite; names the file.
         """
-        # Faster speech is a recording that claims a higher rate.
+        # Speed is changed by pretending another sampling rate of the recording.
         new, old = sample_rate * 100, int(self.rates[index]) * percent
         wanted = min(-(-samples * old // new), self.frames[index])
         start = rng.integers(self.frames[index] - wanted + 1)
@@ -176,7 +190,7 @@ class RecordingReader:
 
 
 def _header(path):
-    """Rate and frames of a mono recording."""
+    """Sampling rate and number of frames of a mono recording."""
     try:
         info = soundfile.info(path)
     except (OSError, soundfile.SoundFileError) as error:

@@ -1,4 +1,4 @@
-"""Schedules of the learning rate: any of SpeechBrain's, for all optimizers."""
+"""Use any learning rate schedule of SpeechBrain for all optimizers."""
 
 import inspect
 
@@ -7,7 +7,7 @@ from speechbrain.nnet.schedulers import (
     WarmCoolDecayLRSchedule,
 )
 
-# What a schedule is called with -> when that is known.
+# Arguments that a schedule is called with -> when it is called.
 KINDS = {
     ("opt", "num_updates"): "step",
     ("opt",): "own steps",
@@ -17,22 +17,23 @@ KINDS = {
 
 
 class LearningRate:
-    """Gives all optimizers one learning rate, which a schedule chooses.
+    """Sets one learning rate for all optimizers, as a schedule defines it.
 
     Arguments
     ---------
     schedule : object
-        One of ``speechbrain.nnet.schedulers`` that is called with an
+        A schedule of ``speechbrain.nnet.schedulers`` that is called with an
         optimizer, an epoch or a loss.
     warmup_steps : int
-        Steps of a linear warm-up before a schedule by epochs.
+        Steps of the linear warmup, for schedules that change the learning rate
+        once per epoch; other schedules ignore it.
     peak : float
-        Where the warm-up ends.
+        Learning rate at the end of the warmup.
 
     Raises
     ------
     TypeError
-        When the schedule is called with anything else.
+        If the schedule is called with other arguments.
 
     Example
     -------
@@ -61,7 +62,15 @@ class LearningRate:
             )
 
     def begin_step(self, optimizers, step):
-        """Set the learning rate of a step, counted from 1."""
+        """Set the learning rate of a step.
+
+        Arguments
+        ---------
+        optimizers : list of torch.optim.Optimizer
+            All optimizers. A schedule of steps is called with the first.
+        step : int
+            Number of the step, from 1.
+        """
         first = optimizers[0]
         if self.kind == "step":
             self.schedule(first, step)
@@ -69,14 +78,29 @@ class LearningRate:
             self.schedule(first)
         elif step <= self.warmup_steps:
             _set_lr(optimizers, self.peak * step / self.warmup_steps)
-        # A schedule may end before a training that was made longer.
+        # A schedule may end before the training, if N_epochs was raised.
         _set_lr(optimizers, max(0.0, first.param_groups[0]["lr"]))
 
     def end_epoch(self, optimizers, epoch, loss):
-        """Step a schedule by epochs; the learning rate of this epoch."""
+        """Step a schedule that changes the learning rate once per epoch.
+
+        Arguments
+        ---------
+        optimizers : list of torch.optim.Optimizer
+            All optimizers.
+        epoch : int
+            The epoch that ends.
+        loss : float
+            Validation loss.
+
+        Returns
+        -------
+        float
+            The learning rate of the epoch that ends.
+        """
         lr = optimizers[0].param_groups[0]["lr"]
         if self.kind == "plateau":
-            # It counts a bad epoch once for each optimizer that it is given.
+            # The schedule counts a bad epoch once per optimizer: pass one.
             _, next_lr = self.schedule(optimizers[:1], epoch, loss)
         elif self.kind == "epoch":
             _, next_lr = self.schedule(epoch)
@@ -95,7 +119,30 @@ def _set_lr(optimizers, lr):
 
 
 def steps_per_epoch(loader, grad_accumulation_factor):
-    """Optimizer steps that each process takes in an epoch."""
+    """Optimizer steps of each process in an epoch.
+
+    Arguments
+    ---------
+    loader : torch.utils.data.DataLoader
+        Training batches of this process.
+    grad_accumulation_factor : int
+        Batches per step.
+
+    Returns
+    -------
+    int
+        Steps per epoch.
+
+    Raises
+    ------
+    ValueError
+        If the epoch has too few batches for one step.
+
+    Example
+    -------
+    >>> steps_per_epoch(range(9), grad_accumulation_factor=2)
+    4
+    """
     if len(loader) < grad_accumulation_factor:
         raise ValueError(
             f"an epoch has {len(loader)} batches in each process, too few to "
@@ -106,7 +153,23 @@ def steps_per_epoch(loader, grad_accumulation_factor):
 
 
 def stretch_schedule(schedule, steps):
-    """Let a warm-up and cool-down end where the training does."""
+    """Adjust a warmup-cooldown schedule to the length of the training.
+
+    Arguments
+    ---------
+    schedule : object
+        Changed in place if it is a ``WarmCoolDecayLRSchedule``: it keeps its
+        share of cooldown steps. Other schedules stay unchanged.
+    steps : int
+        Optimizer steps of the training.
+
+    Example
+    -------
+    >>> schedule = WarmCoolDecayLRSchedule(1.0, 10, 20, 100)
+    >>> stretch_schedule(schedule, steps=200)
+    >>> schedule.warmup, schedule.cooldown, schedule.total_steps
+    (10, 40, 200)
+    """
     if isinstance(schedule, WarmCoolDecayLRSchedule):
         share = schedule.cooldown / schedule.total_steps
         schedule.total_steps = steps

@@ -1,4 +1,4 @@
-"""Scores of a test: computed beside the network, written as they come.
+"""Scores of a test, computed in threads and written as they are ready.
 
 Axes: B batch, T samples, S speakers.
 """
@@ -26,47 +26,60 @@ from speechbrain_flashformer.training.metrics import (
     si_snr,
 )
 
-# The last rows of a table, which sum it up.
+# The summary rows at the end of a table.
 SUMMARY = {
     "avg": np.mean,
     "median": np.median,
     "5th percentile": partial(np.percentile, q=5),
 }
 COLUMNS = ["snt_id", "sdr", "sdr_i", "si-snr", "si-snr_i"]
-WORST = 5
-# Audio of the first and of the worst mixtures of a test.
+WORST = 5  # number of worst mixtures whose audio is saved
+# Folders for the audio of the first and of the worst mixtures of a test.
 AUDIO_FOLDERS = ("audio_results", "audio_worst")
 # Suffix of the outputs of a test that is still running.
 RUNNING = ".running"
-# What some file system has in no name, and the longest that all can have with
-# what is put behind it, bytes.
+# Characters that some file system forbids in names. Maximum length of a stem in
+# bytes, which leaves room for the suffixes below on every file system.
 NOT_IN_NAMES, LONGEST_NAME = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]'), 200
-# Mixtures waiting for a score, per thread: what bounds the memory.
+# Maximum number of mixtures per thread that wait for a score (bounds memory).
 WAITING = 4
 
 
 def quick_scores(names, mixture, targets, predictions, lengths):
-    """What every validation needs, of each item of a batch.
+    """Compute the scores of a batch that validation needs.
 
     Arguments
     ---------
     names : list of str
-        B of them.
+        Names of the B mixtures.
     mixture : torch.Tensor
         [B, T].
     targets, predictions : torch.Tensor
-        [B, T, S], in any order of speakers.
+        [B, T, S], predictions in any order of speakers.
     lengths : torch.Tensor
-        Relative, [B].
+        Relative lengths, [B].
 
     Returns
     -------
     tuple
-        Rows (dict) with ``snt_id``, ``si-snr``, ``si-snr_i`` in dB,
-        ``level_db``, how much louder the estimates are, and ``polarity``, -1
-        where theirs is inverted; and for each item its signals (mixture
-        [T], targets [S, T], estimates [S, T] in the order of the targets), cut
-        to length.
+        Two lists with one entry per mixture. Rows are dicts with ``snt_id``,
+        ``si-snr`` and ``si-snr_i`` in dB, ``level_db`` (level of the estimates
+        relative to the targets) and ``polarity`` (-1 if the estimates are
+        inverted). Signals are mixture [T], targets [S, T] and estimates [S, T]
+        in the order of the targets, without padding.
+
+    Raises
+    ------
+    ValueError
+        If targets and predictions have different shapes.
+
+    Example
+    -------
+    >>> targets = torch.randn(1, 100, 2)
+    >>> mixture, lengths = targets.sum(2), torch.ones(1)
+    >>> rows, _ = quick_scores(["a"], mixture, targets, -targets, lengths)
+    >>> rows[0]["polarity"]
+    -1.0
     """
     scores, order = best_order(targets, predictions, lengths)
     predictions = reorder(predictions, order)
@@ -81,7 +94,7 @@ def quick_scores(names, mixture, targets, predictions, lengths):
         "level_db": 10 * torch.log10(power).mean(1),
         "polarity": (clean * separated).sum((1, 2)).sign(),
     }
-    # The device is waited for once.
+    # One transfer, so that a GPU synchronizes once.
     values = torch.stack([mask.sum((1, 2)), *columns.values()], 1).tolist()
     rows, signals = [], []
     for b, (name, (samples, *numbers)) in enumerate(zip(names, values)):
@@ -93,16 +106,16 @@ def quick_scores(names, mixture, targets, predictions, lengths):
 
 
 class ResultsWriter:
-    """Adds the slow scores in threads, and writes each row when it is there.
+    """Computes the slow scores in threads and writes each row when it is ready.
 
     Arguments
     ---------
     path : str or Path
-        Of the table that grows: CSV.
+        CSV file of the growing table.
     sample_rate : int
         Hz.
     more : list of str
-        Measures beside SDR: ``pesq``, ``stoi``.
+        Metrics besides SDR: ``pesq``, ``stoi``.
     """
 
     def __init__(self, path, sample_rate, more=()):
@@ -114,15 +127,30 @@ class ResultsWriter:
             self.file, COLUMNS + self.more, extrasaction="ignore"
         )
         self.table.writeheader()
-        # As many as torch may use, each without a team of its own: torch
-        # would give every one of them as many again.
+        # As many threads as torch may use. Each runs torch single-threaded:
+        # otherwise torch would start as many threads again in each of them.
         self.threads = torch.get_num_threads()
         self.pool = ThreadPoolExecutor(
             self.threads, initializer=torch.set_num_threads, initargs=(1,)
         )
 
     def add(self, row, mixture, targets, predictions):
-        """Score one mixture: [T], [S, T] and [S, T], any device."""
+        """Start scoring one mixture.
+
+        Arguments
+        ---------
+        row : dict
+            From ``quick_scores``.
+        mixture : torch.Tensor
+            [T], on any device.
+        targets, predictions : torch.Tensor
+            [S, T], in the same order, on any device.
+
+        Raises
+        ------
+        RuntimeError
+            If an earlier mixture cannot be scored; names it.
+        """
         signals = [x.cpu() for x in (mixture, targets, predictions)]
         self.worst.append((row, signals))
         self.worst.sort(key=lambda item: sort_key(item[0]))
@@ -133,7 +161,18 @@ class ResultsWriter:
             self._take()
 
     def close(self):
-        """Wait for what is left; the rows."""
+        """Wait for the remaining scores.
+
+        Returns
+        -------
+        list of dict
+            All rows.
+
+        Raises
+        ------
+        RuntimeError
+            If a mixture cannot be scored; names it.
+        """
         while self.waiting:
             self._take()
         self.pool.shutdown()
@@ -162,27 +201,27 @@ class ResultsWriter:
 
 
 def sort_key(row):
-    """Sorts rows from the worst: no number, then the lowest SI-SNRi."""
+    """Sort key of a row, worst first: NaN, then by rising SI-SNRi."""
     return (not math.isnan(row["si-snr_i"]), row["si-snr_i"])
 
 
 def write_results(path, rows, more=()):
-    """Write the finished table: rows by name, then what sums them up.
+    """Write the complete table: rows sorted by name, then the summary.
 
     Arguments
     ---------
     path : str or Path
-        Written beside and renamed.
+        CSV file, written under a temporary name and renamed.
     rows : list of dict
         At least one.
     more : list of str
-        Measures beside ``COLUMNS``.
+        Metrics besides ``COLUMNS``.
 
     Returns
     -------
     dict
-        ``avg``, ``median`` and ``5th percentile``: row of each. Of ``more``
-        they pass over what is no number: where there was too little speech.
+        Summary rows ``avg``, ``median`` and ``5th percentile``. For ``more``
+        they skip NaN, which marks a mixture with too little speech.
     """
     columns = COLUMNS + list(more)
     summary = {
@@ -209,7 +248,18 @@ def _values(rows, column, only_numbers):
 
 
 def file_stem(name):
-    """What the files of a mixture are called; mostly its name.
+    """File name of a mixture, without suffix.
+
+    Arguments
+    ---------
+    name : str
+        Name of the mixture.
+
+    Returns
+    -------
+    str
+        The name. If a file system could reject it, forbidden characters are
+        replaced, it is shortened and gets a hash.
 
     Example
     -------
@@ -220,28 +270,27 @@ def file_stem(name):
     stem = stem.decode(errors="ignore")
     if stem == name:
         return name
-    # Else two that differ in what was left out would have one file.
+    # The hash separates names that differ only in the removed characters.
     return f"{stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def write_example(folder, name, mixture, targets, predictions, sample_rate):
     """Write NAME_mix.wav, and NAME_s1.wav and NAME_s1hat.wav of each source.
 
-    NAME is ``file_stem(name)``.
-
-    Estimates are brought to the level and polarity of their source: SI-SNR
-    training leaves both free, and a quiet or clipped file tells nothing.
+    NAME is ``file_stem(name)``. Estimates get the level and polarity of their
+    sources, because training with SI-SNR fixes neither, and a quiet or clipped
+    file is of no use.
 
     Arguments
     ---------
     folder : str or Path
-        Made when it is not there.
+        Created if it does not exist.
     name : str
-        Of the mixture.
+        Name of the mixture.
     mixture : torch.Tensor
         [T].
     targets, predictions : torch.Tensor
-        [S, T].
+        [S, T], in the same order.
     sample_rate : int
         Hz.
     """
@@ -254,7 +303,7 @@ def write_example(folder, name, mixture, targets, predictions, sample_rate):
             gain = -gain
         signals[f"s{i}"] = target
         signals[f"s{i}hat"] = estimate * gain
-    # One gain for all, so that they stay comparable.
+    # One gain for all signals, so that their levels stay comparable.
     peak = max(signal.abs().max().item() for signal in signals.values())
     scale = min(1.0, 0.99 / max(peak, 1e-8))
     for suffix, signal in signals.items():
@@ -266,15 +315,26 @@ def write_example(folder, name, mixture, targets, predictions, sample_rate):
 
 
 def remove_running(folder):
-    """Remove what a test that did not end has left in an output folder."""
+    """Remove the files of an unfinished test.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Output folder of the training.
+    """
     for path in Path(folder).glob(f"*{RUNNING}"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def replace_audio(folder):
-    """Put the audio of a test that has ended in place of the one before.
+    """Replace the audio of an earlier test by that of the finished test.
 
-    A test that saved none leaves what there is.
+    If the finished test saved no audio, the existing audio remains.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Output folder of the training.
     """
     for name in AUDIO_FOLDERS:
         old, new = Path(folder, name), Path(folder, name + RUNNING)

@@ -1,11 +1,11 @@
-"""Starter data without a licence: mixtures of synthetic voices.
+"""The starter set: mixtures of synthetic voices, which need no license.
 
-eSpeak NG speaks random sentences with many voices; they are mixed like
-WSJ0-mix and written in its folder layout, so that every recipe for WSJ0-mix
-runs on a machine that has no data. Synthetic speech is easier than real
-speech: figures on it do not compare with WSJ0-mix.
+eSpeak NG speaks random sentences with many voices. They are mixed like WSJ0-mix
+and written in its folder layout, so that every recipe for WSJ0-mix runs without
+other data. Synthetic speech is easier to separate than real speech: results on
+it are not comparable with those on WSJ0-mix.
 
-Needs the extra ``demo`` (espeakng-loader carries eSpeak NG in a wheel).
+Requires the extra ``demo`` (the wheel of espeakng-loader contains eSpeak NG).
 """
 
 import contextlib
@@ -28,17 +28,18 @@ except ImportError:
     fcntl = None
 
 PARTS = ("tr", "cv", "tt")
-MARKER = "voices.json"
-# Raised whenever the same arguments give other files.
+MARKER = "voices.json"  # describes a complete set, in its folder
+# Increased whenever the same arguments give other files.
 VERSION = 1
 
-# Relative levels of the speakers and peak of the files, as in WSJ0-mix.
+# Maximum change of a speaker's level, and peak of the files, as in WSJ0-mix.
 LEVEL_RANGE_DB = 2.5
 PEAK = 0.9
 
+# Suffixes of the speakers of one vocal tract.
 PEOPLE = "abcd"
 
-# Whispers and effects that no one would call a voice.
+# Whispers and effects, which are not voices.
 NOT_VOICES = ("whisper", "robo", "robot", "demonic", "storm", "tweaky")
 ACCENTS = """
     en-us en-us-nyc en en-gb-x-rp en-gb-scotland en-gb-x-gbclan
@@ -84,40 +85,40 @@ def make_voices(
     utterances=5,
     progressbar=True,
 ):
-    """Write a set of mixtures, or find the same one finished already.
+    """Write a set of mixtures, unless the same set exists already.
 
-    The set appears under its name only when it is complete. Speakers of one
-    part never speak in another.
+    The folder appears only when the set is complete. The parts have different
+    speakers.
 
     Arguments
     ---------
     folder : str or Path
-        Becomes ``folder/wav8k/min/{tr,cv,tt}/{mix,s1,s2}/NAME.wav`` (wav16k
-        for 16000 Hz, s3 for three speakers).
+        Contains ``wav8k/min/{tr,cv,tt}/{mix,s1,s2}/NAME.wav`` afterwards
+        (wav16k for 16000 Hz, s3 for three speakers).
     num_spks : int
         Speakers per mixture, 2 or more.
     sizes : tuple of int
-        Mixtures for training, validation and test.
+        Numbers of mixtures for training, validation and test.
     seed : int
         The same seed gives the same files.
     sample_rate : int
         Hz.
     utterances : int
-        Sentences that each voice speaks.
+        Sentences per speaker.
     progressbar : bool
-        Whether to show one.
+        Whether to show a progress bar.
 
     Returns
     -------
     Path
-        The folder, ready as ``data_folder`` of the recipe.
+        The folder, for ``data_folder`` of the recipe.
 
     Raises
     ------
     ImportError
-        When espeakng-loader is missing; names the extra to install.
+        If espeakng-loader is missing; names the extra to install.
     FileExistsError
-        When the folder holds something else than this very set.
+        If the folder contains anything other than this set.
 
     Example
     -------
@@ -153,7 +154,7 @@ def make_voices(
                 folder.rmdir()
             os.replace(made, folder)
         except OSError:
-            # Another process may have made it meanwhile.
+            # Another process may have written the same set meanwhile.
             if not _is_made(folder, description):
                 raise
     return folder
@@ -161,12 +162,14 @@ def make_voices(
 
 @contextlib.contextmanager
 def _made_beside(folder):
-    """A new folder, locked and removed at the end; or by the next that begins.
+    """Create a temporary folder next to a folder, and remove it at the end.
 
-    A process that is killed loses its lock, but cannot remove the folder.
+    The folder is locked while it is in use. A killed process loses its lock but
+    leaves the folder; the next process removes it.
     """
     with contextlib.ExitStack() as stack:
-        # One at a time, so that none removes what another has not locked yet.
+        # The parent is locked, so that no process removes a folder that another
+        # has created but not locked yet.
         with _locked(folder.parent):
             for left in folder.parent.glob(f"{folder.name}.*.partial"):
                 with contextlib.suppress(OSError), _locked(left, wait=False):
@@ -184,8 +187,8 @@ def _made_beside(folder):
 
 @contextlib.contextmanager
 def _locked(folder, wait=True):
-    """Hold the lock of a folder; an OSError if another does, and no wait."""
-    if fcntl is None:  # Windows: nothing is ever taken for left behind
+    """Hold the lock of a folder; without wait, a held lock is an OSError."""
+    if fcntl is None:  # Windows: folders of killed processes remain
         if not wait:
             raise OSError
         yield
@@ -194,7 +197,7 @@ def _locked(folder, wait=True):
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:  # taken, or a file system without locks
+        except OSError:  # locked, or the file system has no locks
             if not wait:
                 raise
         yield
@@ -203,7 +206,7 @@ def _locked(folder, wait=True):
 
 
 def _is_made(folder, description):
-    """Whether the folder is this very set; raise if it is anything else."""
+    """Whether the folder has this set; raise if it has anything else."""
     marker = folder / MARKER
     if marker.is_file() and json.loads(marker.read_text()) == description:
         return True
@@ -216,14 +219,15 @@ def _is_made(folder, description):
 
 
 def _write_set(folder, description, progressbar):
-    """Write the mixtures that a description tells of."""
+    """Write the mixtures of a description."""
     num_spks, sizes, seed, sample_rate, utterances = (
         description[key]
         for key in ("num_spks", "sizes", "seed", "sample_rate", "utterances")
     )
     root = folder / f"wav{sample_rate // 1000}k" / "min"
     families = _deal_families(np.random.default_rng(seed))
-    # Each part draws on its own: another training set has the same test set.
+    # One generator per part, so that the size of the training set does not
+    # change the test set.
     rngs = {
         part: np.random.default_rng([seed, num_spks, number])
         for number, part in enumerate(PARTS)
@@ -254,7 +258,7 @@ def _write_set(folder, description, progressbar):
 
 
 def _write_mixture(root, name, pool, num_spks, sample_rate, rng):
-    """Mix speech of num_spks vocal tracts; the shortest ends the mixture."""
+    """Write a mixture of num_spks vocal tracts, cut to the shortest source."""
     tracts = rng.choice(sorted(pool), num_spks, replace=False)
     chosen = [pool[tract][rng.integers(len(pool[tract]))] for tract in tracts]
     speakers, sources = zip(*chosen)
@@ -274,7 +278,11 @@ def _write_mixture(root, name, pool, num_spks, sample_rate, rng):
 
 
 def _deal_families(rng):
-    """Vocal tracts of each part, about 8 : 1 : 1, with relatives together."""
+    """Divide vocal tracts among the parts, about 8 : 1 : 1.
+
+    Returns a dict from part to families, which are lists of related vocal
+    tracts: a family belongs to one part.
+    """
     voices = Path(espeakng_loader.get_data_path()) / "voices" / "!v"
     families = {}
     for variant in sorted(path.name for path in voices.iterdir()):
@@ -282,7 +290,7 @@ def _deal_families(rng):
         if any(word in lower for word in NOT_VOICES):
             continue
         stem = lower.rstrip("0123456789")
-        # m1, m2, ... and f1, f2, ... are unrelated.
+        # m1, m2, ... and f1, f2, ... are different vocal tracts.
         stem = lower if len(stem) == 1 else stem
         families.setdefault(stem, []).append(variant)
     order = [families[stem] for stem in rng.permutation(sorted(families))]
@@ -295,9 +303,10 @@ def _deal_families(rng):
 
 
 def _write_lines(part, families, utterances, rng):
-    """What is to be spoken in a part, and how; sentences of about 3 seconds.
+    """Draw the sentences of a part, of about 3 seconds, and their voices.
 
-    Each vocal tract speaks as several people, alike in nothing else.
+    Each vocal tract has several speakers, with different accents, pitches and
+    rates.
     """
     lines = []
     for variant in (variant for family in families for variant in family):

@@ -1,11 +1,11 @@
-"""CSV files that list mixtures: SpeechBrain's columns, or LibriMix's."""
+"""Read CSV files of mixtures, with the columns of SpeechBrain or LibriMix."""
 
 import os
 from dataclasses import dataclass, field
 
 from speechbrain_flashformer.training.data import read_table
 
-# Name, mixture, sources by their number, noise.
+# Columns of name, mixture, sources (by number) and noise.
 COLUMNS = ("ID", "mix_wav", "s{}_wav", "noise_wav")
 LIBRI_COLUMNS = ("mixture_ID", "mixture_path", "source_{}_path", "noise_path")
 
@@ -14,8 +14,15 @@ LIBRI_COLUMNS = ("mixture_ID", "mixture_path", "source_{}_path", "noise_path")
 class Part:
     """One part of a data set.
 
-    ``rows`` are sorted by ``ID``; each has the paths ``mix``, ``s1``, ``s2``,
-    ... and perhaps ``noise``. ``problems`` says what is wrong with the part.
+    Attributes
+    ----------
+    name : str
+        Name of the part.
+    rows : list of dict
+        Mixtures sorted by ``ID``, each with the paths ``mix``, ``s1``, ``s2``,
+        ... and, optionally, ``noise``.
+    problems : list of str
+        Problems of the part, each with its remedy.
     """
 
     name: str
@@ -24,7 +31,31 @@ class Part:
 
 
 def read_csvs(files, datapath, n_spks):
-    """What was taken, in words, and a ``Part`` for each file."""
+    """Read CSV files.
+
+    Arguments
+    ---------
+    files : list of Path
+        One file per part.
+    datapath : Path
+        The data folder, which replaces ``$data_root``.
+    n_spks : int
+        Speakers per mixture.
+
+    Returns
+    -------
+    str
+        Description of what was read.
+    list of Part
+        One part per file.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file is missing.
+    ValueError
+        If a file is not CSV, lacks a column, has no rows or has more speakers.
+    """
     missing = [str(path) for path in files if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"no file {', '.join(missing)}")
@@ -33,7 +64,7 @@ def read_csvs(files, datapath, n_spks):
 
 
 def _read_csv(path, datapath, n_spks):
-    """Rows of a CSV file with SpeechBrain's columns, or with LibriMix's."""
+    """Read one CSV file into a ``Part``."""
     header, lines = read_table(path)
     libri = "mixture_path" in header
     name, mix, source, noise = LIBRI_COLUMNS if libri else COLUMNS
@@ -72,7 +103,7 @@ def _read_csv(path, datapath, n_spks):
 
 
 def _resolve(row, beside, datapath):
-    """Full paths: ``$data_root`` is the data folder, the rest is beside."""
+    """Resolve paths relative to ``$data_root`` or to the folder of the CSV."""
     found = {"ID": row["ID"]}
     for column in list(row)[1:]:
         place = row[column].removeprefix("$data_root")
@@ -84,7 +115,20 @@ def _resolve(row, beside, datapath):
 
 
 def refuse_more(what, n_spks):
-    """Raise the error of mixtures that hold more speakers than asked for."""
+    """Raise the error for mixtures with more speakers than ``num_spks``.
+
+    Arguments
+    ---------
+    what : str or Path
+        The folder or column of the additional speaker.
+    n_spks : int
+        Speakers per mixture.
+
+    Raises
+    ------
+    ValueError
+        Always.
+    """
     raise ValueError(
         f"{what} exists, but num_spks is {n_spks}: the mixtures would hold a "
         "voice that is no target"

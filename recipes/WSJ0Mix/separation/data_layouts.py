@@ -1,6 +1,6 @@
-"""Where a data set keeps its mixtures: the layouts that this recipe knows.
+"""Find the mixtures of a data set in one of the supported folder layouts.
 
-A layout is recognised by what is there, never by a path's name.
+A layout is recognized by its folders, never by the name of the data folder.
 """
 
 import itertools
@@ -13,11 +13,22 @@ from data_csv import Part, read_csvs, refuse_more
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of a corpus: ``PART/MIXTURE/NAME.wav``, ``PART/SOURCE/NAME.wav``.
+    """Folders of a corpus: ``PART/MIXTURE/NAME.wav``, ``PART/SOURCE/NAME.wav``.
 
-    ``train`` and ``mixtures`` hold the names that there may be: of the
-    training parts the first that is there is taken, of the mixtures the first
-    is the usual task. In ``sources`` a star stands for the speaker's number.
+    Attributes
+    ----------
+    title : str
+        Name of the corpus.
+    mixtures : tuple of str
+        Possible folders of mixtures; the first is the default task.
+    sources : str
+        Folders of sources; a star stands for the number of the speaker.
+    noise : str
+        Folder of the noise, or empty.
+    train : tuple of str
+        Possible training parts; the first that exists is used.
+    valid, test : str
+        The other parts.
     """
 
     title: str
@@ -34,7 +45,7 @@ LAYOUTS = {
     "wham": Layout(
         "WHAM!", ("mix_both", "mix_clean", "mix_single"), noise="noise"
     ),
-    # As SpeechBrain trains on it: noise and rooms in, both to be removed.
+    # The default task is SpeechBrain's: remove both noise and reverberation.
     "whamr": Layout(
         "WHAMR!",
         tuple(
@@ -71,13 +82,13 @@ def find_mixtures(
     mixture=None,
     sources=None,
 ):
-    """List the mixtures of a data folder, without opening one.
+    """List the mixtures of a data folder, without opening any.
 
     Arguments
     ---------
     datapath : str or Path
-        The folder that holds ``wav8k`` (``wav16k`` for 16000 Hz), or else the
-        parts themselves, or CSV files.
+        The folder that contains ``wav8k`` (``wav16k`` for 16000 Hz), the parts
+        themselves, or CSV files.
     n_spks : int
         Speakers per mixture.
     fs : int
@@ -85,29 +96,29 @@ def find_mixtures(
     layout : str
         ``auto``, a key of ``LAYOUTS``, or ``csv``.
     mode : str
-        ``min``: mixtures end with their shortest source; ``max``: with their
-        longest.
+        ``min``: mixtures are as long as their shortest source; ``max``: as
+        their longest.
     parts : list of str, optional
-        The folders, or CSV files, for training, validation and test.
+        Folders or CSV files for training, validation and test.
     mixture : str, optional
-        The folder that holds the mixtures.
+        Folder of the mixtures.
     sources : str, optional
-        The folders that hold the sources; a star is the speaker's number.
+        Folders of the sources; a star stands for the number of the speaker.
 
     Returns
     -------
     str
-        What was taken, in words.
+        Description of what was found.
     list of Part
-        For training, validation and test.
+        Parts for training, validation and test.
 
     Raises
     ------
     FileNotFoundError
-        When the folder, its layout or a part of it is missing.
+        If the folder, its layout or a part of it is missing.
     ValueError
-        When the layout is not clear, the parts hold more or fewer speakers
-        than ``n_spks``, or a CSV file lacks a column.
+        If an option is invalid, the layout is ambiguous, the parts have more or
+        fewer speakers than ``n_spks``, or a CSV file lacks a column.
 
     Example
     -------
@@ -136,21 +147,21 @@ def find_mixtures(
         return read_csvs([datapath / part for part in parts], datapath, n_spks)
     if layout != "csv":
         train = parts[0] if parts else None
-        root, known = _recognise(roots, layout, train, mixture)
+        root, known = _recognize(roots, layout, train, mixture)
         if known:
             options = (n_spks, parts, mixture, sources)
             return _list_folders(root, known, *options)
     files = _find_csvs(datapath, roots, mixture)
     if files and layout in ("auto", "csv", "librimix"):
         return read_csvs(files, datapath, n_spks)
-    raise FileNotFoundError(_what_is_there(datapath, roots[0]))
+    raise FileNotFoundError(_no_layout_message(datapath, roots[0]))
 
 
 # --- folders ----------------------------------------------------------------
 
 
-def _recognise(roots, layout, train, mixture):
-    """The folder that holds the parts and their ``Layout``, or None twice."""
+def _recognize(roots, layout, train, mixture):
+    """Find the folder of the parts and its ``Layout``, or (None, None)."""
     for root in roots:
         found = {
             name: known
@@ -158,8 +169,8 @@ def _recognise(roots, layout, train, mixture):
             if layout in ("auto", name)
             and any(
                 (root / part / folder).is_dir()
-                for part in _possible(known.train, train, layout == name)
-                for folder in _possible(known.mixtures, mixture, layout == name)
+                for part in _expected(known.train, train, layout == name)
+                for folder in _expected(known.mixtures, mixture, layout == name)
             )
         }
         if len(found) > 1:
@@ -172,8 +183,8 @@ def _recognise(roots, layout, train, mixture):
     return None, None
 
 
-def _possible(known, asked, chosen):
-    """Of which names one must be there for a layout to be recognised."""
+def _expected(known, asked, chosen):
+    """Names, one of which must exist for a layout to be recognized."""
     if asked is None:
         return known
     return [asked] if chosen or asked in known else []
@@ -216,7 +227,7 @@ def _list_folders(root, layout, n_spks, parts, mixture, sources):
 
 
 def _list_part(folder, columns):
-    """Every mixture of a part, and where its files must be."""
+    """List every mixture of a part, with the paths that its files must have."""
     names = {
         column: set(_wav_files(folder / place))
         for column, place in columns.items()
@@ -237,7 +248,7 @@ def _list_part(folder, columns):
 
 
 def _wav_files(folder):
-    """Names of its wav files, without those that macOS puts beside each."""
+    """Names of the wav files of a folder, without macOS metadata files."""
     return [
         name
         for name in os.listdir(folder)
@@ -246,7 +257,7 @@ def _wav_files(folder):
 
 
 def _check_folders(folders, n_spks):
-    """Raise one error for all that are missing, or that are empty."""
+    """Raise one error for all folders that are missing or have no wav file."""
     missing = [folder for folder in folders if not folder.is_dir()]
     text = f"no folder {{}} ({n_spks} speakers)"
     if not missing:
@@ -263,13 +274,13 @@ def _check_folders(folders, n_spks):
 
 def _names(folder):
     there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else ()
-    # One may be no UTF-8, and could not be printed.
+    # A name that is not UTF-8 could not be printed.
     there = ", ".join(there).encode(errors="backslashreplace").decode()
     return there or "nothing"
 
 
-def _what_is_there(datapath, root):
-    """Say that no layout was recognised: what was sought, what there is."""
+def _no_layout_message(datapath, root):
+    """Message that no layout was recognized: the folders tried, and found."""
     below = root.relative_to(datapath).as_posix()
     sought = [
         f"{below}/{known.train[0]}/{known.mixtures[0]} ({known.title})"
@@ -293,7 +304,7 @@ def _what_is_there(datapath, root):
 
 
 def _find_csvs(datapath, roots, mixture):
-    """Those of the data folder, or LibriMix's metadata; or None."""
+    """CSV files of the data folder, or of LibriMix's metadata; or None."""
     libri = LAYOUTS["librimix"]
     mixture = mixture or libri.mixtures[0]
     own = [datapath / name for name in CSV_PARTS]

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Draw a training: its learning curve, its test, one mixture taken apart.
+"""Plot a training: learning curve, test results and spectrograms of a mixture.
 
 > python plot_results.py results/flashformer-demo/1234
 
-Writes ``results.png`` and ``evaluation.png`` into the output folder. Needs
+Writes ``results.png`` and ``evaluation.png`` into the output folder. Requires
 matplotlib (the extra ``demo``).
 """
 
@@ -22,7 +22,20 @@ FRAME, DYNAMIC_RANGE_DB = 256, 70
 
 
 def check_can_plot(hparams):
-    """Raise now what would otherwise be raised after the training."""
+    """Check before the training that the plots can be drawn after it.
+
+    Arguments
+    ---------
+    hparams : dict
+        Uses ``save_audio`` and ``n_audio_to_save``.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    ValueError
+        If the test would save no audio.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -38,17 +51,17 @@ def check_can_plot(hparams):
 
 
 def plot_results(output_folder):
-    """Draw ``train_log.txt`` and the first mixture of ``audio_results``.
+    """Plot ``train_log.txt`` and the first mixture of ``audio_results``.
 
     Arguments
     ---------
     output_folder : str or Path
-        Of a finished training with ``save_audio``.
+        Output folder of a finished training with ``save_audio``.
 
     Returns
     -------
     Path
-        The PNG.
+        The PNG file.
     """
     import matplotlib
 
@@ -80,23 +93,23 @@ def plot_results(output_folder):
             estimate,
             f"speaker {i + 1}, separated",
         )
-    # A $ is no formula, and a long name no long line.
+    # A $ must not start a formula. Long names are shortened.
     figure.suptitle(f"{folder}: {name:.60}", fontsize=9, parse_math=False)
     return _save(figure, folder / "results.png")
 
 
 def plot_evaluation(output_folder):
-    """Draw ``test_results.csv``: SI-SNRi against the SI-SNR of the mixture.
+    """Plot ``test_results.csv``: SI-SNRi over the SI-SNR of the mixture.
 
     Arguments
     ---------
     output_folder : str or Path
-        Of a finished test.
+        Output folder of a finished test.
 
     Returns
     -------
     Path
-        The PNG.
+        The PNG file.
     """
     import matplotlib
 
@@ -149,7 +162,7 @@ def _save(figure, path):
 
 
 def _draw_curve(axes, log):
-    """Loss of the training and SI-SNR of the validation, by epoch, negative."""
+    """Plot the negated training loss and validation SI-SNR over epochs."""
     text, number = log.read_text(encoding="utf-8"), r"(-?[\d.]+(?:e[+-]\d+)?)"
     curves = {"train loss": "training (loss)", "valid si-snr": "validation"}
     for what, label in curves.items():

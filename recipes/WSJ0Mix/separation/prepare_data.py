@@ -1,7 +1,7 @@
 """Find the mixtures of a data folder, check them, write SpeechBrain's CSVs.
 
-``data_layouts.py`` knows where they are: WSJ0-mix, WHAM!, WHAMR!, LibriMix,
-the custom layout, or CSV files.
+``data_layouts.py`` defines the supported layouts: WSJ0-mix, WHAM!, WHAMR!,
+LibriMix, the custom layout, and CSV files.
 """
 
 import csv
@@ -26,17 +26,17 @@ logger = get_logger(__name__)
 
 CSV_FILES = ("wsj_tr.csv", "wsj_cv.csv", "wsj_tt.csv")
 REPORT = "data_report.md"
-DATA_ROOT = "$data_root"  # stands for the data folder in the CSV files
-# What the files were when they were last read. Another version reads them all.
+DATA_ROOT = "$data_root"  # represents the data folder in the CSV files
+# Results of earlier checks of the files. A cache of another version is ignored.
 CACHE, VERSION = "data_cache.json", 1
 
 SHOWN = 10  # problems in the error message; the report has all
-BLOCK = 2**20  # samples read at a time
+BLOCK = 2**20  # samples per read
 
-# A writer that could not know the length leaves a size like this, bytes.
+# Programs that do not know the length write a header with this size or more.
 UNKNOWN_SIZE = 2**31 - 2**16
 
-# Who speaks, from the names of WSJ0-mix (01aa010b_0.97_209a010p_-0.97) and of
+# Names that contain the speakers: WSJ0-mix (01aa010b_0.97_209a010p_-0.97) and
 # LibriMix (4077-13754-0001_5142-33396-0065).
 WSJ0_NAME = re.compile(r"(?:[0-9a-z]{8}_-?[\d.]+(?:_|$))+")
 LIBRI_NAME = re.compile(r"(?:\d+-\d+-\d+(?:_|$))+")
@@ -56,34 +56,34 @@ def prepare_wsjmix(
 ):
     """Write ``wsj_tr.csv``, ``wsj_cv.csv`` and ``wsj_tt.csv``.
 
-    Every file is opened and read once; later calls read again what has
-    changed. Beside the CSVs, ``data_report.md`` says what was found.
+    Every file is read completely once; later calls read only changed files.
+    ``data_report.md``, next to the CSV files, describes the data.
 
     Arguments
     ---------
     datapath : str or Path
         The data folder.
     savepath : str or Path
-        Where the CSV files go; each appears when all mixtures are in order.
+        Folder for the CSV files, which are written if all mixtures are valid.
     n_spks : int
         Speakers per mixture.
     skip_prep : bool
-        Use the CSV files that are there.
+        Use the existing CSV files.
     fs : int
         Sampling rate, Hz.
     layout, mode, parts, mixture, sources
-        Which of the folders are taken, see ``find_mixtures``.
+        Select folders; see ``find_mixtures``.
 
     Raises
     ------
     FileNotFoundError
-        When the folder, its layout or a part of it is missing.
+        If the folder, its layout or a part of it is missing.
     ValueError
-        When files are missing, cannot be read, hold nothing or what is no
-        sound, or have another rate, length or number of channels than they
-        must: one error for all of them.
+        If files are missing, unreadable, empty, silent or not finite, or have
+        the wrong sampling rate, length or number of channels. One error lists
+        all problems.
     OSError
-        When ``savepath`` cannot be written.
+        If ``savepath`` cannot be written.
     """
     savepath = Path(savepath)
     if skip_prep:
@@ -93,7 +93,7 @@ def prepare_wsjmix(
                     f"skip_prep, but there is no {savepath / name}"
                 )
         return
-    # What an earlier preparation left is never taken for the result of this.
+    # CSV files of an earlier preparation are removed before this one starts.
     outputs = [savepath / name for name in CSV_FILES]
     for part in parts or ():
         if Path(datapath, part).resolve() in [p.resolve() for p in outputs]:
@@ -101,7 +101,7 @@ def prepare_wsjmix(
                 f"{part} would be overwritten: choose another output_folder, "
                 "or set skip_prep: True to use it as it is"
             )
-    with _telling(savepath):
+    with _explain_write_errors(savepath):
         savepath.mkdir(parents=True, exist_ok=True)
         for path in (*outputs, report := savepath / REPORT):
             path.unlink(missing_ok=True)
@@ -135,7 +135,7 @@ def prepare_wsjmix(
 
 
 class Facts(NamedTuple):
-    """What there is to know of a file; the first two say if it has changed."""
+    """Properties of an audio file; the first two show whether it changed."""
 
     size: int
     mtime_ns: int
@@ -147,19 +147,19 @@ class Facts(NamedTuple):
 
 
 def _examine_all(parts, cache):
-    """Path -> ``Facts``, or a problem in words; the cache is brought up."""
+    """Map each path to its ``Facts``, or to a message; update the cache."""
     known = _read_cache(cache)
     rows = [list(row.values())[1:] for part in parts for row in part]
     facts, pool = {}, ThreadPoolExecutor()
     try:
         found = pool.map(partial(_examine_mixture, known=known), rows)
-        # None: only where somebody looks.
+        # disable=None shows the bar only in a terminal.
         bar = tqdm(found, "checking", len(rows), disable=None)
         for some, paths in zip(bar, rows):
             facts.update(zip(paths, some))
     finally:
         pool.shutdown(cancel_futures=True)
-        # What was known stays so: an interruption loses nothing.
+        # Save the results so far, also after an interruption.
         known |= {p: f for p, f in facts.items() if isinstance(f, Facts)}
         with _whole(cache) as file:
             file.write(json.dumps({"version": VERSION, "files": known}))
@@ -172,7 +172,7 @@ def _read_cache(path):
         if cache["version"] == VERSION:
             return {p: Facts(*facts) for p, facts in cache["files"].items()}
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # None yet, or not ours: all files are read
+        pass  # no cache, or an invalid one: all files are read
     return {}
 
 
@@ -181,7 +181,7 @@ def _examine_mixture(paths, known):
 
 
 def _examine(path, known):
-    """``Facts`` of a file, from the cache if it is unchanged; or a problem."""
+    """Return the ``Facts`` of a file, cached if unchanged; or a message."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -193,11 +193,11 @@ def _examine(path, known):
         stat = os.stat(path)
         if known and known[:2] == (stat.st_size, stat.st_mtime_ns):
             return known
-        promised = _promised_size(path)
-        # One byte of padding may be left out.
-        if stat.st_size + 1 < promised < UNKNOWN_SIZE:
+        expected = _header_size(path)
+        # A missing byte of padding is allowed.
+        if stat.st_size + 1 < expected < UNKNOWN_SIZE:
             return (
-                f"{path} is truncated: {stat.st_size} bytes of {promised}; "
+                f"{path} is truncated: {stat.st_size} bytes of {expected}; "
                 "copy it again"
             )
         with soundfile.SoundFile(path) as file:
@@ -217,8 +217,8 @@ def _examine(path, known):
     return Facts(stat.st_size, stat.st_mtime_ns, *facts)
 
 
-def _promised_size(path):
-    """Size in bytes that the header of a wav file gives; 0 for others."""
+def _header_size(path):
+    """Size in bytes according to the header of a wav file; 0 for others."""
     with open(path, "rb") as file:
         head = file.read(8)
     if head[:4] != b"RIFF":
@@ -227,7 +227,7 @@ def _promised_size(path):
 
 
 def _find_problems(row, facts, fs, datapath):
-    """What is wrong with a mixture, each with its mend."""
+    """Yield the problems of a mixture, each with its remedy."""
     mix = facts[row["mix"]]
     for column, path in list(row.items())[1:]:
         file = facts[path]
@@ -262,11 +262,11 @@ def _find_problems(row, facts, fs, datapath):
             )
 
 
-# --- what is written --------------------------------------------------------
+# --- outputs ----------------------------------------------------------------
 
 
 def _describe(parts, facts):
-    """A table of what was found, a row for each part."""
+    """Format a table of the data, with one row per part."""
     lines = [
         "| part | mixtures | hours | seconds | speakers | Hz | problems |",
         "|---|---|---|---|---|---|---|",
@@ -281,7 +281,7 @@ def _describe(parts, facts):
             len(mixtures),
             f"{sum(seconds) / 3600:.2f}",
             f"{min(seconds):.1f} to {max(seconds):.1f}",
-            _count_speakers(row["ID"] for row in part.rows) or "not told",
+            _count_speakers(row["ID"] for row in part.rows) or "unknown",
             ", ".join(map(str, rates)),
             len(part.problems),
         )
@@ -290,7 +290,7 @@ def _describe(parts, facts):
 
 
 def _count_speakers(names):
-    """How many speak in mixtures of these names; 0 if a name does not tell."""
+    """Count the speakers in names of mixtures; 0 if a name has another form."""
     speakers = set()
     for name in names:
         if WSJ0_NAME.fullmatch(name):
@@ -303,7 +303,7 @@ def _count_speakers(names):
 
 
 def _write_csv(file, rows, facts, datapath):
-    """One row per mixture, in SpeechBrain's columns."""
+    """Write one row per mixture, with SpeechBrain's columns."""
     writer = csv.writer(file)
     columns = list(rows[0])[1:]
     what = ("wav", "wav_format", "wav_opts")
@@ -319,7 +319,7 @@ def _write_csv(file, rows, facts, datapath):
 
 
 def _place(path, datapath):
-    """A path as SpeechBrain's CSV files have it."""
+    """Format a path for SpeechBrain's CSV files."""
     path = Path(path)
     if path.is_relative_to(datapath):
         return f"{DATA_ROOT}/{path.relative_to(datapath).as_posix()}"
@@ -328,9 +328,9 @@ def _place(path, datapath):
 
 @contextmanager
 def _whole(path):
-    """Open a text file that appears under its name when it is complete."""
+    """Open a text file under a temporary name; rename it when complete."""
     with (
-        _telling(path),
+        _explain_write_errors(path),
         written_beside(path) as beside,
         beside.open("w", newline="", encoding="utf-8") as file,
     ):
@@ -338,8 +338,8 @@ def _whole(path):
 
 
 @contextmanager
-def _telling(path):
-    """Say what could not be written, and what to do."""
+def _explain_write_errors(path):
+    """Add the path and the remedy to an OSError."""
     try:
         yield
     except OSError as error:

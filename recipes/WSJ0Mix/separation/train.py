@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Train and test a separation model on WSJ0-mix or a set laid out like it.
+"""Train and test a separation model on WSJ0-mix or a set in its layout.
 
 > python train.py hparams/flashformer.yaml --data_folder /path/to/2speakers
 > python train.py hparams/flashformer-demo.yaml
 
-``--data_folder voices``, the demo's own, makes a starter set of synthetic
-voices under the output folder. Its figures do not compare with those on
-WSJ0-mix.
+``--data_folder voices``, the default of the demo, makes a starter set of
+synthetic voices in the output folder. Results on it are not comparable with
+those on WSJ0-mix.
 """
 
 import argparse
@@ -56,10 +56,10 @@ from speechbrain_flashformer.training.voices import make_voices
 
 logger = get_logger(__name__)
 
-# The data folder that is no folder: it asks for the starter set.
+# The value of data_folder that requests the starter set.
 VOICES = "voices"
-# Settings that are paths, and are taken as they were typed: yaml would make
-# another name, or none, of "2024", "no" or "a: b".
+# Settings that are paths. They are not parsed as yaml, which would not read
+# "2024", "no" or "a: b" as a string.
 PATHS = (
     "data_folder",
     "output_folder",
@@ -68,7 +68,7 @@ PATHS = (
     "start_from",
 )
 
-# Where the package reads what is not read here.
+# Where the package uses the settings that this file does not use.
 #
 # data.dataio_prep: hparams.train_data, hparams.valid_data,
 #   hparams.test_data, hparams.limit_training_signal_len,
@@ -88,14 +88,14 @@ PATHS = (
 
 
 def main():
-    """Parse, prepare, train, test."""
+    """Parse the command line, prepare the data, train and test."""
     hparams_file, run_opts, overrides = parse_arguments(sys.argv[1:])
     hparams = load_settings(hparams_file, overrides)
     ddp_init_group(run_opts)
     hparams.setdefault(
         "precision", default_precision(run_opts["device"], hparams["MaskNet"])
     )
-    # What would otherwise be raised after the training.
+    # Check now what would otherwise fail after the training.
     check_perceptual(hparams["more_metrics"], hparams["sample_rate"])
     if hparams["plot_results"]:
         check_can_plot(hparams)
@@ -111,7 +111,8 @@ def main():
     try:
         prepare(hparams, not run_opts.get("noprogressbar", False))
         train_data, valid_data, test_data = dataio_prep(hparams)
-        # Dynamic mixing: an epoch is as long as the data folder's.
+        # With dynamic mixing, too, an epoch has as many mixtures as the
+        # training set in data_folder.
         loader_opts = training_loader_options(
             hparams, train_data, len(train_data)
         )
@@ -161,7 +162,23 @@ def main():
 
 
 def parse_arguments(arguments):
-    """As SpeechBrain's, but paths are taken as they were typed."""
+    """Parse the command line as SpeechBrain does, but keep paths as they are.
+
+    Arguments
+    ---------
+    arguments : list of str
+        The command line, without the name of the script.
+
+    Returns
+    -------
+    tuple
+        Path of the yaml file, ``run_opts`` (dict) and overrides (dict).
+
+    Raises
+    ------
+    SystemExit
+        If a path is not UTF-8 or an option is not valid yaml.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in PATHS:
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS)
@@ -183,7 +200,26 @@ def parse_arguments(arguments):
 
 
 def load_settings(hparams_file, overrides):
-    """The hyperparameters, or an end that says what is wrong with them."""
+    """Load the hyperparameters.
+
+    Arguments
+    ---------
+    hparams_file : str
+        The yaml file.
+    overrides : dict
+        Values that replace those of the file.
+
+    Returns
+    -------
+    dict
+        The hyperparameters.
+
+    Raises
+    ------
+    SystemExit
+        If a key, a file or the data folder is missing, or a value is invalid;
+        the message names it and the remedy.
+    """
     try:
         with open(hparams_file, encoding="utf-8") as file:
             text = resolve_references(file, overrides, True)
@@ -197,7 +233,7 @@ def load_settings(hparams_file, overrides):
             f"{hparams_file} includes {error.filename}, which is not there: "
             f"keep the recipe in its repository, or include {model}"
         )
-    # Building the rest makes folders.
+    # Checked first, because loading the yaml creates folders.
     check_data_folder(YAML().load(text)["data_folder"])
     text.seek(0)
     try:
@@ -207,7 +243,18 @@ def load_settings(hparams_file, overrides):
 
 
 def check_data_folder(folder):
-    """End here when there is no data to train on."""
+    """Exit if there is no data to train on.
+
+    Arguments
+    ---------
+    folder : str
+        The setting data_folder.
+
+    Raises
+    ------
+    SystemExit
+        If it is empty, ambiguous or does not exist; the message has the remedy.
+    """
     remedy = (
         "give --data_folder PATH, or --data_folder voices for a starter set "
         "of synthetic voices"
@@ -231,13 +278,21 @@ def check_data_folder(folder):
 
 
 def prepare(hparams, progressbar):
-    """Make the starter set, if it is asked for; write the CSV files."""
+    """Make the starter set if it is requested, and write the CSV files.
+
+    Arguments
+    ---------
+    hparams : dict
+        The hyperparameters; data_folder is changed for the starter set.
+    progressbar : bool
+        Whether to show a progress bar.
+    """
     if hparams["data_folder"] == VOICES:
         folder = Path(hparams["output_folder"], VOICES)
         hparams["data_folder"] = str(folder)
         logger.warning(
-            "Training on synthetic voices in %s. Figures on them do not "
-            "compare with those on WSJ0-mix.",
+            "Training on synthetic voices in %s. Results on them are not "
+            "comparable with those on WSJ0-mix.",
             folder,
         )
         run_on_main(
@@ -268,10 +323,11 @@ def prepare(hparams, progressbar):
 
 
 def leave_group():
-    """End a process of several, after all of its work.
+    """End a process of a distributed training.
 
-    torch's DDP never lets go of the group, so that threads of gloo outlive it
-    and now and then abort a process whose Python is ending: it ends without.
+    DDP keeps a reference to the process group. The threads of gloo therefore
+    outlive it, and sometimes abort the process while Python shuts down. With
+    gloo, the process exits without this shutdown.
     """
     backend = get_backend()
     destroy_process_group()
@@ -284,9 +340,21 @@ def leave_group():
 
 
 def default_precision(device, masknet):
-    """Half precision where the device has a bfloat16 worth using.
+    """Choose bfloat16 if the device has instructions for it.
 
-    On a CPU for our network alone: those of others were not tried in it.
+    On a CPU, only FlashFormer uses it: other networks were not tested.
+
+    Arguments
+    ---------
+    device : str or None
+        Device of the training; None is SpeechBrain's default.
+    masknet : torch.nn.Module
+        The masknet.
+
+    Returns
+    -------
+    str
+        ``bf16`` or ``fp32``.
     """
     device = torch.device(device or infer_device())
     if device.type == "cpu" and not isinstance(masknet, FlashFormer):

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Write the yaml files that differ from another one in a few lines.
+"""Generate the yaml files of experiments from a base yaml file.
 
 > python hparams/experiments.py
 
-HyperPyYAML includes a file below a key, not as a whole, so each experiment is
-written out in full: from flashformer.yaml (or flashformer-demo.yaml), with the
-keys below replaced. Run it when one of these has changed.
+HyperPyYAML can include a file only below a key. Each experiment is therefore a
+complete file: flashformer.yaml (or flashformer-demo.yaml) with the keys below
+replaced. Run this script after a change of a base file or of this script.
 """
 
 import re
@@ -13,19 +13,19 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 BASE = "flashformer.yaml"
-# Those that are made from another.
+# Experiments with another base.
 BASES = {"flashformer-streaming": "flashformer-demo.yaml"}
-# The data folder that flashformer.yaml takes as its example.
+# The example of a data folder in flashformer.yaml.
 PLACE = "/path/to/wsj0-mix/2speakers"
 
-# File -> its banner, its example, and the text of each key that differs.
+# File -> banner, example of a data folder, and the text of each changed key.
 EXPERIMENTS = {
     "flashformer-3mix": (
         """\
 Model: FlashFormer-base for source separation
 Dataset: WSJ0-3mix, or any set of three speakers
 
-Unlike flashformer.yaml: three speakers.
+Differences from flashformer.yaml: three speakers.
 """,
         "/path/to/wsj0-mix/3speakers",
         {"num_spks": "num_spks: 3\n"},
@@ -33,21 +33,21 @@ Unlike flashformer.yaml: three speakers.
     "flashformer-wham": (
         """\
 Model: FlashFormer-base for source separation
-Dataset: WHAM! or WHAMR!, whichever data_folder holds
+Dataset: WHAM! or WHAMR!, as found in data_folder
 
-Unlike flashformer.yaml: mixtures of dynamic mixing have noise too; give it as
-dm_noise_folder.
+Differences from flashformer.yaml: dynamic mixing adds noise, from recordings
+in dm_noise_folder.
 """,
         "/path/to/wham_original",
         {
             "data_options": (
-                "data_options: {} # e.g. {mixture: mix_clean}, see README\n"
+                "data_options: {} # such as {mixture: mix_clean}, see README\n"
             ),
-            # As loud as the corpus has it.
+            # The levels of the corpus.
             "    noise": """\
     noise: !new:speechbrain_flashformer.training.effects.Noise
         share: 1.0
-        snr_db: [-6, 3] # loudest speaker to noise
+        snr_db: [-6, 3] # range of the ratio of loudest speaker to noise
         folder: !ref <dm_noise_folder>
 """,
         },
@@ -55,15 +55,15 @@ dm_noise_folder.
     "flashformer-libri2mix": (
         """\
 Model: FlashFormer-base for source separation
-Dataset: Libri2Mix, or with num_spks: 3 Libri3Mix
+Dataset: Libri2Mix, or Libri3Mix with num_spks: 3
 
-Unlike flashformer.yaml: sample_rate may be 8000 or 16000; frames, tokens and
-cuts are of the same seconds.
+Differences from flashformer.yaml: sample_rate may be 8000 or 16000; frames,
+tokens and excerpts have the same duration at both.
 """,
         "/path/to/Libri2Mix",
         {
             "data_options": (
-                "# E.g. {parts: [train-100, dev, test], mixture: mix_both}\n"
+                "# Such as {parts: [train-100, dev, test], mixture: mix_both}\n"
                 "data_options: {}\n"
             ),
             "training_signal_len": (
@@ -82,7 +82,7 @@ model: !include:../../../../hparams/flashformer-base.yaml
 Model: FlashFormer-large for source separation
 Dataset: WSJ0-2mix, or any set in its layout
 
-Unlike flashformer.yaml: the large model.
+Differences from flashformer.yaml: the large model.
 """,
         PLACE,
         {
@@ -95,16 +95,16 @@ model: !include:../../../../hparams/flashformer-large.yaml
     ),
     "flashformer-streaming": (
         """\
-Model: FlashFormer-streaming, separates live audio with 10 ms of latency
-Dataset: WSJ0-2mix, or any set in its layout; on the starter set of
-synthetic voices it learns in minutes, as the demo does
+Model: FlashFormer-streaming, for live audio with 10 ms of latency
+Dataset: WSJ0-2mix, or any set in its layout; training on the starter set of
+synthetic voices takes minutes, as in the demo
 
-Unlike flashformer-demo.yaml: the streaming model. For a set of hours:
---N_epochs 100 --training_signal_len 32000
+Differences from flashformer-demo.yaml: the streaming model. For hours of
+data: --N_epochs 100 --training_signal_len 32000
 """,
         PLACE,
         {
-            "data_folder": 'data_folder: "" # must be given\n',
+            "data_folder": 'data_folder: "" # required\n',
             "model": """\
 model: !include:../../../../hparams/flashformer-streaming.yaml
     num_spks: !ref <num_spks>
@@ -114,11 +114,11 @@ model: !include:../../../../hparams/flashformer-streaming.yaml
     ),
     "flashformer-original": (
         """\
-Model: FlashFormer-base as it was first drawn, for source separation
+Model: FlashFormer-base in its original form, for source separation
 Dataset: WSJ0-2mix, or any set in its layout
 
-Unlike flashformer.yaml: attention over every frame, with no window. Eight
-times the tokens, so slower and larger.
+Differences from flashformer.yaml: attention over every frame, without a
+window. Eight times as many tokens make it slower, and it needs more memory.
 """,
         PLACE,
         {
@@ -133,12 +133,12 @@ model: !include:../../../../hparams/flashformer-base.yaml
     ),
     "sepformer": (
         """\
-Model: SepFormer (arXiv:2010.13154) for source separation, SpeechBrain's
+Model: SpeechBrain's SepFormer (arXiv:2010.13154) for source separation
 Dataset: WSJ0-2mix, or any set in its layout
 
-Unlike flashformer.yaml: the masknet, and the numbers of the training, which
-are those of SpeechBrain's recipe. Any other masknet of SpeechBrain's is
-dropped in likewise.
+Differences from flashformer.yaml: the masknet, and the training parameters,
+which are those of SpeechBrain's recipe. Other masknets of SpeechBrain can be
+used in the same way.
 """,
         PLACE,
         {
@@ -148,24 +148,24 @@ dropped in likewise.
             "weight_decay": "weight_decay: 0\n",
             "warmup_steps": "warmup_steps: 0\n",
             "lr_patience": (
-                "lr_patience: 2 # epochs without a better validation before lr "
-                "is halved\n"
+                "lr_patience: 2 # epochs without improvement until lr is "
+                "halved\n"
             ),
             "dont_halve_until_epoch": "dont_halve_until_epoch: 85\n",
             "limit_training_signal_len": "limit_training_signal_len: False\n",
             "model": """\
-# Model: change a number by its name, e.g. with --num_layers 1
+# Model: change a parameter by its name, for example --num_layers 1
 N_encoder_out: 256
 kernel_size: 16
 kernel_stride: !ref <kernel_size> // 2
-num_layers: 2 # times that both transformers follow each other
+num_layers: 2 # repetitions of both transformers
 chunk_size: 250 # frames
 transformer_layers: 8
 nhead: 8
 d_ffn: 1024
 dropout: 0
 
-# One within the chunks, one across them.
+# Transformers within chunks (intra) and across chunks (inter).
 intra_model: !new:speechbrain.lobes.models.dual_path.SBTransformerBlock
     num_layers: !ref <transformer_layers>
     d_model: !ref <N_encoder_out>
@@ -225,12 +225,17 @@ optimizer: !name:torch.optim.Adam
 
 
 def write_experiments(folder=HERE):
-    """Write every experiment into a folder, from the base beside this file.
+    """Write all experiments, from the base files next to this script.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Folder for the yaml files.
 
     Raises
     ------
     ValueError
-        When the base has not the key that an experiment replaces.
+        If a base file lacks a key that an experiment replaces.
     """
     for name, (banner, place, keys) in EXPERIMENTS.items():
         base = HERE / BASES.get(name, BASE)
@@ -251,15 +256,15 @@ def _replace_banner(text, banner):
 
 
 def _replace_key(text, key, block):
-    """Put the text of a key, with its indent, in place of what is there.
+    """Replace a key, with its indented lines, by a block of text.
 
-    A text that begins with a comment takes the place of the comment above too.
+    A block that starts with a comment also replaces the comment above the key.
     """
     above = r"(?:#.*\n)*" if block.startswith("#") else ""
     indent = " " * (len(key) - len(key.lstrip()))
     below = rf"(?:{indent}[ \t]+\S.*\n)*"
-    there = re.compile(rf"^{above}{key}:.*\n{below}", re.MULTILINE)
-    text, count = there.subn(lambda _: block, text)
+    pattern = re.compile(rf"^{above}{key}:.*\n{below}", re.MULTILINE)
+    text, count = pattern.subn(lambda _: block, text)
     if count != 1:
         raise ValueError(
             f"the yaml to start from has {count} keys {key}, not 1"
