@@ -182,7 +182,7 @@ def compiled(device, sizes):
 
 def graphed_stream(device, sizes):
     """Compare a stream run step by step with a replayed CUDA graph."""
-    model = build("streaming").to(device).eval().children()
+    model = [*build("streaming").to(device).eval().children()]
     step = StreamingStep(*model)
     overlap, size = step.kernel - step.stride, 2 * step.token
     mixture = 0.1 * torch.randn(1, overlap + 100 * size, device=device)

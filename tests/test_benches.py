@@ -6,7 +6,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BENCHES = ROOT / "benchmarks"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "speechbrain_flashformer").glob("pretrained*/README.md")),
+]
 TEXT = "".join(page.read_text("utf-8") for page in PAGES)
 CODE = {path.name: path.read_text("utf-8") for path in BENCHES.glob("*.py")}
 SCRIPTS = sorted(name for name, text in CODE.items() if "__main__" in text)
