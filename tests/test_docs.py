@@ -29,14 +29,9 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     RECIPE / "README.md",
     ROOT / "recipes" / "Pretrained" / "README.md",
-    ROOT / "speechbrain_flashformer" / "pretrained" / "README.md",
+    *sorted((ROOT / "speechbrain_flashformer").glob("pretrained*/README.md")),
 ]
-LINKED = [
-    *PAGES,
-    ROOT / "CONTRIBUTING.md",
-    ROOT / "CHANGELOG.md",
-    ROOT / "speechbrain_flashformer" / "pretrained_streaming" / "README.md",
-]
+LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # What a page leaves to the reader, and what stands for it here.
 PLACES = {
@@ -116,7 +111,8 @@ def test_links_lead_somewhere(page):
 
 def anchors(page):
     """Names of the headings of a page, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
     return {
         re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
         for heading in headings

@@ -305,7 +305,7 @@ def test_sources_come_while_sound_is_heard(model, packed_causal, tmp_path):
         )
     told = process.stderr.read().decode()
     assert "latency 25.0 ms: block 16, network 9.0, resampling 0.0" in told
-    assert "1.0 s heard; load" in told and "99.9% of the blocks" in told
+    assert "1.0 s processed; load" in told and "99.9% of the blocks" in told
 
 
 @pytest.mark.parametrize(

@@ -348,8 +348,9 @@ def test_the_card_tells_a_hub_the_results_of_the_test(make_run, tmp_path):
     rows = ("snt_id,sdr_i,si-snr_i", "a,8,7", "b,10,9", "avg,9,8")
     rows += ("median,9,8", "5th percentile,8.1,7.1")
     (run / "test_results.csv").write_text("\n".join(rows))
-    (model,) = _front("tested")["model-index"]
-    assert model["name"] == "tested"
+    # A name that YAML would read as a number.
+    (model,) = _front("1234")["model-index"]
+    assert model["name"] == "1234"
     (result,) = model["results"]
     assert result["dataset"]["name"].startswith("2 test mixtures")
     found = {x["type"]: x["value"] for x in result["metrics"]}

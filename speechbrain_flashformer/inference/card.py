@@ -1,6 +1,8 @@
 """The model card of a packed model, with the front matter of a model hub."""
 
 import csv
+import json
+import math
 
 from speechbrain_flashformer import __version__
 from speechbrain_flashformer.training.scores import SUMMARY
@@ -44,7 +46,7 @@ sources = model.separate_file("mixture.wav")  # [1, time, speakers]
 {test}
 ## Training data
 
-To be written by the author of the model: what it heard, under which licences.
+To be written by the author of the model: the data, and their licences.
 
 ## Limits
 
@@ -63,7 +65,7 @@ To be written by the author of the model: what it is not good at.
 
 INDEX = """\
 model-index:
-  - name: {name}
+  - name: {quoted}
     results:
       - task:
           name: Speech separation
@@ -100,7 +102,7 @@ def model_card(name, numbers, run, meta, trust):
     """
     index = test = ""
     if scores := _test_scores(run):
-        index = INDEX.format(name=name, **scores)
+        index = INDEX.format(quoted=json.dumps(name), **scores)
         test = "- test, {mixtures} mixtures: SI-SNRi {si_snr_i:.2f} dB, "
         test += "SDRi {sdr_i:.2f} dB\n"
         test = test.format(**scores)
@@ -127,8 +129,8 @@ def _test_scores(run):
     # A test that was interrupted has no mean.
     if "avg" not in table:
         return None
-    return {
-        "mixtures": len(table) - len(SUMMARY),
-        "si_snr_i": float(table["avg"]["si-snr_i"]),
-        "sdr_i": float(table["avg"]["sdr_i"]),
-    }
+    si_snr_i, sdr_i = (float(table["avg"][x]) for x in ("si-snr_i", "sdr_i"))
+    if not math.isfinite(si_snr_i + sdr_i):
+        return None
+    mixtures = len(table) - len(SUMMARY)
+    return {"mixtures": mixtures, "si_snr_i": si_snr_i, "sdr_i": sdr_i}

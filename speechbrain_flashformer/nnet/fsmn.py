@@ -220,18 +220,20 @@ class FSMN(nn.Module):
             # Pad explicitly: with symmetric padding wider than half the filter,
             # the gradient of the weight takes 20 times as long.
             phases, pad = F.pad(phases, (0, 0, *sides)), 0
-        # One filter computes both terms of the sum.
-        weight, filtered = self.weight + self.identity, depthwise_filter
-        inputs = phases, weight, pad
-        if x.device.type == "cpu" and not exporting:
+        inputs, filtered = (phases, self.weight, pad), depthwise_filter
+        on_cpu = x.device.type == "cpu" and not exporting
+        if on_cpu:
             wide = torch.promote_types(x.dtype, torch.float32)
-            inputs = phases.to(wide), weight.to(wide), pad
+            # One filter computes both terms of the sum. In half precision the
+            # sum of weights would lose digits of the small one.
+            weight = self.weight.to(wide) + self.identity
+            inputs = phases.to(wide), weight, pad
             # torch.jit cannot trace a custom autograd function.
             if not torch.jit.is_tracing():
                 filtered = _CpuFilter.apply
         memory = filtered(*inputs).to(x.dtype)
         memory = memory.unflatten(0, (B, -1)).transpose(1, 2).flatten(1, 2)
-        return memory[:, :T]
+        return memory[:, :T] if on_cpu else x + memory[:, :T]
 
 
 class GatedFSMN(nn.Module):
