@@ -328,7 +328,7 @@ def test_what_was_heard_is_finished_when_stopped(
     # All but the block that was not whole.
     assert RATE - 128 < len(written) <= RATE
     assert len(list((tmp_path / "out").iterdir())) == 2
-    assert b"heard; load" in process.stderr.read()
+    assert b"processed; load" in process.stderr.read()
 
 
 def test_it_ends_when_nobody_listens(packed_causal, tmp_path):
@@ -348,7 +348,7 @@ def test_it_ends_when_nobody_listens(packed_causal, tmp_path):
     assert process.wait(100) == 0
     speaker.join()
     errors = process.stderr.read()
-    assert b"heard; load" in errors and b"Error" not in errors
+    assert b"processed; load" in errors and b"Error" not in errors
     frames = soundfile.info(tmp_path / "out/stdin_s1.wav").frames
     assert 250 <= frames < 100 * RATE
 
