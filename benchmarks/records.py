@@ -74,3 +74,20 @@ def megabytes(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith(f"{name}:"))
     return int(line.split()[1]) / 1024
+
+
+def with_table(text, name, table):
+    """Return a page with the table of a name replaced.
+
+    Arguments
+    ---------
+    text : str
+        The page; ``<!-- table: NAME -->`` and ``<!-- end of table -->`` stand
+        around the table.
+    name : str
+    table : str
+        Lines of Markdown.
+    """
+    start, end = f"<!-- table: {name} -->\n", "<!-- end of table -->\n"
+    before, after = text.split(start)
+    return before + start + table + end + after.split(end, 1)[1]

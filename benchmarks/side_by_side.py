@@ -27,14 +27,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from records import read_csv, write_csv, write_text
+from records import read_csv, with_table, write_csv, write_text
 from side_by_side_shown import (
     KEYS,
     MODELS,
+    TABLE,
     draw,
     report,
     table,
-    with_table,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,7 +95,8 @@ def main(words=None):
                     write(rows)
     rows = read()
     write_text(RESULTS.with_suffix(".md"), table(rows))
-    write_text(README, with_table(README.read_text("utf-8"), table(rows)))
+    page = with_table(README.read_text("utf-8"), TABLE, table(rows))
+    write_text(README, page)
     draw(rows, RESULTS)
     print(*report(rows), sep="\n")
 

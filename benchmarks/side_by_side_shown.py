@@ -34,8 +34,7 @@ COUNTED = {
     "SepReformer-L": (78, None, 25.1),
     "TF-Locoformer-M": (125, 23.6, 24.6),
 }
-START = "<!-- table: python benchmarks/side_by_side.py -->\n"
-END = "<!-- end of table -->\n"
+TABLE = "python benchmarks/side_by_side.py"
 
 
 def table(rows):
@@ -81,12 +80,6 @@ def table(rows):
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def with_table(text, lines):
-    """Return a page with the table between its markers replaced."""
-    before, rest = text.split(START)
-    return before + START + lines + END + rest.split(END)[1]
 
 
 def draw(rows, results):

@@ -33,7 +33,7 @@ import inference_speed
 import numpy as np
 import side_by_side
 import soundfile
-from records import write_csv, write_text
+from records import with_table, write_csv, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "small_machines.csv"
@@ -78,7 +78,7 @@ def main():
     kept["start"] = starts()
     text = PAGE.read_text("utf-8")
     for what, rows in kept.items():
-        text = with_table(text, what, rows)
+        text = with_table(text, what, markdown(rows))
     rows = [{"table": k, **row} for k, rows in kept.items() for row in rows]
     columns = dict.fromkeys(key for row in rows for key in row)
     write_csv(RESULTS, rows, tuple(columns))
@@ -141,14 +141,11 @@ def starts():
     return rows
 
 
-def with_table(text, name, rows):
-    """Return a page with the table between its markers replaced."""
-    start, end = f"<!-- table: {name} -->\n", "<!-- end of table -->\n"
+def markdown(rows):
+    """Return rows as a table."""
     cells = [list(rows[0]), ["---"] * len(rows[0])]
     cells += [map(str, row.values()) for row in rows]
-    before, after = text.split(start)
-    table = "".join(f"| {' | '.join(line)} |\n" for line in cells)
-    return before + start + table + end + after.split(end, 1)[1]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 if __name__ == "__main__":

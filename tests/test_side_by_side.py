@@ -14,10 +14,10 @@ def bench(load_benchmark):
 
 
 @pytest.fixture
-def command(bench, load_benchmark, tmp_path, monkeypatch):
+def command(bench, tmp_path, monkeypatch):
     """Run the command on few lengths; its files are in tmp_path."""
-    shown = load_benchmark("side_by_side_shown")
-    page = f"before\n{shown.START}old\n{shown.END}after\n"
+    page = f"before\n<!-- table: {bench.TABLE} -->\nold\n"
+    page += "<!-- end of table -->\nafter\n"
     (tmp_path / "README.md").write_text(page)
     monkeypatch.setattr(bench, "RESULTS", tmp_path / "bench.csv")
     monkeypatch.setattr(bench, "README", tmp_path / "README.md")
@@ -48,7 +48,8 @@ def test_it_measures_once_and_shows_what_it_measured(
     # Training keeps what the gradient needs.
     assert rows[2]["extra_peak_mb"] > rows[0]["extra_peak_mb"] >= 0
     shown = (tmp_path / "README.md").read_text()
-    assert shown == bench.with_table(shown, (tmp_path / "bench.md").read_text())
+    table = (tmp_path / "bench.md").read_text()
+    assert shown == bench.with_table(shown, bench.TABLE, table)
     assert shown.startswith("before\n") and shown.endswith("after\n")
     assert f"| {TINY} | 1.1 |" in shown and "old" not in shown
     for name in ("length", "quality"):
@@ -84,7 +85,7 @@ def test_the_readme_shows_what_was_measured(bench):
     lines = bench.table(bench.read())
     assert bench.RESULTS.with_suffix(".md").read_text() == lines
     page = (ROOT / "README.md").read_text()
-    assert bench.with_table(page, lines) == page
+    assert bench.with_table(page, bench.TABLE, lines) == page
 
 
 def test_the_counter_does_not_pass_over_recurrent_layers(bench, load_benchmark):
