@@ -15,7 +15,6 @@ from speechbrain_flashformer.nnet.attention import (
 from speechbrain_flashformer.nnet.fsmn import GatedFSMN
 from speechbrain_flashformer.nnet.pieces import PIECE, in_pieces
 from speechbrain_flashformer.nnet.rotary import rotate
-from speechbrain_flashformer.nnet.window import run_kernel
 
 
 def check_counts(**counts):
@@ -176,8 +175,9 @@ class Attention(nn.Module):
 
     def make_streaming_context(self, like):
         """Create the context of new streams, as in ``FSMN``."""
+        # [B, H, T, D]: runtimes would copy any other layout in every step.
         width = self.d_model // self.nhead
-        shape = len(like), self.window[0], self.nhead, width
+        shape = len(like), self.nhead, self.window[0], width
         return {"keys": like.new_zeros(shape), "values": like.new_zeros(shape)}
 
     def forward(self, x, positions, context=None):
@@ -199,30 +199,19 @@ class Attention(nn.Module):
         torch.Tensor
             [B, T, C].
         """
-        if context is None:
-            # A piece needs only the keys within the window. A window wider
-            # than a piece would recompute the same keys many times.
-            near = min(self.window) >= 0 and sum(self.window) <= PIECE // 4
-            if near and positions.rows is None:
-                return in_pieces(
-                    lambda tokens: self._run(x, positions, tokens),
-                    x.shape[1],
-                    self.window,
-                )
-            return self._run(x, positions)
         q, k, v = self._project(x, positions.angles)
-        k = torch.cat([context["keys"], k], 1)
-        v = torch.cat([context["values"], v], 1)
-        context["keys"] = k[:, x.shape[1] :]
-        context["values"] = v[:, x.shape[1] :]
-        out = run_kernel(q, k, v, attn_mask=positions.visible)
-        return self.out(out.flatten(2))
-
-    def _run(self, x, positions, tokens=slice(None)):
-        angles = [angle[tokens] for angle in positions.angles]
-        q, k, v = self._project(x[:, tokens], angles)
-        out = attend(q, k, v, self.window, self.backend, positions.rows)
-        return self.out(out.flatten(2))
+        if context is None:
+            out = attend(q, k, v, self.window, self.backend, positions.rows)
+            return self.out(out.flatten(2))
+        k = torch.cat([context["keys"], k.transpose(1, 2)], 2)
+        v = torch.cat([context["values"], v.transpose(1, 2)], 2)
+        context["keys"] = k[:, :, x.shape[1] :]
+        context["values"] = v[:, :, x.shape[1] :]
+        # For so few queries, a fused kernel is no faster, and onnxruntime would
+        # transpose all keys for it.
+        scores = q.transpose(1, 2) * q.shape[3] ** -0.5 @ k.mT
+        weights = (scores + positions.visible).softmax(3)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
 
     def _project(self, x, angles):
         qkv = self.qkv(x).unflatten(2, (3, self.nhead, -1))
@@ -256,9 +245,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         """Map x [B, T, C] to [B, T, C]."""
-        return in_pieces(lambda part: self._run(x[:, part]), x.shape[1])
-
-    def _run(self, x):
         gate, value = self.expand(x).chunk(2, dim=-1)
         return self.out(F.silu(gate) * value)
 
@@ -328,10 +314,28 @@ class FlashFormerLayer(nn.Module):
             [B, T, C].
         """
         past = context or {"attention": None, "fsmn": None}
-        x = x + self._attend(x, positions, past["attention"])
+        x = self._attend(x, positions, past["attention"])
         x = self.fsmn(x, mask, past["fsmn"])
-        return x + self.dropout(self.scale_ffn(self.ffn(self.norm_ffn(x))))
+        return in_pieces(lambda tokens: self._feed(x[:, tokens]), x.shape[1])
 
     def _attend(self, x, positions, context):
+        # A piece needs only the keys within the window. A window wider than a
+        # piece would recompute the same keys many times.
+        window = self.attention.window
+        near = min(window) >= 0 and sum(window) <= PIECE // 4
+        if context is not None or not near or positions.rows is not None:
+            return self._attend_piece(x, positions, context)
+        return in_pieces(
+            lambda tokens: self._attend_piece(
+                x[:, tokens], positions.excerpt(tokens)
+            ),
+            x.shape[1],
+            window,
+        )
+
+    def _attend_piece(self, x, positions, context=None):
         update = self.attention(self.norm_attention(x), positions, context)
-        return self.dropout(self.scale_attention(update))
+        return x + self.dropout(self.scale_attention(update))
+
+    def _feed(self, x):
+        return x + self.dropout(self.scale_ffn(self.ffn(self.norm_ffn(x))))

@@ -32,6 +32,10 @@ class Positions(NamedTuple):
     rows: Rows | None = None
     visible: torch.Tensor | None = None
 
+    def excerpt(self, tokens):
+        """Return the positions of a slice of the tokens, all valid."""
+        return Positions([angle[tokens] for angle in self.angles])
+
 
 class Places(nn.Module):
     """Computes the ``Positions`` that the layers of a network share.
