@@ -173,18 +173,18 @@ def score(model, folder):
 
 def score_alone(model, mixtures):
     """Score recordings of one person: quality, level of the other output."""
-    kept, below = [], []
+    scores, below = [], []
     for mixture, target, _ in mixtures:
         estimates = model.separate_batch(mixture[None])
         power = estimates[0].square().mean(0)
         loud = power.argmax().item()
         target = target[None, :, None]
-        kept.append(si_snr(target, estimates[:, :, [loud]]).item())
+        scores.append(si_snr(target, estimates[:, :, [loud]]).item())
         ratio = power[loud] / power[1 - loud].clamp(min=1e-12)
         below.append(10 * ratio.log10().item())
     return {
         "mixtures": len(mixtures),
-        "alone, si-snr": round(float(np.median(kept)), 2),
+        "alone, si-snr": round(float(np.median(scores)), 2),
         "alone, other output (dB)": round(float(np.median(below)), 2),
     }
 
@@ -206,10 +206,10 @@ def score_turns(model, folder):
         oracle = Oracle(sources, plan, rng)
         separator = ChunkSeparator(oracle, rate, plan, 2)
         parts = [separator.feed(mixture[None]), separator.flush()]
-        told = torch.cat(parts, 2)[0].numpy()
+        ordered = torch.cat(parts, 2)[0].numpy()
         heard = model.separate_audio(mixture[None], rate)[0].T.numpy()
         wrong += wrong_turns(heard, sources.numpy(), turns)
-        of_order += wrong_turns(told, sources.numpy(), turns)
+        of_order += wrong_turns(ordered, sources.numpy(), turns)
         count, mixtures = count + len(turns), mixtures + 1
     return {
         "mixtures": mixtures,

@@ -13,8 +13,8 @@ class ExportedModel:
 
     def __init__(self, path):
         self.session = onnx_session(path)
-        told = self.session.get_modelmeta().custom_metadata_map
-        self.hparams = SimpleNamespace(sample_rate=int(told["sample_rate"]))
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        self.hparams = SimpleNamespace(sample_rate=int(metadata["sample_rate"]))
 
     def separate_batch(self, mix):
         """Separate mixtures [B, T] into [B, T, S]."""

@@ -94,11 +94,11 @@ def main(words=None):
         )
     else:
         rows = (run_alone("length", options.model, n) for n in MINUTES)
-    kept = []
+    measured = []
     for row in rows:
         print(row, flush=True)
-        kept.append(row)
-    write_csv(RESULTS / f"inference_speed_{options.what}.csv", kept)
+        measured.append(row)
+    write_csv(RESULTS / f"inference_speed_{options.what}.csv", measured)
 
 
 def run_alone(what, *words, **numbers):

@@ -64,9 +64,10 @@ from training import (
 )
 
 from speechbrain_flashformer.nnet.macs import count_macs
-from speechbrain_flashformer.training.effects import Absence, PolarityFlip
+from speechbrain_flashformer.training.effects import PolarityFlip
 from speechbrain_flashformer.training.mixing import DynamicMixtures
 from speechbrain_flashformer.training.recordings import find_recordings
+from speechbrain_flashformer.training.turns import Absence
 from speechbrain_flashformer.training.voices import make_voices
 
 ROOT = Path(__file__).resolve().parent
@@ -80,7 +81,7 @@ VOICES = {"sizes": (1000, 1, 200), "utterances": 5}
 VOICE = r"^\w{7}_(\w+?)[a-d]_"
 
 # Version of everything that determines the result of a run: increase it if
-# mixing, an optimizer, a gradient or an initialisation changes. Rows of other
+# mixing, an optimizer, a gradient or an initialization changes. Rows of other
 # versions are kept and count as other runs.
 VERSION = 3
 # Columns that identify a run, and results; then SI-SNRi for each set.

@@ -77,7 +77,7 @@ def build_separator(
     norm : str, optional
         Another input norm for one of our models, a key of ``NORMS``.
     start : str, optional
-        Initialisation of encoder and decoder, a key of ``STARTS``. The default
+        Initialization of encoder and decoder, a key of ``STARTS``. The default
         is that of the yaml for our models, and random for others.
     variant : str, optional
         Another architecture of one of our models, a key of ``VARIANTS``.

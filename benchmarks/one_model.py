@@ -70,8 +70,8 @@ def measure(task, name, threads, lengths, limit, gigabytes, gmac_per_s):
                 computing.append(time.process_time() - start[1])
         except (MemoryError, RuntimeError) as error:
             # oneDNN reports this if it cannot allocate its kernels.
-            told = ("memory", "could not create a primitive")
-            if str(error) and not any(text in str(error) for text in told):
+            marks = ("memory", "could not create a primitive")
+            if str(error) and not any(text in str(error) for text in marks):
                 raise
             print(json.dumps(row | {"outcome": "memory"}), flush=True)
             return

@@ -70,16 +70,16 @@ RUNS = 5
 
 def main():
     """Run all measurements, write the rows and the page."""
-    kept = {"whole": [], "stream": [], "start": []}
+    tables = {"whole": [], "stream": [], "start": []}
     for what, rows in (("whole", whole()), ("stream", streams())):
         for row in rows:
             print(row, flush=True)
-            kept[what].append(row)
-    kept["start"] = starts()
+            tables[what].append(row)
+    tables["start"] = starts()
     text = PAGE.read_text("utf-8")
-    for what, rows in kept.items():
+    for what, rows in tables.items():
         text = with_table(text, what, markdown(rows))
-    rows = [{"table": k, **row} for k, rows in kept.items() for row in rows]
+    rows = [{"table": k, **row} for k, rows in tables.items() for row in rows]
     columns = dict.fromkeys(key for row in rows for key in row)
     write_csv(RESULTS, rows, tuple(columns))
     write_text(PAGE, text)

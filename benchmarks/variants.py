@@ -147,13 +147,13 @@ class NoUpdate(nn.Module):
 
 
 class FrameNorm(nn.LayerNorm):
-    """Replaces the global norm: normalises each frame separately."""
+    """Replaces the global norm: normalizes each frame separately."""
 
     def reference(self, *_):
         """Return None: no statistics over other frames."""
 
     def forward(self, x, *_):
-        """Normalise x [B, L, N]."""
+        """Normalize x [B, L, N]."""
         return super().forward(x)
 
 

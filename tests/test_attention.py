@@ -219,7 +219,7 @@ def test_one_unbounded_side_is_refused_not_dense(window):
 @pytest.mark.parametrize("window", [(0,), (1, 2, 3), 5, (1.5, 1), (-2, 0)])
 def test_windows_are_two_whole_numbers(window):
     q, k, v = heads(1, 5)
-    with pytest.raises(ValueError, match=r"window is \(left, right\)"):
+    with pytest.raises(ValueError, match=r"window must be \(left, right\)"):
         attend(q, k, v, window=window)
 
 

@@ -94,7 +94,7 @@ def test_what_cannot_be_resized_leaves_nothing(grown, tmp_path):
         change_model.resize(grown, tmp_path, 3)
     with pytest.raises(FileNotFoundError):
         change_model.resize(tmp_path, tmp_path / "out", 3)
-    with pytest.raises(ValueError, match="numbers above 0"):
+    with pytest.raises(ValueError, match="must be 1 or more"):
         change_model.resize(grown, tmp_path / "out", d_ffn=0)
     assert [path.name for path in tmp_path.iterdir()] == ["grown"]
 
@@ -126,7 +126,7 @@ def test_a_share_of_each(make_run, packed_once, tmp_path):
 def test_what_cannot_be_averaged_leaves_nothing(packed_once, tmp_path):
     with pytest.raises(FileExistsError, match="remove it"):
         change_model.average(packed_once, packed_once, tmp_path, 0.5)
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(ValueError, match="must be from 0 to 1"):
         change_model.average(packed_once, packed_once, tmp_path / "out", 2)
     with pytest.raises(FileNotFoundError):
         change_model.average(tmp_path, packed_once, tmp_path / "out", 0.5)
@@ -156,6 +156,8 @@ def test_a_causal_model_hears_what_is_past(packed_once, tmp_path):
     x[:, 10:] = 0
     mine, theirs = new.down[0].memory[0](x), old.down[0].memory[0](x)
     torch.testing.assert_close(mine[:, 10:], theirs[:, 10:])
-    with pytest.raises(ValueError, match="is no FlashFormer to change"):
+    with pytest.raises(
+        ValueError, match="is not a FlashFormer that can be changed"
+    ):
         change_model.causal(out, tmp_path / "again")
     assert not (tmp_path / "again").exists()

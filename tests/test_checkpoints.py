@@ -62,7 +62,9 @@ def test_a_full_disk_leaves_the_checkpoints_as_they_were(tmp_path, layers):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(OSError, match=f"into {tmp_path}.*mend the disk"):
+        with pytest.raises(
+            OSError, match=f"into {tmp_path}.*make room or repair the disk"
+        ):
             checkpointer.save_checkpoint()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

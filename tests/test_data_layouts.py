@@ -375,7 +375,9 @@ def test_a_csv_in_an_encoding_that_is_certain_is_read(tmp_path, encoding, end):
 def test_what_is_no_csv_is_named(tmp_path):
     for name in ("train", "valid", "test"):
         (tmp_path / f"{name}.csv").write_text("ID\n" + "x" * 200_000)
-    with pytest.raises(ValueError, match="train.csv is no CSV file at line 2"):
+    with pytest.raises(
+        ValueError, match="train.csv is not valid CSV at line 2"
+    ):
         find_mixtures(tmp_path, 2, 8000)
 
 

@@ -159,7 +159,7 @@ def test_integers_are_pcm(model, noise, kind, full):
 
 @pytest.mark.parametrize("shape", [(0,), (1, 2, 3), ()])
 def test_audio_of_another_shape_is_refused(model, shape):
-    with pytest.raises(ValueError, match="audio is"):
+    with pytest.raises(ValueError, match="audio must be"):
         model.separate_audio(torch.zeros(shape))
 
 
@@ -384,7 +384,7 @@ def test_outputs_that_are_no_numbers_are_never_written(model, tmp_path):
 
 @pytest.mark.parametrize("rate", [-1, 0, 0.5, 44100.5])
 def test_a_rate_that_is_none_is_refused(model, noise, rate):
-    with pytest.raises(ValueError, match="sample_rate is a whole number"):
+    with pytest.raises(ValueError, match="sample_rate must be a whole number"):
         model.separate_audio(noise, rate)
 
 

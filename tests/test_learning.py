@@ -146,7 +146,7 @@ def test_all_models_learn_from_the_same_mixtures(
     "line, says",
     [
         ("best --examples 8", "choose from tiny"),
-        ("tiny:colour=3 --examples 8", "colour"),
+        ("tiny:color=3 --examples 8", "color"),
         ("tiny:without=sense --examples 8", "without is one of attention"),
         ("tiny:lr=high --examples 8", "lr is a number above 0"),
         (

@@ -343,8 +343,8 @@ def test_deep_copies_are_equal():
         ({"token_stride": 0}, "power of two, got 0"),
         ({"num_spks": 0}, "num_spks must be 1 or more, got 0"),
         ({"nhead": 0}, "nhead must be 1 or more, got 0"),
-        ({"window": 100}, "window is .left, right."),
-        ({"window": (-2, 0)}, "window is .left, right."),
+        ({"window": 100}, "window must be .left, right."),
+        ({"window": (-2, 0)}, "window must be .left, right."),
     ],
 )
 def test_impossible_sizes_are_refused_at_once(options, message):

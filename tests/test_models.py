@@ -104,7 +104,9 @@ def test_line_ends_that_parsers_differ_in_are_refused(packed, tmp_path):
         shutil.copy(packed / "hyperparams.yaml", tmp_path)
         with (packed / "hyperparams.yaml").open("a", encoding="utf-8") as file:
             file.write(f"more: 1 # {end}x: !apply:os.mkdir [{owned}]\n")
-        with pytest.raises(ValueError, match="hyperparams.yaml is no yaml"):
+        with pytest.raises(
+            ValueError, match="hyperparams.yaml is not valid yaml"
+        ):
             load(packed)
         assert not owned.exists()
         shutil.copy(tmp_path / "hyperparams.yaml", packed)
@@ -147,7 +149,9 @@ def test_checkpoints_run_no_code(packed, tmp_path):
 
     torch.save({"norm_out.bias": Attack()}, packed / "masknet.ckpt")
     for trust in False, True:
-        with pytest.raises(ValueError, match="masknet.ckpt is cut, or no"):
+        with pytest.raises(
+            ValueError, match="masknet.ckpt is incomplete, or not"
+        ):
             load(packed, trust=trust)
     assert not (tmp_path / "owned").exists()
 
@@ -237,12 +241,18 @@ def with_bias(change):
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 BROKEN = {
-    "yaml syntax": (write("hyperparams.yaml", b"a: [\n"), "no yaml from line"),
+    "yaml syntax": (
+        write("hyperparams.yaml", b"a: [\n"),
+        "not valid yaml from line",
+    ),
     "endless yaml": (
         write("hyperparams.yaml", b"a: " + b"[" * 9999),
-        "yaml is no yaml",
+        "yaml is not valid yaml",
     ),
-    "binary yaml": (write("hyperparams.yaml", b"\xff\xfe\x00"), "no text in"),
+    "binary yaml": (
+        write("hyperparams.yaml", b"\xff\xfe\x00"),
+        "not UTF-8 text",
+    ),
     "empty yaml": (write("hyperparams.yaml", b""), "yaml is empty"),
     "comment alone": (write("hyperparams.yaml", b"# x\n"), "has no keys"),
     "list": (write("hyperparams.yaml", b"- 1\n"), "has no keys"),
@@ -254,7 +264,7 @@ BROKEN = {
         "has no num_spks",
     ),
     "no rate": (edit("sample_rate: 8000\n", ""), "has no sample_rate"),
-    "text rate": (edit("8000", "fast"), "sample_rate is a whole number"),
+    "text rate": (edit("8000", "fast"), "sample_rate must be a whole number"),
     "no decoder": (
         edit("    decoder: !ref <decoder>\n", ""),
         "modules have no decoder",
@@ -268,7 +278,7 @@ BROKEN = {
             "    decoder: !ref <decoder>\n",
             "    decoder: !ref <decoder>\n    extra: 5\n",
         ),
-        "extra is no module",
+        "extra is not a module",
     ),
     "loads less": (
         edit("loadables: !ref <modules>", "loadables: {}"),
@@ -287,12 +297,18 @@ BROKEN = {
         "num_spks of model and masknet are 3 and 2",
     ),
     "pointer": (write("masknet.ckpt", POINTER), "masknet.*git lfs pull"),
-    "text": (write("masknet.ckpt", b"text"), "masknet.ckpt is cut, or no"),
+    "text": (
+        write("masknet.ckpt", b"text"),
+        "masknet.ckpt is incomplete, or not",
+    ),
     "empty": (write("masknet.ckpt", b""), "masknet.ckpt is empty"),
-    "cut": (cut_checkpoint, "masknet.ckpt is cut, or no"),
-    "module": (save(torch.nn.Linear(1, 1)), "masknet.ckpt is cut, or no"),
-    "tensors": (save([torch.ones(1)]), "masknet.ckpt holds no weights"),
-    "numbers": (save({"a": 1}), "masknet.ckpt holds no weights"),
+    "cut": (cut_checkpoint, "masknet.ckpt is incomplete, or not"),
+    "module": (
+        save(torch.nn.Linear(1, 1)),
+        "masknet.ckpt is incomplete, or not",
+    ),
+    "tensors": (save([torch.ones(1)]), "masknet.ckpt has no weights"),
+    "numbers": (save({"a": 1}), "masknet.ckpt has no weights"),
     "missing": (with_weight(lambda value: {}), "in 1 .* norm_out.bias"),
     "unknown": (
         with_weight(lambda value: {"norm_out.bias": value, "another": value}),
@@ -467,8 +483,11 @@ def test_a_model_on_a_hub_is_not_trusted(hub, packed):
     "name, message",
     [
         ("hf:me/gone", "cannot fetch hyperparams.yaml of hf:me/gone: 404 Cl"),
-        ("hf:small", "hf:small is no model on a hub: give it as hf:OWNER/NAME"),
-        ("hf:a/b/c", "is no model on a hub"),
+        (
+            "hf:small",
+            "hf:small is not the name of a model on a hub: give it as hf:OWNER",
+        ),
+        ("hf:a/b/c", "is not the name of a model on a hub"),
     ],
 )
 def test_a_model_that_is_on_no_hub_is_one_error(hub, name, message):

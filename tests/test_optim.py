@@ -9,7 +9,7 @@ from speechbrain_flashformer import FlashFormer
 from speechbrain_flashformer.training.optim import (
     Muon,
     matrix_groups,
-    orthogonalised,
+    orthogonalized,
 )
 
 OPTIONS = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
@@ -50,7 +50,7 @@ def set_capabilities(monkeypatch, **present):
 def test_bfloat16_only_where_the_cpu_has_instructions(monkeypatch, name):
     set_capabilities(monkeypatch, **{name: True})
     matrices = torch.randn(3, 12, 8)
-    found = orthogonalised(matrices, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    found = orthogonalized(matrices, (3.4445, -4.7750, 2.0315), 5, 1e-7)
     is_rounded = torch.equal(found, found.bfloat16().float())
     assert is_rounded == (name != "avx2")
 
@@ -59,14 +59,14 @@ def test_half_precision_is_not_slow_without_instructions(monkeypatch):
     set_capabilities(monkeypatch)
     x = torch.randn(3, 12, 8).bfloat16()
     options = (3.4445, -4.7750, 2.0315), 5, 1e-7
-    expected = orthogonalised(x.float(), *options).bfloat16()
-    assert torch.equal(orthogonalised(x, *options), expected)
+    expected = orthogonalized(x.float(), *options).bfloat16()
+    assert torch.equal(orthogonalized(x, *options), expected)
 
 
 def test_orthogonalised_in_float32_is_exact(monkeypatch):
     set_capabilities(monkeypatch)
     matrices = torch.randn(3, 12, 8)
-    ours = orthogonalised(matrices, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    ours = orthogonalized(matrices, (3.4445, -4.7750, 2.0315), 5, 1e-7)
     for matrix, result in zip(matrices, ours):
         u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
         s = s / s.square().sum().sqrt()

@@ -246,7 +246,7 @@ def with_decoder(value):
 
 
 BROKEN = {
-    "syntax": (write("hyperparams.yaml", b"a: ["), "hyperparams.yaml is no y"),
+    "syntax": (write("hyperparams.yaml", b"a: ["), "hyperparams.yaml is not v"),
     "empty": (write("hyperparams.yaml", b""), "hyperparams.yaml is empty"),
     "few": (write("hyperparams.yaml", b"a: 1"), "has no num_spks, sample_rate"),
     "modules": (
@@ -261,10 +261,10 @@ BROKEN = {
         "modules have no encoder with its class",
     ),
     "argument": (edit("lookback", "lookbak"), "unexpected keyword .*lookbak"),
-    "rate": (edit("8000", "fast"), "sample_rate is a whole number"),
+    "rate": (edit("8000", "fast"), "sample_rate must be a whole number"),
     "average": (
         edit("num_spks: 2\nsam", "num_spks: 2\navg_checkpoints: 0\nsam"),
-        "avg_checkpoints of .* is a whole number",
+        "avg_checkpoints of .* must be a whole number",
     ),
     "no checkpoint": (remove("save"), "no validated checkpoint in"),
     "meta": (write("save/*/CKPT.yaml", b"a: ["), "has a broken CKPT.yaml"),

@@ -289,7 +289,7 @@ DAMAGES = {
         and (d / "train.csv").write_bytes(f"{HEADER}é,a,b,c\n".encode("cp1252"))
         and {"layout": "csv"}
     ),
-    "a name that is no UTF-8": lambda d, p, s: [
+    "a name that is not valid UTF-8": lambda d, p, s: [
         f.rename(f.with_name(os.fsdecode(b"caf\xe9.wav")))
         for f in p.glob("tr/*/tr0.wav")
     ],

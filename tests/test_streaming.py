@@ -317,12 +317,12 @@ def same(one, other):
 @pytest.mark.parametrize(
     "block, message",
     [
-        (torch.zeros(10), r"a block is \[1, samples\]"),
-        (torch.zeros(2, 10), r"a block is \[1, samples\]"),
-        (torch.zeros(1, 1, 10), r"a block is \[1, samples\]"),
+        (torch.zeros(10), r"a block must be \[1, samples\]"),
+        (torch.zeros(2, 10), r"a block must be \[1, samples\]"),
+        (torch.zeros(1, 1, 10), r"a block must be \[1, samples\]"),
         (torch.zeros(1, 10, dtype=torch.int16), "floating point"),
         (torch.zeros(1, 10, dtype=torch.cfloat), "floating point"),
-        ([0.0], "a block is a torch.Tensor, got list"),
+        ([0.0], "a block must be a torch.Tensor, got list"),
     ],
 )
 def test_blocks_that_do_not_fit_are_refused(block, message):
@@ -384,7 +384,7 @@ def test_states_that_do_not_fit_are_refused():
     separator = StreamingSeparator(*modules)
     wide = [module.double() for module in make()]
     for state, message in (
-        ({}, "no state of a StreamingSeparator"),
+        ({}, "not the state of a StreamingSep"),
         (StreamingSeparator(*wide).state, "type torch.float64 in place of"),
         (StreamingSeparator(*modules, 3).state, "streams 3 in place of 1"),
     ):

@@ -103,7 +103,7 @@ def test_hooks_see_what_each_layer_takes_and_gives(masknet):
 
 
 @torch.no_grad()
-def test_dynamic_quantisation(masknet):
+def test_dynamic_quantization(masknet):
     mix_w = torch.rand(2, 16, 80)
     expected = run(masknet, mix_w)
     found = run(quantize_dynamic(masknet, {nn.Linear}), mix_w)

@@ -48,10 +48,10 @@ def run(monkeypatch, tmp_path):
         (["--data_folder", ""], "data_folder is empty: give --data_folder"),
         (["--data_folder="], "data_folder is empty: give --data_folder PATH"),
         (["--data_folder", "nowhere"], "no data_folder nowhere: give --data"),
-        (["--data_folder", "here"], "data_folder here holds nothing: give"),
+        (["--data_folder", "here"], "data_folder here is empty: give"),
         (["--data_folder", "2024"], "no data_folder 2024: give"),
         (["--data_foldr", "here"], "'data_foldr' not found in"),
-        (["--output_folder", "caf\udce9"], r"output_folder 'caf\udce9' is no"),
+        (["--output_folder", "caf\udce9"], r"output_folder 'caf\udce9' is not"),
         (["--model", "{a: "], "cannot read the options: "),
     ],
 )
@@ -75,7 +75,7 @@ def test_a_folder_that_is_called_voices_has_a_path(run, tmp_path):
     (tmp_path / "voices").mkdir()
     with pytest.raises(SystemExit) as raised:
         run("--data_folder", "./voices")
-    assert "data_folder ./voices holds nothing" in raised.value.code
+    assert "data_folder ./voices is empty" in raised.value.code
     # Never synthetic voices in place of somebody's own.
     with pytest.raises(SystemExit) as raised:
         run("--data_folder", "voices")
@@ -100,7 +100,7 @@ def test_speech_that_cannot_be_listed_ends_it_in_one_line(
             *("--data_folder", str(noise_mixtures), "--output_folder", "run"),
             *("--dynamic_mixing", "True", "--base_folder_dm", "speech.csv"),
         )
-    assert "speech.csv is no text in UTF-8" in str(told[0])
+    assert "speech.csv is not UTF-8 text" in str(told[0])
 
 
 @pytest.mark.parametrize("yaml", YAMLS, ids=lambda path: path.stem)

@@ -11,7 +11,7 @@ the model numbers are those of B. Source: model soups (arXiv:2203.05482).
 
 resize: changes the number of layers and the width of the feed-forwards. Train a
 larger model further with ``--start_from OUT --model "{num_layers: 12, d_ffn:
-384}"``. The outputs of new layers and units are initialised to zero, so a
+384}"``. The outputs of new layers and units are initialized to zero, so a
 larger OUT separates exactly as MODEL does. New layers are inserted evenly after
 old ones; reducing the number of layers removes the same ones. Numbers that are
 not given stay as they are. The card is that of MODEL. Source: Net2Net
@@ -68,7 +68,7 @@ def copied_whole(folder, out):
 def average(a, b, out, share):
     """Write the average of two models to OUT, atomically."""
     if not 0 <= share <= 1:
-        raise ValueError(f"--share is between 0 and 1, got {share}")
+        raise ValueError(f"--share must be from 0 to 1, got {share}")
     with copied_whole(b, out) as partial:
         for name in MODULES:
             first, second = (
@@ -100,11 +100,11 @@ def resize(model, out, num_layers=None, d_ffn=None):
     """Write MODEL with other numbers to OUT, atomically; None: unchanged."""
     old = FlashFormerSeparation.from_hparams(model).mods.masknet
     if not isinstance(old, FlashFormer):
-        raise ValueError(f"the masknet of {model} is no FlashFormer")
+        raise ValueError(f"the masknet of {model} is not a FlashFormer")
     numbers = {"num_layers": num_layers, "d_ffn": d_ffn}
     numbers = {key: n for key, n in numbers.items() if n is not None}
     if any(n < 1 for n in numbers.values()):
-        raise ValueError("--num_layers and --d_ffn are numbers above 0")
+        raise ValueError("--num_layers and --d_ffn must be 1 or more")
     hparams = (model / "hyperparams.yaml").read_text("utf-8")
     hparams = with_numbers(hparams, numbers)
     torch.manual_seed(SEED)
@@ -135,7 +135,9 @@ def causal(model, out):
     """Write a causal copy of MODEL to OUT, atomically."""
     old = FlashFormerSeparation.from_hparams(model).mods.masknet
     if not isinstance(old, FlashFormer) or old.causal:
-        raise ValueError(f"the masknet of {model} is no FlashFormer to change")
+        raise ValueError(
+            f"the masknet of {model} is not a FlashFormer that can be changed"
+        )
     text = (model / "hyperparams.yaml").read_text("utf-8")
     masknet = YAML().load(text)["masknet"]
     left, _ = old.layers[0].attention.window

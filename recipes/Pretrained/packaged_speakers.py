@@ -9,8 +9,8 @@
 The packages contain the dialogues of a game in Czech and Dutch, sentences of a
 Russian voice, and names, syllables and animals, with one or two speakers per
 language. Clips are concatenated, so that each OUT/SPEAKER/NUMBER.wav, at 8 kHz,
-is at least 8 s long. Licences: GPL-2 (the two KDE packages: GPL-2 or later);
-festvox-ru: a BSD-like licence.
+is at least 8 s long. Licenses: GPL-2 (the two KDE packages: GPL-2 or later);
+festvox-ru: a BSD-like license.
 """
 
 import re

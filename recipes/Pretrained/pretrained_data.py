@@ -7,7 +7,7 @@ SPEECH holds picovoice-commands/ and picovoice-wakewords/ (Apache-2.0, from the
 speech-to-intent and wake-word benchmarks of Picovoice, as 8 kHz FLAC). Every
 tenth command is held out for validation.
 
-Because there are few speakers, voices are modified: sentences are resynthesised
+Because there are few speakers, voices are modified: sentences are resynthesized
 with other vocal tracts and pitch, and words are concatenated. The script adds
 the synthetic voices of the starter set, the voices of pretrained_voices.py
 (folder VOICES) and the speakers of packaged_speakers.py (folder PEOPLE). Use

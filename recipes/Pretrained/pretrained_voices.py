@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Synthesise sentences and numbers in many voices, for pretrained_data.py.
+"""Synthesize sentences and numbers in many voices, for pretrained_data.py.
 
 > bible -f gen1:1-rev22:21 > TEXT
 > python pretrained_voices.py MODEL VOICES TEXT OUT

@@ -8,8 +8,8 @@
 > python ../../benchmarks/evaluate_model.py MODEL prompts=OUT
 
 Seven announcers, most of them women, in five languages. No speaker and no
-microphone occurs in the training data. For testing only. Licences: Creative
-Commons BY or BY-SA 3.0, GPL-2 (es-co), a BSD-like licence (fr-armelle).
+microphone occurs in the training data. For testing only. Licenses: Creative
+Commons BY or BY-SA 3.0, GPL-2 (es-co), a BSD-like license (fr-armelle).
 """
 
 import sys

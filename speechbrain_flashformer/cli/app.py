@@ -172,7 +172,7 @@ def _build_page(model, folder, max_minutes, max_mb):
     gradio = _gradio()
     num_spks, rate = model.hparams.num_spks, model.hparams.sample_rate
 
-    # gradio recognises the progress bar by this default value.
+    # gradio recognizes the progress bar by this default value.
     def _separate(path, progress=gradio.Progress()):  # noqa: B008
         if path is None:
             raise gradio.Error(

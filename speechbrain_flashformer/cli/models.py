@@ -241,7 +241,7 @@ def _add_export(add):
     add(
         "--int8",
         action="store_true",
-        help="quantise the weights of linear layers to 8 bits: half the file "
+        help="quantize the weights of linear layers to 8 bits: half the file "
         "size, slightly faster, error about 30 dB below the output",
     )
     add("--overwrite", action="store_true", help="replace an existing OUT.onnx")

@@ -107,7 +107,7 @@ def _add_options(add):
         type=float,
         default=SeparationOptions.overlap,
         metavar="SECONDS",
-        help="overlap of neighbouring chunks (default 2.5); less than half of "
+        help="overlap of neighboring chunks (default 2.5); less than half of "
         "--chunk",
     )
     add(

@@ -1,4 +1,4 @@
-"""Spectrograms of recordings of any length, with one colour scale.
+"""Spectrograms of recordings of any length, with one color scale.
 
 Axes: C channels, n samples, K frequencies, L frames.
 """
@@ -12,11 +12,11 @@ from speechbrain_flashformer.inference.audio import AudioReader
 
 COLUMNS = 1200  # approximate width of the spectrogram of a long recording
 DYNAMIC_RANGE_DB = 70
-INK = "0.5"  # matplotlib's notation of a grey level
+INK = "0.5"  # matplotlib's notation of a gray level
 
 
 def draw_spectrograms(paths, folder, model_rate):
-    """Draw recordings with one colour scale, up to the model's Nyquist rate.
+    """Draw recordings with one color scale, up to the model's Nyquist rate.
 
     Arguments
     ---------

@@ -81,12 +81,11 @@ class AudioReader:
             ) from error
         if len(set(shapes)) > 1:
             raise ValueError(
-                f"{self.path} changes its rate or its channels on the way: "
-                f"{REMEDY}"
+                f"{self.path} changes its rate or its channels midway: {REMEDY}"
             )
         self.sample_rate, self.channels = shapes[0]
         if not any(self._lengths):
-            raise ValueError(f"{self.path} holds no samples")
+            raise ValueError(f"{self.path} has no samples")
 
     @cached_property
     def frames(self):

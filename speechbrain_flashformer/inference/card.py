@@ -46,7 +46,7 @@ sources = model.separate_file("mixture.wav")  # [1, time, speakers]
 {test}
 ## Training data
 
-To be written by the author of the model: the data, and their licences.
+To be written by the author of the model: the data, and their licenses.
 
 ## Limits
 

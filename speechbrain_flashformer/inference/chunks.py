@@ -27,7 +27,7 @@ class ChunkPlan:
         Samples per chunk, more than twice the overlap. It is rounded so that
         the hop is a multiple of ``align``.
     overlap : int
-        Samples that neighbouring chunks share.
+        Samples that neighboring chunks share.
     align : int
         Chunks start at multiples of this number of samples. With the samples
         per token of the network, a chunk has the same tokens as the whole

@@ -54,7 +54,7 @@ def export_onnx(model, path, overwrite=False, int8=False):
     overwrite : bool
         Whether an existing file is replaced.
     int8 : bool
-        Whether the weights of linear layers are quantised to 8 bits. The file
+        Whether the weights of linear layers are quantized to 8 bits. The file
         is smaller, faster on most processors, and less exact.
 
     Returns
@@ -310,7 +310,7 @@ def check_streaming(
     blocks : int
         Number of blocks to compare.
     int8 : bool
-        Whether the weights of the graph are quantised to 8 bits.
+        Whether the weights of the graph are quantized to 8 bits.
 
     Raises
     ------

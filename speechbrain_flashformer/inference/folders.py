@@ -107,7 +107,8 @@ def find_file(
     owner_name = str(source).removeprefix(HUB)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", owner_name):
         raise ValueError(
-            f"{source} is no model on a hub: give it as {HUB}OWNER/NAME"
+            f"{source} is not the name of a model on a hub: give it as "
+            f"{HUB}OWNER/NAME"
         )
     from speechbrain.utils import fetching
 

@@ -12,7 +12,7 @@ class FlashFormerSeparation(Recordings, SepformerSeparation):
 
     It has the methods of ``SepformerSeparation`` and more. Methods that read a
     recording take the fields of ``SeparationOptions`` as keyword arguments.
-    Outputs keep the level that the model gives them. They are not normalised
+    Outputs keep the level that the model gives them. They are not normalized
     unless you ask for it.
 
     Example

@@ -71,7 +71,7 @@ def separate_live(
         When a signal ended the stream before there was audio.
     """
     rate, load = reader.sample_rate, Load(warn)
-    # Warm up: torch initialises itself before the audio starts.
+    # Warm up: torch initializes itself before the audio starts.
     warm = [torch.zeros(1, math.ceil(min(block, 0.1) * rate))] * 20
     for _ in model.separate_stream(warm, rate, run):
         pass
@@ -239,7 +239,7 @@ class PcmReader:
         try:
             kind, bits, size = self._header()
         except struct.error as error:
-            raise ValueError("the header of the WAV stream is cut") from error
+            raise ValueError("the WAV header is incomplete") from error
         if kind is None:
             raise ValueError("the WAV stream has no fmt chunk before its data")
         if min(self.channels, self.sample_rate) < 1:

@@ -39,7 +39,7 @@ class AudioInMemory:
         check_finite(self.audio, self.path)
         if sample_rate != int(sample_rate) or sample_rate < 1:
             raise ValueError(
-                f"sample_rate is a whole number, not {sample_rate}"
+                f"sample_rate must be a whole number, not {sample_rate}"
             )
         self.sample_rate = int(sample_rate)
         self.frames = self.audio.shape[1]
@@ -67,15 +67,19 @@ def _as_float(audio):
         audio = torch.from_numpy(np.ascontiguousarray(audio, native))
     if audio.ndim not in (1, 2) or not audio.numel():
         raise ValueError(
-            f"audio is [time] or [channels, time], got {tuple(audio.shape)}"
+            "audio must be [time] or [channels, time], got "
+            f"{tuple(audio.shape)}"
         )
     rows, columns = audio.shape if audio.ndim == 2 else (1, audio.shape[0])
     if rows > columns and (columns > 1 or rows > MAX_CHANNELS):
         raise ValueError(
-            f"audio is [channels, time], got {tuple(audio.shape)}: transpose it"
+            f"audio must be [channels, time], got {tuple(audio.shape)}: "
+            "transpose it"
         )
     if audio.dtype in (torch.int16, torch.int32):
         audio = audio / -torch.iinfo(audio.dtype).min
     elif not audio.is_floating_point():
-        raise ValueError(f"audio is float, int16 or int32, got {audio.dtype}")
+        raise ValueError(
+            f"audio must be float, int16 or int32, got {audio.dtype}"
+        )
     return audio.detach().float().cpu().reshape(-1, audio.shape[-1])

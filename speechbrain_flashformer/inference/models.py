@@ -143,7 +143,7 @@ def read_yaml(path):
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {MEND}") from error
+        raise ValueError(f"{path} is not UTF-8 text: {MEND}") from error
     for old, new in MOVED.items():
         text = re.sub(old, new, text)
     return text
@@ -237,7 +237,7 @@ def compose_yaml(text, path):
     except Exception as error:
         mark = getattr(error, "problem_mark", None)
         line = f" from line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path} is no yaml{line}: {MEND}") from error
+        raise ValueError(f"{path} is not valid yaml{line}: {MEND}") from error
     if not isinstance(root, MappingNode):
         raise ValueError(f"{path} has no keys: {MEND}")
     return root
@@ -252,11 +252,12 @@ def _check_keys(hparams, path):
         value = hparams[key]
         if type(value) is not int or value < 1:
             raise ValueError(
-                f"{path}: {key} is a whole number from 1, not {value!r}"
+                f"{path}: {key} must be a whole number, 1 or more, not "
+                f"{value!r}"
             )
     modules, pretrainer = hparams["modules"], hparams["pretrainer"]
     if not isinstance(getattr(pretrainer, "loadables", None), dict):
-        raise ValueError(f"{path}: pretrainer is no Pretrainer: {MEND}")
+        raise ValueError(f"{path}: pretrainer is not a Pretrainer: {MEND}")
     for name in MODULES:
         module = modules.get(name) if isinstance(modules, dict) else None
         if not isinstance(module, torch.nn.Module):
@@ -265,7 +266,7 @@ def _check_keys(hparams, path):
             raise ValueError(f"{path}: pretrainer loads no {name}: {MEND}")
     for name, module in (modules | pretrainer.loadables).items():
         if not isinstance(module, torch.nn.Module):
-            raise ValueError(f"{path}: {name} is no module: {MEND}")
+            raise ValueError(f"{path}: {name} is not a module: {MEND}")
 
 
 def _check_fit(hparams, path):

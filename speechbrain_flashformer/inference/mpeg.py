@@ -122,8 +122,7 @@ def _walk(name, file, size, remedy):
             frame = _parse(file.read(4))
             if kind and frame.kind != kind:
                 raise ValueError(
-                    f"{name} changes its rate or its channels on the way: "
-                    f"{remedy}"
+                    f"{name} changes its rate or its channels midway: {remedy}"
                 )
             kind = frame.kind
         elif last:

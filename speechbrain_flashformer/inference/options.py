@@ -26,7 +26,7 @@ class SeparationOptions:
     chunk : float
         Chunk length in seconds. Longer recordings are cut into chunks.
     overlap : float
-        Overlap of neighbouring chunks in seconds, above 0 and below half of
+        Overlap of neighboring chunks in seconds, above 0 and below half of
         ``chunk``.
     norm : str
         Source of the statistics of the input norm. ``chunk``: each chunk,
@@ -89,7 +89,7 @@ class SeparationOptions:
                 )
         if not 0 < 2 * self.overlap < self.chunk:
             raise ValueError(
-                "overlap is more than 0 and less than half of chunk, got "
+                "overlap must be more than 0 and less than half of chunk, got "
                 f"{self.overlap} and {self.chunk} seconds"
             )
         chosen = [

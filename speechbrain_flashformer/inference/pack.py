@@ -170,8 +170,8 @@ def _best_checkpoints(save, count):
     """Find the ``count`` checkpoints of the lowest validation loss."""
     if type(count) is not int or count < 1:
         raise ValueError(
-            f"avg_checkpoints of {save.parent / 'hyperparams.yaml'} is a whole "
-            f"number from 1, not {count!r}"
+            f"avg_checkpoints of {save.parent / 'hyperparams.yaml'} must be a "
+            f"whole number, 1 or more, not {count!r}"
         )
     best = []
     if save.is_dir():

@@ -62,7 +62,7 @@ def choose_steps(model, runtime="auto", block=None, tell=log.warning):
         When an exported step cannot be stored.
     ValueError
         When the model is not causal. With onnx also when it is not in float32
-        on the CPU, is quantised or has hooks.
+        on the CPU, is quantized or has hooks.
 
     Example
     -------
@@ -219,7 +219,7 @@ def _why_not(step):
     state = step.state_dict().values()
     hooks = ("_forward_hooks", "_forward_pre_hooks")
     if not all(isinstance(x, torch.Tensor) for x in state):
-        return ValueError, "takes no quantised model: give --runtime torch"
+        return ValueError, "takes no quantized model: give --runtime torch"
     if any(getattr(m, name) for m in step.modules() for name in hooks):
         return ValueError, "would call no hooks: give --runtime torch"
     kinds = {(p.dtype, p.device.type) for p in step.parameters()}

@@ -24,7 +24,7 @@ def load_weights(module, path):
     OSError
         When the file cannot be read.
     ValueError
-        When the file holds no weights, or those of another module, or a weight
+        When the file has no weights, or those of another module, or a weight
         is not finite.
 
     Example
@@ -62,13 +62,13 @@ def read_weights(path):
     # The file is readable: any error now comes from unzipping or unpickling.
     except Exception as error:
         raise ValueError(
-            f"{path} is cut, or no checkpoint of weights: {MEND}"
+            f"{path} is incomplete, or not a checkpoint of weights: {MEND}"
         ) from error
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor)
         for key, value in state.items()
     ):
-        raise ValueError(f"{path} holds no weights by name: {MEND}")
+        raise ValueError(f"{path} has no weights by name: {MEND}")
     return state
 
 
@@ -109,7 +109,7 @@ def fit_weights(module, state, path, mend=OF_ONE_MODEL):
         # infinite in half precision.
         state = {key: value.to(own[key]) for key, value in state.items()}
         broken = [key for key, value in state.items() if not _is_finite(value)]
-    # Quantised tensors, tensors without storage, and the like.
+    # Quantized tensors, tensors without storage, and the like.
     except Exception as error:
         raise ValueError(f"{path}: {one_line(error)}: {MEND}") from error
     if broken:

@@ -81,7 +81,7 @@ class Rows(NamedTuple):
         >>> rows.index.tolist(), rows.starts.tolist()
         ([0, 4, 5, 6], [0, 1, 4])
         """
-        # Computed on the CPU, so that a GPU synchronises at most once.
+        # Computed on the CPU, so that a GPU synchronizes at most once.
         lengths = lengths.cpu()
         places = torch.arange(size) < lengths[:, None]
         starts = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
@@ -202,7 +202,7 @@ def check_window(window):
         isinstance(side, int) and side >= -1 for side in sides
     ):
         raise ValueError(
-            "window is (left, right), whole numbers of -1 or more, got "
+            "window must be (left, right), whole numbers of -1 or more, got "
             f"{window}"
         )
 

@@ -131,7 +131,7 @@ def check_lookahead(future_tokens, causal):
     """Raise a ValueError for a negative lookahead, or one without causal."""
     if future_tokens < 0 or (future_tokens and not causal):
         raise ValueError(
-            "future_tokens is 0 or more, and 0 unless causal, got "
+            "future_tokens must be 0 or more, and 0 unless causal, got "
             f"{future_tokens}"
         )
 

@@ -153,15 +153,17 @@ class StreamingSeparator:
         self._check_state()
         if not isinstance(block, torch.Tensor):
             raise ValueError(
-                f"a block is a torch.Tensor, got {type(block).__name__}"
+                f"a block must be a torch.Tensor, got {type(block).__name__}"
             )
         if block.ndim != 2 or block.shape[0] != self.batch_size:
             raise ValueError(
-                f"a block is [{self.batch_size}, samples], got "
+                f"a block must be [{self.batch_size}, samples], got "
                 f"{tuple(block.shape)}"
             )
         if not block.is_floating_point():
-            raise ValueError(f"a block is floating point, got {block.dtype}")
+            raise ValueError(
+                f"a block must be floating point, got {block.dtype}"
+            )
         state, step = self.state, self.step
         # inference_mode is about 10 % faster than no_grad.
         with torch.inference_mode():
@@ -245,7 +247,7 @@ class StreamingSeparator:
     def _check_state(self):
         state, step = self.state, self.step
         if not isinstance(state, dict) or "flushed" not in state:
-            raise ValueError("this is no state of a StreamingSeparator")
+            raise ValueError("this is not the state of a StreamingSeparator")
         if state["flushed"]:
             raise RuntimeError("the stream was flushed: make a new one")
         weight, samples = next(step.encoder.parameters()), state["samples"]

@@ -71,8 +71,8 @@ class WholeCheckpointer(Checkpointer):
                 raise
             raise OSError(
                 f"cannot write a checkpoint into {self.checkpoints_dir}: "
-                f"{error}; those in it are whole: mend the disk and run the "
-                "same command again"
+                f"{error}; those in it are complete: make room or repair the "
+                "disk and run the same command again"
             ) from error
         ddp_barrier()
         if checkpoint is not None:

@@ -54,7 +54,7 @@ def read_table(path):
         text = raw.decode("utf-16" if raw.startswith(marks) else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is no text in UTF-8: save it as CSV in UTF-8"
+            f"{path} is not UTF-8 text: save it as CSV in UTF-8"
         ) from error
     rows = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
     try:
@@ -64,8 +64,8 @@ def read_table(path):
         return list(rows.fieldnames or ()), lines
     except csv.Error as error:
         raise ValueError(
-            f"{path} is no CSV file at line {rows.reader.line_num} ({error}): "
-            "save it as CSV again"
+            f"{path} is not valid CSV at line {rows.reader.line_num} "
+            f"({error}): save it as CSV again"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Effects of dynamic mixing.
+"""Effects of dynamic mixing on the sound.
 
 An effect is called as ``effect(signals, rng, sample_rate)`` for a random
 ``share`` (0 to 1) of the mixtures and returns the changed signals. They are
@@ -15,20 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.signal import butter, fftconvolve, firwin2, sosfilt
 
+from speechbrain_flashformer.training.levels import level_db, speech_level_db
 from speechbrain_flashformer.training.recordings import (
     RecordingReader,
     find_recordings,
 )
-
-# Minimum length of the part of a source that TurnTaking keeps, or of a mixture
-# that Silence keeps, relative to the whole.
-LEAST_SPOKEN = 0.2
-# A part this much softer than the source is a pause, and another is drawn.
-PAUSE_DB = -30.0
-TRIES = 100
-# A source starts and ends with a sample above this share of its peak, because
-# the tail of a filtered signal never reaches 0.
-AUDIBLE = 1e-3
 
 # Ranges of the reverberation time (T60, seconds) and of the ratio of direct to
 # reverberant energy (dB), both uniform.
@@ -38,111 +29,6 @@ EQ_POINTS, EQ_TAPS = 7, 65
 # Telephone bands: ranges of the edges (Hz) and of the order of the filter.
 TELEPHONE_LOW, TELEPHONE_HIGH = (100.0, 400.0), (2800.0, 3800.0)
 TELEPHONE_ORDER = (2, 6)
-
-
-def level_db(signal):
-    """Mean power of a signal [T] in dB; -120 for digital silence."""
-    return 10 * np.log10(np.mean(np.square(signal, dtype=np.float64)) + 1e-12)
-
-
-def speech_level_db(signal):
-    """Level of a signal [T] in dB, without silence at its start and end."""
-    return level_db(signal[slice(*_extent(signal))])
-
-
-def _extent(signal):
-    """Start and end of a signal [T] without silence, in samples."""
-    loud = np.abs(signal)
-    loud = loud > AUDIBLE * loud.max()
-    return int(loud.argmax()), len(loud) - int(loud[::-1].argmax())
-
-
-def happens(share, rng):
-    """Draw whether an effect applies; a share of 0 draws no random number."""
-    return share > 0 and rng.random() < share
-
-
-# --- who speaks when ---------------------------------------------------------
-
-
-@dataclass
-class Absence:
-    """Only the first speaker is present; the other sources are 0.
-
-    Requires a loss that is defined for a silent source. The mixture is cut to
-    the speech of that speaker.
-    """
-
-    share: float
-
-    def __call__(self, signals, rng, sample_rate):
-        """Remove all speakers except the first."""
-        begin, end = _extent(signals[0])
-        signals = signals[:, begin:end]
-        signals[1:-1] = 0
-        return signals
-
-
-@dataclass
-class TurnTaking:
-    """Keep a random part of each source, at a random time.
-
-    The part is at least ``LEAST_SPOKEN`` of the source.
-    """
-
-    share: float
-
-    def __call__(self, signals, rng, sample_rate):
-        """Draw a part of each source and its new time."""
-        taken = signals.copy()
-        for row, source in zip(taken[:-1], signals[:-1]):
-            begin, end = _extent(source)
-            part = _place_part(source[None, begin:end], len(row), rng)
-            if part is not None:
-                row[:] = part
-        return taken
-
-
-@dataclass
-class Silence:
-    """Keep a random part of the mixture, with silence around it.
-
-    The part is at least ``LEAST_SPOKEN`` of the mixture.
-    """
-
-    share: float
-
-    def __call__(self, signals, rng, sample_rate):
-        """Draw a part of the mixture and its new time."""
-        part = _place_part(signals, signals.shape[1], rng)
-        return signals if part is None else part
-
-
-def _place_part(signals, length, rng):
-    """Place a random part of signals [R, T] in silence, [R, length].
-
-    Returns None if some source has a pause in every part that was drawn.
-    """
-    whole = [speech_level_db(x) if x.any() else None for x in signals]
-    for _ in range(TRIES):
-        size = int(np.ceil(signals.shape[1] * rng.uniform(LEAST_SPOKEN, 1)))
-        begin = rng.integers(signals.shape[1] - size + 1)
-        piece = signals[:, begin : begin + size]
-        levels = [speech_level_db(x) for x in piece]
-        changes = [b - a for a, b in zip(whole, levels) if a is not None]
-        if not changes or min(changes) > PAUSE_DB:
-            break
-    else:
-        return None
-    placed = np.zeros((len(signals), length), np.float32)
-    begin = rng.integers(length - size + 1)
-    for row, x, a, b in zip(placed, piece, whole, levels):
-        if a is not None:
-            row[begin : begin + size] = x * 10 ** ((a - b) / 20)
-    return placed
-
-
-# --- filters -----------------------------------------------------------------
 
 
 @dataclass

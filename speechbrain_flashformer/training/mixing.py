@@ -13,16 +13,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from speechbrain_flashformer.training.effects import (
-    Absence,
-    happens,
-    level_db,
-)
+from speechbrain_flashformer.training.levels import level_db
 from speechbrain_flashformer.training.losses import hears_silence
 from speechbrain_flashformer.training.recordings import (
     RecordingReader,
     find_recordings,
 )
+from speechbrain_flashformer.training.turns import Absence
 
 # WSJ0-mix: level of the first speaker, and of the others relative to it (normal
 # distributions: mean and standard deviation in dB), limits of levels, and peak.
@@ -194,14 +191,14 @@ class DynamicMixtures(Dataset):
     def __getitem__(self, n):
         """Mixture n: id, mix_sig [T] and s1_sig to sS_sig [T]."""
         rng = np.random.default_rng([self.seed, n])
-        concatenated = happens(self.concatenation_share, rng)
+        concatenated = _happens(self.concatenation_share, rng)
         cuts = [
             self._draw_cut(speaker, concatenated, rng)
             for speaker in self._draw_speakers(rng)
         ]
         signals = _place(cuts, rng)
         for effect in self.effects:
-            if happens(effect.share, rng):
+            if _happens(effect.share, rng):
                 signals = effect(signals, rng, self.sample_rate)
         mixture, sources = signals.sum(0), signals[:-1]
         peak = max(np.abs(mixture).max(), np.abs(sources).max())
@@ -216,7 +213,7 @@ class DynamicMixtures(Dataset):
         """Draw the speakers of a mixture; returns their indices."""
         first = rng.integers(len(self.spoken))
         others = np.arange(len(self.spoken))
-        if happens(self.same_corpus_share, rng):
+        if _happens(self.same_corpus_share, rng):
             same = np.flatnonzero(self.corpora == self.corpora[first])
             others = same if len(same) >= self.num_spks else others
         others = others[others != first]
@@ -263,6 +260,11 @@ class DynamicMixtures(Dataset):
             if level_db(cut) > SILENCE_DB:
                 cut = cut * 10 ** ((level - level_db(cut)) / 20)
         return np.concatenate(pieces)[: self.samples]
+
+
+def _happens(share, rng):
+    """Draw whether an effect applies; a share of 0 draws no random number."""
+    return share > 0 and rng.random() < share
 
 
 def _place(cuts, rng):

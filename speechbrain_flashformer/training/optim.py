@@ -100,7 +100,7 @@ class Muon(torch.optim.Muon):
         size = 0.2 * max(rows, columns) ** 0.5
         if group["adjust_lr_fn"] != "match_rms_adamw":
             size = max(1, rows / columns) ** 0.5
-        matrices = orthogonalised(
+        matrices = orthogonalized(
             torch.cat(updates),
             group["ns_coefficients"],
             group["ns_steps"],
@@ -112,7 +112,7 @@ class Muon(torch.optim.Muon):
             weight.add_(update.flatten(0, 1), alpha=-lr * size)
 
 
-def orthogonalised(matrices, coefficients, steps, eps):
+def orthogonalized(matrices, coefficients, steps, eps):
     """Move the singular values of matrices towards 1 (Newton-Schulz iteration).
 
     Arguments
@@ -134,7 +134,7 @@ def orthogonalised(matrices, coefficients, steps, eps):
     Example
     -------
     >>> x = torch.diag(torch.tensor([9.0, 3.0]))[None]
-    >>> y = orthogonalised(x, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    >>> y = orthogonalized(x, (3.4445, -4.7750, 2.0315), 5, 1e-7)
     >>> bool((0.6 < y[0].diag()).all() and (y[0].diag() < 1.3).all())
     True
     """

@@ -216,6 +216,6 @@ def _read(path, frames, start):
     if not np.isfinite(signal).all():
         raise ValueError(
             f"{path} has samples that are not finite, in {frames} from frame "
-            f"{start} on: mend it or take it out"
+            f"{start} on: repair or remove it"
         )
     return signal

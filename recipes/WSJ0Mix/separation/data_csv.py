@@ -131,5 +131,5 @@ def refuse_more(what, n_spks):
     """
     raise ValueError(
         f"{what} exists, but num_spks is {n_spks}: the mixtures would hold a "
-        "voice that is no target"
+        "voice that is not a target"
     )

@@ -186,8 +186,8 @@ def _examine(path, known):
         path.encode()
     except UnicodeEncodeError:
         return (
-            f"{path!r} is no UTF-8, and SpeechBrain's CSV files must be: "
-            "rename it"
+            f"{path!r} is not valid UTF-8, as SpeechBrain's CSV files need "
+            "it: rename it"
         )
     try:
         stat = os.stat(path)

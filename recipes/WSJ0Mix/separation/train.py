@@ -188,8 +188,8 @@ def parse_arguments(arguments):
             path.encode()
         except UnicodeEncodeError:
             sys.exit(
-                f"{name} {path!r} is no UTF-8, and SpeechBrain's files must "
-                "be: rename it"
+                f"{name} {path!r} is not valid UTF-8, as SpeechBrain's files "
+                "need it: rename it"
             )
     hparams_file, run_opts, overrides = sb.parse_arguments(rest)
     try:
@@ -262,7 +262,7 @@ def check_data_folder(folder):
     if not folder:
         sys.exit(f"data_folder is empty: {remedy}")
     if not isinstance(folder, str):
-        sys.exit(f"data_folder {folder} is no text to yaml: put it in quotes")
+        sys.exit(f"data_folder {folder} is not text for yaml: put it in quotes")
     if folder == VOICES:
         if Path(VOICES).is_dir():
             sys.exit(
@@ -274,7 +274,7 @@ def check_data_folder(folder):
     if not Path(folder).is_dir():
         sys.exit(f"no data_folder {folder}: {remedy}")
     if not any(Path(folder).iterdir()):
-        sys.exit(f"data_folder {folder} holds nothing: {remedy}")
+        sys.exit(f"data_folder {folder} is empty: {remedy}")
 
 
 def prepare(hparams, progressbar):
