@@ -281,7 +281,7 @@ def test_separate_streaming(packed, packed_causal, tmp_path, capsys):
         (["--jobs", "2", "--model", "./nowhere"], 1, "no model folder"),
         (["--model", "nowhere"], 1, "no model folder nowhere: give one made"),
         (["--chunk", "4", "--overlap", "2"], 2, "less than half of chunk"),
-        (["--overlap", "0"], 2, "overlap is more than 0"),
+        (["--overlap", "0"], 2, "overlap must be more than 0"),
         (["--jobs", "0"], 2, "--jobs must be 1 or more"),
         (["--streaming", "--chunk", "20"], 2, "chunk cannot be set"),
     ],
