@@ -141,7 +141,7 @@ class Left(nn.Module):
 class NoUpdate(nn.Module):
     """Replaces attention: adds nothing to x."""
 
-    window = (0, 0)
+    window = (0, 0)  # a layer asks its attention for it
 
     def forward(self, x, *_):
         """Return zeros."""

@@ -481,12 +481,16 @@ def test_all_speakers_talk_in_some_turns():
 
 def test_turns_of_short_mixtures(speech):
     whole, taken = mixtures(speech), mixtures(speech, TurnTaking(1.0))
+    changed = 0
     for n in range(40):
+        changed += not torch.equal(taken[n]["mix_sig"], whole[n]["mix_sig"])
         for name in ("s1_sig", "s2_sig"):
             # Nobody is left out, and samples stay where they are.
             part, source = taken[n][name], whole[n][name]
             assert part.any() and len(part) == len(source)
             assert (part.abs() <= source.abs() + 1e-6).all()
+    # The mixtures are shorter than most turns.
+    assert 5 < changed < 40
 
 
 def test_joined_recordings_are_of_one_speaker_and_go_on(speech):
@@ -647,7 +651,7 @@ def equalized(signal, rng):
     return RandomEQ(1.0)(np.stack([signal, silence, silence]), rng, 8000)[0]
 
 
-def test_equalisation_keeps_the_length_and_the_level():
+def test_equalization_keeps_the_length_and_the_level():
     rng = np.random.default_rng(0)
     for length in (1, 40, 65, 8000):
         heard = equalized(np.ones(length), rng)
@@ -655,7 +659,7 @@ def test_equalisation_keeps_the_length_and_the_level():
         assert heard @ heard == pytest.approx(length)
 
 
-def test_equalisation_stays_within_its_range():
+def test_equalization_stays_within_its_range():
     rng = np.random.default_rng(0)
     click = np.zeros(4000)
     click[2000] = 1
@@ -765,7 +769,7 @@ def test_a_mixture_may_have_the_other_polarity(tmp_path):
     assert 15 < ways.count((True, True)) < 45
 
 
-def test_noise_is_of_many_colours():
+def test_noise_is_of_many_colors():
     rng = np.random.default_rng(0)
     slopes = []
     for _ in range(30):

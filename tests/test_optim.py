@@ -63,7 +63,7 @@ def test_half_precision_is_not_slow_without_instructions(monkeypatch):
     assert torch.equal(orthogonalized(x, *options), expected)
 
 
-def test_orthogonalised_in_float32_is_exact(monkeypatch):
+def test_orthogonalized_in_float32_is_exact(monkeypatch):
     set_capabilities(monkeypatch)
     matrices = torch.randn(3, 12, 8)
     ours = orthogonalized(matrices, (3.4445, -4.7750, 2.0315), 5, 1e-7)

@@ -245,7 +245,7 @@ def test_only_float32_on_the_cpu_runs(filled, model):
         runtime.choose_steps(model, "onnx", BLOCK)
 
 
-def test_a_quantised_model_runs_in_torch(filled, model):
+def test_a_quantized_model_runs_in_torch(filled, model):
     model.mods["masknet"] = quantize_dynamic(model.mods.masknet, {nn.Linear})
     assert runtime.choose_steps(model, "auto", BLOCK) is None
     with pytest.raises(ValueError, match="no quantized model"):

@@ -40,7 +40,7 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         """Encode mixtures [B, T] to frames [B, N, L]."""
-        return self.conv1d(x.unsqueeze(1)).relu_()
+        return self.conv1d(x.unsqueeze(1)).relu()
 
 
 class Decoder(nn.ConvTranspose1d):

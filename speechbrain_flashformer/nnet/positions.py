@@ -34,7 +34,7 @@ class Positions(NamedTuple):
 
     def excerpt(self, tokens):
         """Return the positions of a slice of the tokens, all valid."""
-        return Positions([angle[tokens] for angle in self.angles])
+        return Positions(tuple(angle[tokens] for angle in self.angles))
 
 
 class Places(nn.Module):

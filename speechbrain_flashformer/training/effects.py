@@ -4,8 +4,8 @@ An effect is called as ``effect(signals, rng, sample_rate)`` for a random
 ``share`` (0 to 1) of the mixtures and returns the changed signals. They are
 [S + 1, T], float32: S sources and the noise (zeros by default). Their sum is
 the mixture, so that effects apply to the targets too, except for noise. Effects
-keep the level of each source, and a silent source stays silent. ``rng`` is a
-``numpy.random.Generator``, the only source of random numbers.
+keep the level of each source where it speaks, and a silent source stays silent.
+``rng`` is a ``numpy.random.Generator``, the only source of random numbers.
 
 Axes: S speakers, T samples.
 """

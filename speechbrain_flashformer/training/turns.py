@@ -48,7 +48,8 @@ class TurnTaking:
     A turn belongs to one speaker, and the next turn to another one; or, with
     the probability ``TOGETHER``, to all speakers. Each speaker talks in some
     turn and is silent outside of the turns. Mixtures of many turns need long
-    excerpts and a ``concatenation_share``.
+    excerpts and a ``concatenation_share``; those shorter than a turn often stay
+    as they are.
     """
 
     share: float
