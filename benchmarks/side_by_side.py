@@ -75,6 +75,7 @@ def main(words=None):
         return
     if parsed.again:
         RESULTS.unlink(missing_ok=True)
+    before = read()
     for threads in parsed.threads:
         for task, lengths in (("separate", LENGTHS), ("train", TRAINED)):
             for model in parsed.models:
@@ -93,6 +94,8 @@ def main(words=None):
                     rows.append(row)
                     print(*row.values(), sep="\t", flush=True)
                     write(rows)
+    if read() == before:
+        print("nothing is left to measure: --again measures everything anew")
     rows = read()
     write_text(RESULTS.with_suffix(".md"), table(rows))
     page = with_table(README.read_text("utf-8"), TABLE, table(rows))

@@ -16,7 +16,7 @@ have the same file name. The sets are reproducible:
   reverberant too);
 * NAME: 200 mixtures of the speakers in a folder;
 * alone: 50 recordings of one person; s2/ is silence;
-* conversations: 20 conversations of 40 s, with turns, overlapping speech and
+* conversations: 80 conversations of 40 s, with turns, overlapping speech and
   pauses; turns/ lists the speaker, first and last sample of each turn;
 * meetings: 4 conversations of 10 minutes.
 """
@@ -40,7 +40,7 @@ RATE = 8000
 MIXTURES, ALONE = 200, 50
 LONGEST = 6 * RATE  # maximum length of a mixture
 LEAST = 3 * RATE  # minimum length of a recording
-CONVERSATIONS, MEETINGS = (20, 40), (4, 600)  # number, and seconds of each
+CONVERSATIONS, MEETINGS = (80, 40), (4, 600)  # number, and seconds of each
 ENOUGH = 10  # minimum seconds of speech of a speaker in conversations
 TURN, PAUSE = (2, 6), (0.2, 1.5)  # minimum and maximum seconds
 BOTH = 0.2  # share of the turns in which both speak

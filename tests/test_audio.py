@@ -876,6 +876,15 @@ def test_what_is_written_beside_is_whole_or_not_there(
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_no_file_is_written_over_a_folder(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "kept.txt").write_text("mine")
+    with pytest.raises(OSError), written_beside(folder) as partial:
+        partial.write_text("a file")
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "kept.txt"]
+
+
 def test_unknown_subtype_is_refused(paths):
     with pytest.raises(ValueError, match="choose one of float, pcm16, pcm24"):
         SourceWriter(paths, 8000, 10, subtype="mp3")

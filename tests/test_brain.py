@@ -320,6 +320,26 @@ def test_a_loss_that_fixes_the_level_leaves_nothing_to_mend(make):
     assert meta["si-snr"] == -1.0 and not {"level_db", "polarity"} & set(meta)
 
 
+def test_the_gradients_of_all_weights_are_clipped_together(make):
+    brain = make({"max_grad_norm": 5.0})
+    brain.on_fit_start()
+    weights = list(brain.modules.parameters())
+    for i, weight in enumerate(weights):
+        weight.grad = torch.full_like(weight, 1.0 + i)
+    norms = torch.stack([weight.grad.norm() for weight in weights])
+    seen = []
+    for optimizer in brain.optimizers_dict.values():
+        optimizer.register_step_pre_hook(
+            lambda *_: seen.append([p.grad.norm() for p in weights])
+        )
+    brain.optimizers_step()
+    # Every optimizer: the direction stays, the norm of all is the limit.
+    for found in seen:
+        clipped = norms * 5 / norms.norm()
+        assert torch.allclose(torch.stack(found), clipped, rtol=1e-3)
+    assert len(seen) == 2
+
+
 def test_conv_tasnets_weights_need_no_matrix_optimizer(make):
     brain = make(matrix_optimizer=lambda groups: pytest.fail("no matrices"))
     brain.modules["masknet"] = torch.nn.Conv1d(16, 16, 1)

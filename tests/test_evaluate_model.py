@@ -241,7 +241,7 @@ def test_the_card_says_what_the_figures_say(name):
     turns = float(talks["wrong turns (%)"])
     assert f"other output lies {below:.0f} dB below" in said
     assert f"SI-SNR of the first is {first:.0f} dB" in said
-    assert f"In 20 conversations {turns:.0f} %" in said
+    assert f"In 80 conversations {turns:.0f} %" in said
 
 
 # --- mixtures that are heard otherwise ---------------------------------------

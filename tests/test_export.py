@@ -111,6 +111,13 @@ def test_an_existing_file_stays(model, graph):
     assert graph.read_bytes() == before
 
 
+def test_a_folder_is_not_overwritten_by_a_graph(model, tmp_path):
+    (tmp_path / "kept.txt").write_text("mine")
+    with pytest.raises(IsADirectoryError, match="is a folder: name a file"):
+        export.export_onnx(model, tmp_path, overwrite=True)
+    assert (tmp_path / "kept.txt").read_text() == "mine"
+
+
 @pytest.mark.parametrize("gain", [1.001, np.float32("nan")])
 def test_a_graph_that_differs_is_refused(gain):
     class Session:

@@ -311,7 +311,9 @@ def test_chunks_with_the_norm_of_the_recording_equal_the_whole(model):
 # --- options -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk, overlap", [(10, 5), (10, 0), (1, 3)])
+@pytest.mark.parametrize(
+    "chunk, overlap", [(10, 5), (10, 0), (1, 3), (np.inf, 2)]
+)
 def test_chunks_that_do_not_fit_are_refused(chunk, overlap):
     with pytest.raises(ValueError, match="less than half of chunk"):
         SeparationOptions(chunk=chunk, overlap=overlap)

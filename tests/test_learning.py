@@ -183,7 +183,7 @@ def test_all_models_learn_from_the_same_mixtures(
         ("skim:num_layers=2 --examples 8", "skim is built as in its recipe"),
         (f"{TINY} --examples 8 --test cv", "--test cv is not NAME=FOLDER"),
         (f"{TINY} --examples 8 --test cv=nowhere", "nowhere/mix holds 0"),
-        (f"{TINY} --examples 8 --speech nowhere", "no wav or flac file"),
+        (f"{TINY} --examples 8 --speech nowhere", "no folder nowhere"),
     ],
 )
 def test_bad_input_is_one_clear_message(command, line, says, tmp_path):

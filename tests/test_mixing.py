@@ -123,6 +123,18 @@ def test_each_file_its_own_speaker(speech):
     assert {recording.corpus for recording in found} == {""}
 
 
+def test_recordings_behind_links_are_found(speech, tmp_path):
+    (tmp_path / "ann").symlink_to(speech / "spk0")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/bo").symlink_to(speech / "spk1")
+    (tmp_path / "more/loop").symlink_to(tmp_path)
+    found = find_recordings(tmp_path)
+    linked = [*find_recordings(speech / "spk0")]
+    linked += find_recordings(speech / "spk1")
+    assert len(found) == len(linked)
+    assert {recording.speaker for recording in found} == {"ann", "bo"}
+
+
 def test_speaker_from_a_csv(speech, tmp_path):
     listing = speech / "list.csv"
     listing.write_text("wav,speaker\nspk0/0_id0.wav,ann\nspk1/0_id1.flac,bo\n")
@@ -179,14 +191,29 @@ def test_a_recording_cut_short_is_named(speech, tmp_path):
         [made[n] for n in range(50)]
 
 
+def test_a_flac_without_its_length_is_named_at_the_start(tmp_path):
+    for speaker in "ab":
+        (tmp_path / speaker).mkdir()
+        write_noise(tmp_path / speaker)
+    path = tmp_path / "a/d.flac"
+    soundfile.write(path, 0.1 * np.ones(4000), 8000)
+    content = bytearray(path.read_bytes())
+    # The last 36 bits before the MD5 sum in STREAMINFO.
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"d.flac does not store its length"):
+        mixtures(tmp_path)
+
+
 def test_noise_that_cannot_be_used_is_named_at_the_start(tmp_path):
     with pytest.raises(FileNotFoundError, match="no wav or flac file in"):
         Noise(0.5, folder=str(tmp_path))
     soundfile.write(tmp_path / "hall.wav", np.ones((80, 2)), 8000)
     with pytest.raises(ValueError, match=r"hall.wav has 2 channels"):
         Noise(0.5, folder=str(tmp_path))
-    # What nobody hears is not read.
-    assert Noise(0.0, folder=str(tmp_path)).recordings is None
+    with pytest.raises(ValueError, match="is not used, because the share"):
+        Noise(0.0, folder=str(tmp_path))
 
 
 @pytest.mark.parametrize("row", ["a.wav,", ",me", "a.wav"])
@@ -512,6 +539,24 @@ def test_joined_recordings_are_of_one_speaker_and_go_on(speech):
             levels = [np.abs(x).max() for x in pieces if len(x) > 1000]
             assert max(levels) < 1.3 * min(levels)
     assert several > 20
+
+
+def test_joined_recordings_are_drawn_by_their_duration(tmp_path):
+    # Of each speaker, a long recording of -0.1 and nine short ones of 0.1.
+    for speaker in "ab":
+        (tmp_path / speaker).mkdir()
+        for i in range(10):
+            samples = np.full(4000 if i else 80000, 0.1 if i else -0.1)
+            path = tmp_path / speaker / f"{i}.wav"
+            soundfile.write(path, samples, 8000, "FLOAT")
+    joined = mixtures(tmp_path, samples=64000, concatenation_share=1.0)
+    pieces = []
+    for n in range(20):
+        source = joined[n]["s1_sig"].numpy()
+        starts = np.flatnonzero(np.diff(source, prepend=0) * (source != 0))
+        pieces += list(np.sign(source[starts]))
+    long = pieces.count(-1) / len(pieces)
+    assert 80000 / 116000 - 0.2 < long < 80000 / 116000 + 0.2
 
 
 def test_joined_recordings_come_to_one_level(tmp_path):

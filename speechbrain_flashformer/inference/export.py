@@ -207,6 +207,8 @@ def _check_can_write(path, overwrite):
             f"export needs {error.name}: pip install "
             "'speechbrain-flashformer[onnx]'"
         ) from error
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file")
     if Path(path).exists() and not overwrite:
         raise FileExistsError(
             f"{path} exists: remove it, or overwrite it "

@@ -54,7 +54,7 @@ def written_beside(path):
     try:
         yield partial
         # ``os.replace`` replaces a file but not a folder.
-        if path.is_dir():
+        if path.is_dir() and partial.is_dir():
             os.replace(path, old)
         os.replace(partial, path)
     finally:

@@ -87,15 +87,45 @@ def find_inputs(words, out, folder):
     return list(dict.fromkeys(found)), failures, notes
 
 
+def files_below(folder, above=()):
+    """List the files in a folder and its subfolders, also behind links.
+
+    Arguments
+    ---------
+    folder : Path
+        Where to look.
+    above : tuple of Path
+        The folders that contain it; a link to one of them is not followed.
+
+    Returns
+    -------
+    list of Path
+        Sorted.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> (folder / "a.wav").touch()
+    >>> [path.name for path in files_below(folder)]
+    ['a.wav']
+    """
+    found, above = [], (*above, folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            found.append(path)
+        elif path.is_dir() and path.resolve() not in above:
+            found += files_below(path, above)
+    return found
+
+
 def _search(folder, out, notes):
     """Find the recordings in a folder and its subfolders."""
     # An output folder inside it holds sources, not recordings.
     below = folder.resolve() in out.resolve().parents
     files = [
         file
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-        and not file.name.startswith(".")
+        for file in files_below(folder)
+        if not file.name.startswith(".")
         and not (below and out.resolve() in file.resolve().parents)
     ]
     audio = [file for file in files if file.suffix.lower() in AUDIO_SUFFIXES]

@@ -1,5 +1,6 @@
 """Options of a separation, and their checks."""
 
+import math
 from dataclasses import dataclass
 
 CHOICES = {
@@ -87,10 +88,10 @@ class SeparationOptions:
                     f"{name} is one of {', '.join(known)}, not "
                     f"{getattr(self, name)!r}"
                 )
-        if not 0 < 2 * self.overlap < self.chunk:
+        if not 0 < 2 * self.overlap < self.chunk < math.inf:
             raise ValueError(
-                "overlap must be more than 0 and less than half of chunk, got "
-                f"{self.overlap} and {self.chunk} seconds"
+                "overlap must be more than 0 and less than half of chunk, and "
+                f"chunk finite, got {self.overlap} and {self.chunk} seconds"
             )
         chosen = [
             name

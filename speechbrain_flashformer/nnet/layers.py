@@ -214,10 +214,10 @@ class Attention(nn.Module):
         return self.out((weights @ v).transpose(1, 2).flatten(2))
 
     def _project(self, x, angles):
-        qkv = self.qkv(x).unflatten(2, (3, self.nhead, -1))
-        both, v = qkv.split([2, 1], dim=2)
-        q, k = rotate(both.flatten(2, 3), angles).chunk(2, dim=2)
-        return q, k, v.squeeze(2)
+        heads = self.qkv(x).unflatten(2, (3 * self.nhead, -1))
+        both, v = heads.split([2 * self.nhead, self.nhead], dim=2)
+        q, k = rotate(both, angles).chunk(2, dim=2)
+        return q, k, v
 
 
 class FeedForward(nn.Module):

@@ -182,6 +182,12 @@ class Separation(sb.Brain):
                 list(self.optimizers_dict.values()), self.optimizer_step + 1
             )
 
+    def optimizers_step(self):
+        """Clip all gradients together: Brain clips one group per optimizer."""
+        limit = self.max_grad_norm * self.scaler.get_scale()
+        torch.nn.utils.clip_grad_norm_(self.modules.parameters(), limit)
+        super().optimizers_step()
+
     def check_loss_isfinite(self, loss):
         """Log the batch of a loss that is not finite; Brain counts these."""
         if loss.isfinite():
@@ -205,9 +211,8 @@ class Separation(sb.Brain):
 
     def _should_save_intra_epoch_ckpt(self, *args):
         """Follow Brain's decision, except during gradient accumulation."""
-        accumulating = self.step % self.grad_accumulation_factor
         due = super()._should_save_intra_epoch_ckpt(*args)
-        return due and not accumulating
+        return due and not self.step % self.grad_accumulation_factor
 
     # --- stages -------------------------------------------------------------
 
@@ -326,7 +331,7 @@ class Separation(sb.Brain):
         mean = {k: v for k, v in summary["avg"].items() if k != "snt_id"}
         self.log(
             stats_meta={"epoch loaded": self.hparams.epoch_counter.current},
-            test_stats=mean | {"si-snr": -mean["si-snr"]},
+            test_stats=mean,
         )
         logger.info(
             f"{len(rows)} test mixtures: SI-SNRi {mean['si-snr_i']:.2f} dB "

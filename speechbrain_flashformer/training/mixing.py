@@ -248,14 +248,15 @@ class DynamicMixtures(Dataset):
 
     def _concatenate(self, cut, speaker, percent, rng):
         """Fill ``samples`` with speech of a speaker, starting with ``cut``."""
-        level, theirs = level_db(cut), self.spoken[speaker]
+        level = level_db(cut)
         longest = round(LONGEST_PAUSE * self.sample_rate)
         pieces, length = [], 0
         while length < self.samples:
             pause = np.zeros(rng.integers(longest), np.float32)
             pieces += [pause, cut]
             length += len(pause) + len(cut)
-            cut = self._cut(rng.choice(theirs), percent, rng)
+            index = self._draw_recording(speaker, rng)
+            cut = self._cut(index, percent, rng)
             # Match the levels of the recordings, except for pauses.
             if level_db(cut) > SILENCE_DB:
                 cut = cut * 10 ** ((level - level_db(cut)) / 20)

@@ -12,6 +12,8 @@ import torch
 from torchaudio.functional import resample
 from tqdm import tqdm
 
+from speechbrain_flashformer.inference.audio import UNKNOWN_LENGTH
+from speechbrain_flashformer.inference.inputs import files_below
 from speechbrain_flashformer.training.data import read_table
 
 # Maximum denominator of a resampling ratio. At 44.1 kHz and 97 % speed, the
@@ -70,13 +72,15 @@ def find_recordings(place, speaker="folder"):
     if place.is_file():
         found = list(_listed(place))
     else:
-        paths = sorted(
+        if not place.is_dir():
+            raise FileNotFoundError(f"no folder {place}")
+        paths = [
             path
-            for path in place.rglob("*")
+            for path in files_below(place)
             if path.suffix.lower() in (".wav", ".flac")
             # macOS writes such metadata files on other file systems.
             and not path.name.startswith("._")
-        )
+        ]
         found = [Recording(x, _speaker(x, place, speaker)) for x in paths]
     if not found:
         raise FileNotFoundError(f"no wav or flac file in {place}")
@@ -201,6 +205,8 @@ def _header(path):
         )
     if not info.frames:
         raise ValueError(f"{path} is empty")
+    if info.frames >= UNKNOWN_LENGTH:
+        raise ValueError(f"{path} does not store its length: encode it again")
     return info.samplerate, info.frames
 
 

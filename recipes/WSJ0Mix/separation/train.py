@@ -272,7 +272,7 @@ def check_data_folder(folder):
             )
         return
     if not Path(folder).is_dir():
-        sys.exit(f"no data_folder {folder}: {remedy}")
+        sys.exit(f"there is no data_folder {folder}: {remedy}")
     if not any(Path(folder).iterdir()):
         sys.exit(f"data_folder {folder} is empty: {remedy}")
 
