@@ -36,7 +36,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # What a page leaves to the reader, and what stands for it here.
 PLACES = {
     "MODEL": "model",
-    "RUN_DIR": "recipes/WSJ0Mix/separation/results/flashformer-demo/1234",
+    "RUN_DIR": "results/flashformer-demo/1234",
 }
 # They go on until they are stopped.
 SERVERS = ("app", "stream")
@@ -60,7 +60,8 @@ def world(tmp_path_factory, packed_once, packed_causal, make_run):
     shutil.copytree(packed_once, folder / "model")
     shutil.copytree(packed_causal, folder / "causal")
     shutil.copytree(ROOT / "hparams", folder / "hparams")
-    make_run(folder / PLACES["RUN_DIR"], seed=0)
+    run = make_run(folder / PLACES["RUN_DIR"], seed=0)
+    shutil.copytree(run, folder / "results/mine/1234")
     (folder / "recordings").mkdir()
     noise = 0.1 * np.random.default_rng(0).normal(size=12000)
     for name in ("meeting", "day", "mixture", "recordings/talk"):

@@ -423,7 +423,7 @@ def test_existing_files_stay_unless_told(flashformer, tmp_path, capsys):
 def test_an_offline_model_says_what_to_do(flashformer, packed, capsys):
     assert flashformer(bytes(2000), model=packed) == 1
     told = capsys.readouterr().err
-    assert "not causal and cannot stream: give a causal one as --model" in told
+    assert "not causal and cannot stream: give a causal one" in told
 
 
 def test_a_pipe_that_does_not_wait_is_read_to_its_end(packed_causal, tmp_path):

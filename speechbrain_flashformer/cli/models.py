@@ -214,6 +214,8 @@ def _info(parsed):
         **described,
     }.items():
         print(f"{name:24}{value}")
+    if parsed.model is None:
+        print(f"{'model for live streams':24}{model_folder(None, True)}")
     return OK
 
 

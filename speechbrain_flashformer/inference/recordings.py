@@ -221,9 +221,9 @@ class Recordings:
         networks = self._bare_networks()
         if not getattr(networks[1], "causal", False):
             raise ValueError(
-                "this model is not causal and cannot stream: give a causal one "
-                "as --model; flashformer-streaming.yaml of the recipe trains "
-                "one (docs/streaming.md)"
+                "this model is not causal and cannot stream: give a causal "
+                "one, such as the model for live streams of this package "
+                "(flashformer info shows its folder)"
             )
         return StreamingSeparator(*networks, batch_size, run)
 
