@@ -98,7 +98,7 @@ def whole():
                 if found["outcome"] != "ok":
                     rtf = found["outcome"].split(":")[0]
                 row[f"RTF, {seconds} s, {threads} thread(s)"] = rtf
-                if threads == 1:
+                if threads == 2:
                     row[f"MB, {seconds} s"] = found["extra_peak_mb"]
         yield {**row, "machine load": round(os.getloadavg()[0], 1)}
 

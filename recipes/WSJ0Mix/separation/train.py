@@ -96,11 +96,14 @@ def main():
         "precision", default_precision(run_opts["device"], hparams["MaskNet"])
     )
     # Check now what would otherwise fail after the training.
-    check_perceptual(hparams["more_metrics"], hparams["sample_rate"])
-    if hparams["plot_results"]:
-        check_can_plot(hparams)
+    try:
+        check_perceptual(hparams["more_metrics"], hparams["sample_rate"])
+        if hparams["plot_results"]:
+            check_can_plot(hparams)
+    except (ImportError, ValueError) as error:
+        sys.exit(f"{hparams_file}: {error}")
     if hparams["use_tensorboard"] and find_spec("tensorboard") is None:
-        raise ImportError("use_tensorboard needs: pip install tensorboard")
+        sys.exit("use_tensorboard needs: pip install tensorboard")
     sb.create_experiment_directory(
         experiment_directory=hparams["output_folder"],
         hyperparams_to_save=hparams_file,
