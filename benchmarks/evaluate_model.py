@@ -289,6 +289,12 @@ def load_mixtures(model, folder):
     """Mixtures of a set, or made of its speakers, and their sources: [T]."""
     if (folder / "mix").is_dir():
         return read_mixtures(folder, model.hparams.sample_rate)
+    # These would be taken for speakers.
+    if others := sorted(path.name for path in folder.glob("mix*")):
+        raise ValueError(
+            f"{folder} has {', '.join(others)} but no mix: name its folders "
+            "mix, s1 and s2"
+        )
     return make_mixtures(model, folder)
 
 

@@ -24,8 +24,8 @@ TRAINED = {
     "inference.pack": {"training.checkpoints"},
     "inference.card": {"training.scores"},
 }
-# All who write a file may write it beside and rename it.
-FILES = {"inference.files"}
+# All write a file beside and rename it, and list a folder, in the same way.
+FILES = {"inference.files", "inference.listing"}
 # Imported where they are needed, if they are there.
 LAZY = {"flash_attn", "hyperpyyaml", "pesq", "pystoi"}
 

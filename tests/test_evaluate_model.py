@@ -203,6 +203,14 @@ def test_a_set_that_cannot_be_scored_is_named(
         bench.score(Model(None), tmp_path)
 
 
+def test_mixtures_of_another_layout_are_no_speakers(bench, tmp_path):
+    for name in ("mixture", "source1", "source2"):
+        (tmp_path / name).mkdir()
+        soundfile.write(tmp_path / name / "a.wav", np.ones(40000), 8000)
+    with pytest.raises(ValueError, match="has mixture but no mix: name its"):
+        bench.score(Model(None), tmp_path)
+
+
 def test_recordings_that_are_too_short_are_told(bench, tmp_path):
     soundfile.write(tmp_path / "a.wav", np.ones(8000), 8000)
     with pytest.raises(FileNotFoundError, match="no recording of 3 s"):

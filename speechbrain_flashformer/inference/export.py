@@ -15,11 +15,7 @@ from pathlib import Path
 import torch
 
 from speechbrain_flashformer.inference.files import written_beside
-from speechbrain_flashformer.nnet.separator import (
-    MODULES,
-    Separator,
-    unwrapped,
-)
+from speechbrain_flashformer.nnet.separator import MODULES, Separator, unwrapped
 from speechbrain_flashformer.nnet.step import StreamingStep
 from speechbrain_flashformer.nnet.streaming import StreamingSeparator
 
@@ -33,8 +29,7 @@ TOLERANCE = 1e-4
 INT8_DISTANCE = 20
 # Number of blocks in which an exported stream is compared with torch.
 CHECKED_BLOCKS = 30
-# Largest size of the weights in bytes: the limit of a protocol buffer, less
-# some space for the graph.
+# Most bytes of weights: the limit of a protocol buffer, less the graph.
 MOST_BYTES = 2**31 - 2**24
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import soundfile
 
 from speechbrain_flashformer.inference.files import was_separated
+from speechbrain_flashformer.inference.listing import files_below
 
 # Formats that need more than the file, or whose suffix usually means another
 # format.
@@ -85,37 +86,6 @@ def find_inputs(words, out, folder):
                 found.append((path, out, path.stem))
     _check_places(found)
     return list(dict.fromkeys(found)), failures, notes
-
-
-def files_below(folder, above=()):
-    """List the files in a folder and its subfolders, also behind links.
-
-    Arguments
-    ---------
-    folder : Path
-        Where to look.
-    above : tuple of Path
-        The folders that contain it; a link to one of them is not followed.
-
-    Returns
-    -------
-    list of Path
-        Sorted.
-
-    Example
-    -------
-    >>> folder = getfixture("tmp_path")
-    >>> (folder / "a.wav").touch()
-    >>> [path.name for path in files_below(folder)]
-    ['a.wav']
-    """
-    found, above = [], (*above, folder.resolve())
-    for path in sorted(folder.iterdir()):
-        if path.is_file():
-            found.append(path)
-        elif path.is_dir() and path.resolve() not in above:
-            found += files_below(path, above)
-    return found
 
 
 def _search(folder, out, notes):
