@@ -212,8 +212,8 @@ def test_noise_that_cannot_be_used_is_named_at_the_start(tmp_path):
     soundfile.write(tmp_path / "hall.wav", np.ones((80, 2)), 8000)
     with pytest.raises(ValueError, match=r"hall.wav has 2 channels"):
         Noise(0.5, folder=str(tmp_path))
-    with pytest.raises(ValueError, match="is not used, because the share"):
-        Noise(0.0, folder=str(tmp_path))
+    # What nobody hears is not read.
+    assert Noise(0.0, folder=str(tmp_path)).recordings is None
 
 
 @pytest.mark.parametrize("row", ["a.wav,", ",me", "a.wav"])
@@ -854,6 +854,12 @@ def test_hparams_say_what_is_mixed(speech):
     assert len(made.reader.paths) == 12 and len(made.spoken) == 4
     plain = dynamic_mix_data_prep(hparams_of(speech, use_speedperturb=False))
     assert plain.speeds == (100, 100)
+
+
+def test_a_folder_of_noise_without_a_share_is_refused(speech):
+    noise = Noise(0.0, folder="rain")
+    with pytest.raises(ValueError, match="noise in rain is not used"):
+        dynamic_mix_data_prep(hparams_of(speech, dm_effects={"noise": noise}))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1])

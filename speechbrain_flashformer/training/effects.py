@@ -189,12 +189,7 @@ class Noise:
                 f"not {self.snr_db}"
             )
         self.recordings = None
-        if self.folder and not self.share:
-            raise ValueError(
-                f"the noise in {self.folder} is not used, because the share of "
-                "noise is 0: set it (--dm_effects '{noise: {share: 0.5}}')"
-            )
-        if self.folder:
+        if self.folder and self.share:
             found = find_recordings(self.folder)
             self.recordings = RecordingReader([x.path for x in found], "noise")
 

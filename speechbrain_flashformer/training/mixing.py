@@ -59,8 +59,8 @@ def dynamic_mix_data_prep(hparams):
         If ``base_folder_dm`` has no recordings.
     ValueError
         If ``base_folder_dm`` is empty, an effect makes sources silent and the
-        loss is not defined for silence, or as ``find_recordings`` and
-        ``DynamicMixtures``.
+        loss is not defined for silence, a folder of noise is not used, or as
+        ``find_recordings`` and ``DynamicMixtures``.
     """
     if not hparams["base_folder_dm"]:
         raise ValueError(
@@ -75,6 +75,12 @@ def dynamic_mix_data_prep(hparams):
             "speechbrain_flashformer.training.losses.pit_snr_loss or "
             "pit_mixed_loss"
         )
+    for effect in effects:
+        if getattr(effect, "folder", "") and not effect.share:
+            raise ValueError(
+                f"the noise in {effect.folder} is not used, because the share "
+                "of noise is 0: set it (--dm_effects '{noise: {share: 0.5}}')"
+            )
     speeds = (100, 100)
     if hparams["use_speedperturb"]:
         speeds = (min(hparams["speed_changes"]), max(hparams["speed_changes"]))
