@@ -209,5 +209,5 @@ def test_a_killed_worker_is_told_and_the_training_can_go_on(train, monkeypatch):
 def test_stages_are_those_of_speechbrain():
     assert issubclass(Separation, sb.Brain)
     # What a subclass must not have replaced, or Brain's options do nothing.
-    for name in ("fit_batch", "evaluate_batch", "optimizers_step", "fit"):
+    for name in ("fit_batch", "evaluate_batch", "fit"):
         assert getattr(Separation, name) is getattr(sb.Brain, name)
