@@ -290,7 +290,8 @@ def load_mixtures(model, folder):
     if (folder / "mix").is_dir():
         return read_mixtures(folder, model.hparams.sample_rate)
     # These would be taken for speakers.
-    if others := sorted(path.name for path in folder.glob("mix*")):
+    named = [folder / "mixture", *folder.glob("mix_*")]
+    if others := [path.name for path in named if path.is_dir()]:
         raise ValueError(
             f"{folder} has {', '.join(others)} but no mix: name its folders "
             "mix, s1 and s2"

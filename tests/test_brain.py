@@ -320,12 +320,16 @@ def test_a_loss_that_fixes_the_level_leaves_nothing_to_mend(make):
     assert meta["si-snr"] == -1.0 and not {"level_db", "polarity"} & set(meta)
 
 
-def test_the_gradients_of_all_weights_are_clipped_together(make):
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_the_gradients_of_all_weights_are_clipped_together(make, scale):
     brain = make({"max_grad_norm": 5.0})
     brain.on_fit_start()
+    if scale > 1:  # as in float16
+        brain.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        brain.scaler.scale(torch.ones(()))
     weights = list(brain.modules.parameters())
     for i, weight in enumerate(weights):
-        weight.grad = torch.full_like(weight, 1.0 + i)
+        weight.grad = torch.full_like(weight, scale * (1.0 + i))
     norms = torch.stack([weight.grad.norm() for weight in weights])
     seen = []
     for optimizer in brain.optimizers_dict.values():
@@ -338,6 +342,16 @@ def test_the_gradients_of_all_weights_are_clipped_together(make):
         clipped = norms * 5 / norms.norm()
         assert torch.allclose(torch.stack(found), clipped, rtol=1e-3)
     assert len(seen) == 2
+
+
+def test_all_else_of_a_step_is_left_to_speechbrain(make, monkeypatch):
+    brain, steps = make(), []
+    brain.on_fit_start()
+    monkeypatch.setattr(
+        sb.Brain, "optimizers_step", lambda brain: steps.append(brain)
+    )
+    brain.optimizers_step()
+    assert steps == [brain]
 
 
 def test_conv_tasnets_weights_need_no_matrix_optimizer(make):

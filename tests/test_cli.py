@@ -13,6 +13,7 @@ import pytest
 import soundfile
 
 from speechbrain_flashformer import cli
+from speechbrain_flashformer.inference import built_in_model
 
 
 def flashformer(*arguments, stdin=None, **environment):
@@ -555,6 +556,13 @@ def test_info(packed, capsys):
     printed = capsys.readouterr().out
     for what in (packed, "speakers", "8000 Hz", "GMAC per second", "sdpa"):
         assert str(what) in printed
+
+
+def test_info_without_a_model_shows_both_of_the_package(capsys):
+    assert run("info") == 0
+    printed = capsys.readouterr().out.split()
+    for streaming in (False, True):
+        assert str(built_in_model(streaming)) in printed
 
 
 def test_a_reader_that_leaves_is_no_failure(packed):

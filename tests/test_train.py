@@ -67,6 +67,13 @@ def test_no_data_ends_it_in_one_line(run, tmp_path, options, message):
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
+def test_a_metric_that_there_is_not_ends_it_in_one_line(run, tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/a").touch()
+    with pytest.raises(SystemExit, match=r"flashformer.yaml: .*mos"):
+        run("--data_folder", "here", "--more_metrics", "[mos]")
+
+
 def test_an_option_without_a_value_ends_it(run, capsys):
     # What the shell leaves of --data_folder $UNSET.
     with pytest.raises(SystemExit):
