@@ -198,10 +198,18 @@ class FSMN(nn.Module):
         known = torch.cat([context["past"], x], 1)
         context["past"] = known[:, x.shape[1] :]
         # For the few frames of a block, a product and a sum take a third of
-        # the time of a convolution.
-        taps = known.unfold(1, 1 + self.lookback * self.dilation, 1)
-        taps = taps[..., :: self.dilation] * self.weight.flatten(1)
-        return x + taps.sum(3)
+        # the time of a convolution. The view of torch's unfold costs nothing,
+        # but onnxruntime gathers it value by value, and frames as a whole.
+        weight, span = self.weight.flatten(1), 1 + self.lookback * self.dilation
+        if torch.compiler.is_exporting():
+            starts = torch.arange(x.shape[1], device=x.device)[:, None]
+            steps = torch.arange(0, span, self.dilation, device=x.device)
+            frames = starts + steps
+            taps = known.index_select(1, frames.flatten())
+            taps = taps.unflatten(1, frames.shape)  # [B, T, taps, C]
+            return x + (taps * weight.T).sum(2)
+        taps = known.unfold(1, span, 1)[..., :: self.dilation]
+        return x + (taps * weight).sum(3)
 
     def _filter_whole(self, x):
         B, T, _ = x.shape

@@ -220,17 +220,23 @@ class CumulativeNorm(GlobalNorm):
         context = context or self.reference(x)
         past = context["sums"]
         wide = x.to(past.dtype)
-        known = torch.cat([past, weighted_sums(wide)], 2)
-        context["sums"] = known[:, :, x.shape[1] :]
+        new, size = weighted_sums(wide), x.shape[1]
+        known = torch.cat([past, new], 2)
+        context["sums"] = known[:, :, size:]
         # Sums over the last span frames: the remainder of the previous block of
         # span frames plus the new frames of this one. A difference of running
         # totals would keep the rounding error of a loud click forever.
-        spans = F.pad(known, (0, -x.shape[1] % self.span))
-        spans = spans.unflatten(2, (-1, self.span))
-        left = spans[:, :, :-1].flip(3).cumsum(3).flip(3)
-        left = F.pad(left[..., 1:], (0, 1))
-        total = left + spans[:, :, 1:].cumsum(3)
-        total = total.flatten(2)[:, :, : x.shape[1]]
+        if size < self.span:
+            left = past[:, :, 1:size].flip(2).cumsum(2).flip(2)
+            left = F.pad(left, (0, 1)) + past[:, :, size:].sum(2, keepdim=True)
+            total = left + new.cumsum(2)
+        else:
+            spans = F.pad(known, (0, -size % self.span))
+            spans = spans.unflatten(2, (-1, self.span))
+            left = spans[:, :, :-1].flip(3).cumsum(3).flip(3)
+            left = F.pad(left[..., 1:], (0, 1))
+            total = left + spans[:, :, 1:].cumsum(3)
+            total = total.flatten(2)[:, :, :size]
         mean, power = moments(total)
         variance = (power - mean.square()).clamp(min=0)
         scale = (variance + self.eps**2).rsqrt()
