@@ -10,6 +10,7 @@ import torch
 from speechbrain.nnet.schedulers import WarmCoolDecayLRSchedule
 
 from speechbrain_flashformer import FlashFormer
+from speechbrain_flashformer.training import locks
 from speechbrain_flashformer.training.data import EpochSampler
 from speechbrain_flashformer.training.schedules import (
     steps_per_epoch,
@@ -111,6 +112,21 @@ def test_speech_that_cannot_be_listed_ends_it_in_one_line(
             *("--dynamic_mixing", "True", "--base_folder_dm", "speech.csv"),
         )
     assert "speech.csv is not UTF-8 text" in str(told[0])
+
+
+@pytest.mark.skipif(locks.fcntl is None, reason="no locks of folders here")
+def test_a_folder_has_one_training(run, tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/a").touch()
+    options = "--data_folder", "here", "--output_folder", "run"
+    (tmp_path / "run").mkdir()
+    with locks.locked(tmp_path / "run"):
+        with pytest.raises(SystemExit) as raised:
+            run(*options)
+    assert "another training is writing into run: " in raised.value.code
+    for _ in range(2):  # an earlier training has released the folder
+        with pytest.raises(AssertionError, match="it has begun"):
+            run(*options)
 
 
 @pytest.mark.parametrize("yaml", YAMLS, ids=lambda path: path.stem)

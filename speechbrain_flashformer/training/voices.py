@@ -21,11 +21,7 @@ import soundfile
 from tqdm import tqdm
 
 from speechbrain_flashformer.training.espeak import espeakng_loader, speak_all
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None
+from speechbrain_flashformer.training.locks import locked
 
 PARTS = ("tr", "cv", "tt")
 MARKER = "voices.json"  # describes a complete set, in its folder
@@ -170,10 +166,9 @@ def _made_beside(folder):
     with contextlib.ExitStack() as stack:
         # The parent is locked, so that no process removes a folder that another
         # has created but not locked yet.
-        with _locked(folder.parent):
+        with locked(folder.parent):
             for left in folder.parent.glob(f"{folder.name}.*.partial"):
-                with contextlib.suppress(OSError), _locked(left, wait=False):
-                    shutil.rmtree(left)
+                _remove_if_left(left)
             beside = stack.enter_context(
                 tempfile.TemporaryDirectory(
                     prefix=f"{folder.name}.",
@@ -181,28 +176,15 @@ def _made_beside(folder):
                     dir=folder.parent,
                 )
             )
-            stack.enter_context(_locked(beside))
+            stack.enter_context(locked(beside))
         yield Path(beside)
 
 
-@contextlib.contextmanager
-def _locked(folder, wait=True):
-    """Hold the lock of a folder; without wait, a held lock is an OSError."""
-    if fcntl is None:  # Windows: folders of killed processes remain
-        if not wait:
-            raise OSError
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:  # locked, or the file system has no locks
-            if not wait:
-                raise
-        yield
-    finally:
-        os.close(handle)
+def _remove_if_left(folder):
+    """Remove a folder whose process is certain to have ended."""
+    with contextlib.suppress(OSError), locked(folder, wait=False) as held:
+        if held:
+            shutil.rmtree(folder)
 
 
 def _is_made(folder, description):

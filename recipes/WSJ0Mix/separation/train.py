@@ -10,6 +10,7 @@ those on WSJ0-mix.
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -45,6 +46,7 @@ from speechbrain_flashformer.training.data import (
     dataio_prep,
     training_loader_options,
 )
+from speechbrain_flashformer.training.locks import locked
 from speechbrain_flashformer.training.metrics import check_perceptual
 from speechbrain_flashformer.training.mixing import dynamic_mix_data_prep
 from speechbrain_flashformer.training.optim import has_fast_bfloat16
@@ -88,7 +90,7 @@ PATHS = (
 
 
 def main():
-    """Parse the command line, prepare the data, train and test."""
+    """Parse the command line, check what is needed, train and test."""
     hparams_file, run_opts, overrides = parse_arguments(sys.argv[1:])
     hparams = load_settings(hparams_file, overrides)
     ddp_init_group(run_opts)
@@ -104,11 +106,52 @@ def main():
         sys.exit(f"{hparams_file}: {error}")
     if hparams["use_tensorboard"] and find_spec("tensorboard") is None:
         sys.exit("use_tensorboard needs: pip install tensorboard")
-    sb.create_experiment_directory(
-        experiment_directory=hparams["output_folder"],
-        hyperparams_to_save=hparams_file,
-        overrides=overrides,
-    )
+    with contextlib.ExitStack() as held:
+        if if_main_process():
+            reserve(hparams["output_folder"], held)
+        sb.create_experiment_directory(
+            experiment_directory=hparams["output_folder"],
+            hyperparams_to_save=hparams_file,
+            overrides=overrides,
+        )
+        train_and_test(hparams, run_opts)
+
+
+def reserve(folder, held):
+    """Lock the output folder, so that no other training writes into it.
+
+    Arguments
+    ---------
+    folder : str
+        The setting output_folder.
+    held : contextlib.ExitStack
+        Holds the lock until it is closed.
+
+    Raises
+    ------
+    SystemExit
+        If another training holds the lock.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        held.enter_context(locked(folder, wait=False))
+    except BlockingIOError:
+        sys.exit(
+            f"another training is writing into {folder}: wait for it, or give "
+            "--output_folder"
+        )
+
+
+def train_and_test(hparams, run_opts):
+    """Prepare the data, train, test and plot.
+
+    Arguments
+    ---------
+    hparams : dict
+        The hyperparameters.
+    run_opts : dict
+        SpeechBrain's options of the run.
+    """
     logger.info("Precision: %s", hparams["precision"])
 
     try:
