@@ -119,11 +119,11 @@ def test_a_folder_has_one_training(run, tmp_path):
     (tmp_path / "here").mkdir()
     (tmp_path / "here/a").touch()
     options = "--data_folder", "here", "--output_folder", "run"
-    (tmp_path / "run").mkdir()
-    with locks.locked(tmp_path / "run"):
+    (tmp_path / "run/save").mkdir(parents=True)
+    with locks.locked(tmp_path / "run/save"):
         with pytest.raises(SystemExit) as raised:
             run(*options)
-    assert "another training is writing into run: " in raised.value.code
+    assert "another training is writing into run/save: " in raised.value.code
     for _ in range(2):  # an earlier training has released the folder
         with pytest.raises(AssertionError, match="it has begun"):
             run(*options)

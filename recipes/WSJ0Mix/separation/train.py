@@ -108,7 +108,7 @@ def main():
         sys.exit("use_tensorboard needs: pip install tensorboard")
     with contextlib.ExitStack() as held:
         if if_main_process():
-            reserve(hparams["output_folder"], held)
+            reserve(hparams["save_folder"], held)
         sb.create_experiment_directory(
             experiment_directory=hparams["output_folder"],
             hyperparams_to_save=hparams_file,
@@ -118,12 +118,13 @@ def main():
 
 
 def reserve(folder, held):
-    """Lock the output folder, so that no other training writes into it.
+    """Lock the folder of the checkpoints against other trainings.
 
     Arguments
     ---------
     folder : str
-        The setting output_folder.
+        The setting save_folder. Not output_folder, which the starter set locks
+        while it is made.
     held : contextlib.ExitStack
         Holds the lock until it is closed.
 
