@@ -11,7 +11,8 @@ threads:
   (RTF), and the memory beyond the loaded model, measured as in side_by_side.py;
 * one minute of audio through the pretrained streaming network, in blocks of 16,
   8 and 4 ms, for each runtime, on one thread: load (computing time over audio
-  time) and the 99.9th percentile of the block times;
+  time) and the 99.9th percentile of the block times, medians of three runs in
+  turns, because the speed of the machine varies over minutes;
 * run time of whole commands, including the start of Python, on one thread:
   median of five runs.
 
@@ -66,6 +67,7 @@ COMMANDS = {
     "separate, a file of 5 s": ["separate", "a.wav", "-o", "out"],
 }
 RUNS = 5
+ROUNDS = 3  # of all streams
 
 
 def main():
@@ -89,7 +91,7 @@ def whole():
     """Yield the rows of separation in one call."""
     for title, name in MODELS.items():
         row = {"model": title}
-        for threads in (1, 2):
+        for threads, column in ((1, "1 thread"), (2, "2 threads")):
             job = "separate", name, threads, SECONDS, LIMITS
             for found in side_by_side.one_job(*job):
                 seconds, rtf = found["seconds"], found["rtf"]
@@ -97,7 +99,7 @@ def whole():
                 row["GMAC/s"] = found["gmac_per_s"]
                 if found["outcome"] != "ok":
                     rtf = found["outcome"].split(":")[0]
-                row[f"RTF, {seconds} s, {threads} thread(s)"] = rtf
+                row[f"RTF, {seconds} s, {column}"] = rtf
                 if threads == 2:
                     row[f"MB, {seconds} s"] = found["extra_peak_mb"]
         yield {**row, "machine load": round(os.getloadavg()[0], 1)}
@@ -105,16 +107,20 @@ def whole():
 
 def streams():
     """Yield the rows of streams."""
-    for runtime, block in STREAMS:
-        job = "stream", runtime, 1, 1, block
-        found = inference_speed.run_alone(*job, **SHIPPED)
-        yield {
-            "runtime": runtime,
-            "block (ms)": block,
-            "load": found["load"],
-            "99.9th percentile (ms)": found["99.9th percentile (ms)"],
-            "machine load": found["machine load"],
+    figures = ("load", "99.9th percentile (ms)", "machine load")
+    runs = {stream: [] for stream in STREAMS}
+    for _ in range(ROUNDS):
+        for runtime, block in STREAMS:
+            job = "stream", runtime, 1, 1, block
+            runs[runtime, block].append(
+                inference_speed.run_alone(*job, **SHIPPED)
+            )
+    for (runtime, block), found in runs.items():
+        medians = {
+            name: statistics.median(run[name] for run in found)
+            for name in figures
         }
+        yield {"runtime": runtime, "block (ms)": block, **medians}
 
 
 def starts():
