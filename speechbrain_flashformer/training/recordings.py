@@ -12,7 +12,6 @@ import torch
 from torchaudio.functional import resample
 from tqdm import tqdm
 
-from speechbrain_flashformer.inference.audio import UNKNOWN_LENGTH
 from speechbrain_flashformer.inference.listing import files_below
 from speechbrain_flashformer.training.data import read_table
 
@@ -205,7 +204,7 @@ def _header(path):
         )
     if not info.frames:
         raise ValueError(f"{path} is empty")
-    if info.frames >= UNKNOWN_LENGTH:
+    if info.frames >= 2**62:  # libsndfile's number for an unknown length
         raise ValueError(f"{path} does not store its length: encode it again")
     return info.samplerate, info.frames
 
