@@ -3,8 +3,8 @@
 
 > python benchmarks/small_machines.py
 
-Our models (``shipped`` is the network of the pretrained models of the package)
-and other models of similar cost, random weights, float32, 8 kHz, one and two
+Our models (``pretrained`` are the networks of the models in the package) and
+other models of similar cost, random weights, float32, 8 kHz, one and two
 threads:
 
 * separation of 4 s and of 60 s in one call: computing time over audio time
@@ -39,12 +39,12 @@ from records import with_table, write_csv, write_text
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "small_machines.csv"
 PAGE = ROOT / "docs" / "small_machines.md"
-SHIPPED = {"num_layers": 8}
+PRETRAINED = {"num_layers": 8}
 MODELS = {
     "tiny": "flashformer-tiny",
-    "shipped": "flashformer-tiny:num_layers=8",
+    "pretrained": "flashformer-tiny:num_layers=8",
     "streaming": "flashformer-streaming",
-    "shipped, streaming": "flashformer-streaming:num_layers=8",
+    "pretrained, streaming": "flashformer-streaming:num_layers=8",
     "base": "flashformer-base",
     "SkiM": "skim",
     "RE-SepFormer": "re-sepformer",
@@ -113,7 +113,7 @@ def streams():
         for runtime, block in STREAMS:
             job = "stream", runtime, 1, 1, block
             runs[runtime, block].append(
-                inference_speed.run_alone(*job, **SHIPPED)
+                inference_speed.run_alone(*job, **PRETRAINED)
             )
     for (runtime, block), found in runs.items():
         medians = {

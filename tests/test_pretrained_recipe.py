@@ -1,4 +1,4 @@
-"""What the shipped model is made from: speech sorted by who speaks."""
+"""What the pretrained model is made from: speech sorted by who speaks."""
 
 import numpy as np
 import packaged_speakers
