@@ -90,6 +90,13 @@ def _add_options(add):
         "highest peak to 0.9",
     )
     add(
+        "--turns",
+        default=SeparationOptions.turns,
+        choices=CHOICES["turns"],
+        help="voice (default): move a turn of a conversation to the output of "
+        "its speaker if the network puts it elsewhere. network: leave it",
+    )
+    add(
         "--mixture-consistency",
         action="store_true",
         help="make the sources sum to the mixture: add the residual (mixture "

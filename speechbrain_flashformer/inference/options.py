@@ -8,11 +8,12 @@ CHOICES = {
     "norm": ("chunk", "recording"),
     "precision": ("fp32", "bf16", "fp16"),
     "runtime": ("auto", "torch", "onnx"),
+    "turns": ("voice", "network"),
 }
 # Sample formats of the written files -> libsndfile's names.
 SUBTYPES = {"float": "FLOAT", "pcm16": "PCM_16", "pcm24": "PCM_24"}
 # Options that must keep their defaults with streaming.
-NOT_STREAMING = ("chunk", "overlap", "norm", "precision")
+NOT_STREAMING = ("chunk", "overlap", "norm", "precision", "turns")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class SeparationOptions:
         which follows a level that drifts. ``recording``: the whole recording,
         which is read once more; if the overlap is twice the receptive field,
         the result then equals that without chunks.
+    turns : str
+        ``voice``: a turn of a conversation is moved to the output of its
+        speaker if the network puts it elsewhere. ``network``: turns stay where
+        the network puts them, as they do with several channels.
     mixture_consistency : bool
         Whether the sources sum to the mixture (without its DC offset, if that
         is removed): adds the residual (mixture minus sum of sources) to the
@@ -43,7 +48,7 @@ class SeparationOptions:
         applies, if that is given.
     streaming : bool
         Whether to separate with a ``StreamingSeparator``, which needs a causal
-        model. chunk, overlap, norm and precision must then keep their
+        model. chunk, overlap, norm, precision and turns must then keep their
         defaults.
     runtime : str
         Runtime of the stream; only with streaming. ``torch``: PyTorch.
@@ -73,6 +78,7 @@ class SeparationOptions:
     chunk: float = 10.0
     overlap: float = 2.5
     norm: str = "chunk"
+    turns: str = "voice"
     mixture_consistency: bool = False
     precision: str = "fp32"
     streaming: bool = False

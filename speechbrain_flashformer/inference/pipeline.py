@@ -11,7 +11,8 @@ sources [C, S, n].
 import torch
 
 from speechbrain_flashformer.inference.audio import Resampler
-from speechbrain_flashformer.inference.chunks import ChunkPlan
+from speechbrain_flashformer.inference.chunks import ChunkPlan, ChunkSeparator
+from speechbrain_flashformer.inference.turns import TurnOrder
 from speechbrain_flashformer.nnet.separator import (
     encoder_frame,
     encoder_statistics,
@@ -59,7 +60,7 @@ def _feed_all(stages, block):
     return block
 
 
-def separate_blocks(blocks, rate, model_rate, separator, consistent=False):
+def separate_blocks(blocks, rate, model_rate, separators, consistent=False):
     """Separate blocks, and resample where the rates differ.
 
     Arguments
@@ -67,9 +68,10 @@ def separate_blocks(blocks, rate, model_rate, separator, consistent=False):
     blocks : iterable of torch.Tensor
         The mixture in order, each [C, n].
     rate, model_rate : int
-        Sampling rates of the blocks and of the separator, Hz.
-    separator : ChunkSeparator or StreamSeparator
-        Stage from [C, n] to [C, S, m].
+        Sampling rates of the blocks and of the separators, Hz.
+    separators : list
+        Stages from [C, n] to [C, S, m], such as a ChunkSeparator or
+        StreamSeparator and then a TurnOrder.
     consistent : bool
         Whether the sources sum to the mixture: adds the residual (mixture
         minus sum of sources) to the sources in equal parts.
@@ -93,14 +95,14 @@ def separate_blocks(blocks, rate, model_rate, separator, consistent=False):
     ...     def flush(self):
     ...         return torch.zeros(1, 2, 0)
     >>> blocks = torch.randn(1, 44100).split(999, 1)
-    >>> sources = list(separate_blocks(blocks, 44100, 8000, Twice()))
+    >>> sources = list(separate_blocks(blocks, 44100, 8000, [Twice()]))
     >>> torch.cat(sources, 2).shape
     torch.Size([1, 2, 44100])
     """
-    stages = [separator]
+    stages = separators
     if rate != model_rate:
         up = Resampler(model_rate, rate)
-        stages = [Resampler(rate, model_rate), separator, up]
+        stages = [Resampler(rate, model_rate), *separators, up]
     mixture, given = _MixtureBuffer(blocks, consistent), 0
     for sources in flow(mixture, stages):
         # Resampling there and back can add samples at the end.
@@ -262,6 +264,39 @@ def recording_statistics(blocks, rate, model_rate, networks):
         blocks = flow(blocks, [Resampler(rate, model_rate)])
     with torch.no_grad():
         return encoder_statistics(blocks, encoder)
+
+
+def chunk_stages(network, options, sample_rate, num_spks):
+    """Make the stages that separate a recording in chunks.
+
+    Arguments
+    ---------
+    network : ChunkNetwork
+        Separates chunks.
+    options : SeparationOptions
+        ``turns``, and those of ``plan_chunks``.
+    sample_rate, num_spks : int
+        Sampling rate (Hz) and number of speakers of the model.
+
+    Returns
+    -------
+    list
+        Stages from [C, n] to [C, S, m].
+
+    Example
+    -------
+    >>> from speechbrain_flashformer import build
+    >>> from speechbrain_flashformer.inference.options import SeparationOptions
+    >>> parts = list(build("tiny", num_layers=1).children())
+    >>> network = ChunkNetwork(parts, torch.no_grad)
+    >>> len(chunk_stages(network, SeparationOptions(), 8000, 2))
+    2
+    """
+    plan = plan_chunks(options, network.networks, sample_rate, num_spks)
+    stages = [ChunkSeparator(network, sample_rate, plan, num_spks)]
+    if options.turns == "voice":
+        stages.append(TurnOrder(num_spks, sample_rate))
+    return stages
 
 
 def plan_chunks(options, networks, sample_rate, num_spks):

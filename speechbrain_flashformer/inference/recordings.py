@@ -8,14 +8,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from speechbrain_flashformer.inference.audio import (
     AudioReader,
     Resampler,
     plan_hearing,
 )
-from speechbrain_flashformer.inference.chunks import ChunkSeparator
 from speechbrain_flashformer.inference.files import SourceWriter
 from speechbrain_flashformer.inference.folders import local_file
 from speechbrain_flashformer.inference.memory import AudioInMemory
@@ -23,10 +21,11 @@ from speechbrain_flashformer.inference.options import SeparationOptions
 from speechbrain_flashformer.inference.pipeline import (
     ChunkNetwork,
     StreamSeparator,
-    plan_chunks,
+    chunk_stages,
     recording_statistics,
     separate_blocks,
 )
+from speechbrain_flashformer.inference.progress import Progress
 from speechbrain_flashformer.inference.runtime import choose_steps, traced_steps
 from speechbrain_flashformer.nnet.separator import MODULES, separate, unwrapped
 from speechbrain_flashformer.nnet.step import silence_broken
@@ -256,7 +255,7 @@ class Recordings:
         run = run or traced_steps(self)
         separator = StreamSeparator(partial(self.make_stream, run=run))
         rates = sample_rate or model_rate, model_rate
-        for sources in separate_blocks(valid, *rates, separator):
+        for sources in separate_blocks(valid, *rates, [separator]):
             yield sources.transpose(1, 2)
 
     def stream_latency(self, sample_rate=None):
@@ -283,35 +282,24 @@ class Recordings:
         hear = plan_hearing(recording.blocks(), each, recording.path)
         # One chunk per block, so that progress is reported chunk by chunk.
         step = min(10.0, options.chunk - options.overlap)
-        parts = separate_blocks(
-            map(hear, recording.blocks(step)),
-            rate,
-            model_rate,
-            self._separator(recording, hear, options),
-            options.mixture_consistency,
-        )
-        seconds, done = recording.frames / rate, 0
-        with tqdm(
-            total=round(seconds, 1),
-            unit="s",
-            disable=not options.progress,
-            dynamic_ncols=True,
-        ) as bar:
-            for sources in parts:
-                samples = sources.shape[2]
-                if not samples:
-                    continue
-                done += samples
-                yield sources
-                bar.update(samples / rate)
-                if options.callback:
-                    options.callback(done / rate, seconds)
+        separator, *others = self._separators(recording, hear, options)
+        seconds = recording.frames / rate
+        with Progress(
+            model_rate, seconds, options.progress, options.callback
+        ) as progress:
+            yield from separate_blocks(
+                map(hear, recording.blocks(step)),
+                rate,
+                model_rate,
+                [separator, progress, *others],
+                options.mixture_consistency,
+            )
 
-    def _separator(self, recording, hear, options):
-        """Make the stage that separates at the model's rate."""
+    def _separators(self, recording, hear, options):
+        """Make the stages that separate at the model's rate."""
         if options.streaming:
             run = choose_steps(self, options.runtime)
-            return StreamSeparator(partial(self.make_stream, run=run))
+            return [StreamSeparator(partial(self.make_stream, run=run))]
         rate, num_spks = self.hparams.sample_rate, self.hparams.num_spks
         networks, statistics = self._networks(), None
         if options.norm == "recording":
@@ -322,8 +310,7 @@ class Recordings:
         network = ChunkNetwork(
             networks, lambda: self._autocast(options.precision), statistics
         )
-        plan = plan_chunks(options, networks, rate, num_spks)
-        return ChunkSeparator(network, rate, plan, num_spks)
+        return chunk_stages(network, options, rate, num_spks)
 
     def _networks(self):
         return [self.mods[name] for name in MODULES]

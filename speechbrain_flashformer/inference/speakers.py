@@ -199,34 +199,46 @@ class VoiceProfile:
             Sums of features and of their squares, [S, 2, D], and numbers of
             frames, [S].
         """
+        features, alone, _ = self.frames(estimate)
+        sums = torch.stack([features, features.square()], 1).sum(2)
+        return sums, alone.sum(1).double()
+
+    def frames(self, estimate):
+        """Compute the features of the frames in which one speaker dominates.
+
+        Arguments
+        ---------
+        estimate : torch.Tensor
+            Separated signals, [S, T].
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            Features [S, K, D], 0 in all other frames; whether the speaker
+            dominates, [S, K]; energy of the frames, [S, K].
+        """
         estimate = estimate.detach().float().cpu()
-        sums, counts = (
-            torch.zeros_like(self.sums),
-            torch.zeros_like(self.counts),
-        )
-        if estimate.shape[1] < self.size:
-            return sums, counts
-        power = torch.stft(
-            estimate,
-            self.size,
-            self.size // 2,
-            window=self.window,
-            center=False,
-            return_complex=True,
-        )
-        power = power.abs().square().transpose(1, 2)  # [S, K, F]
+        power = estimate.new_zeros(len(estimate), 0, self.size // 2 + 1)
+        if estimate.shape[1] >= self.size:
+            power = torch.stft(
+                estimate,
+                self.size,
+                self.size // 2,
+                window=self.window,
+                center=False,
+                return_complex=True,
+            )
+            power = power.abs().square().transpose(1, 2)  # [S, K, F]
         energy = power.sum(2)
         others = (energy.sum(0) - energy).clamp(min=1e-20)
-        alone = (energy > self.ALONE * others) & (
-            energy > self.FLOOR * energy.max()
+        loud = self.FLOOR * energy.max() if energy.numel() else 0
+        alone = (energy > self.ALONE * others) & (energy > loud)
+        features = torch.zeros(
+            *energy.shape, self.sums.shape[2], dtype=torch.double
         )
-        for s, mine in enumerate(alone):
-            if not mine.any():
-                continue
-            features = self._features(power[s, mine]).double()
-            sums[s] = torch.stack([features.sum(0), features.square().sum(0)])
-            counts[s] = len(features)
-        return sums, counts
+        if alone.any():  # the FFT takes no empty input
+            features[alone] = self._features(power[alone]).double()
+        return features, alone, energy
 
     def _features(self, power):
         """Features [K, D] of power spectra [K, F]."""

@@ -1,0 +1,315 @@
+"""Move each turn of a conversation to the output of its speaker.
+
+A network that follows voices over a few seconds often gives a speaker's next
+turn to the other output. The voices of all turns, compared over a minute, tell
+whose turn it is.
+
+Axes: C channels, S speakers, T, n and m samples, K frames, D features, G
+segments, O orders of the speakers.
+"""
+
+from itertools import permutations
+
+import torch
+from torch.nn.functional import avg_pool1d, pad
+
+from speechbrain_flashformer.inference.speakers import VoiceProfile
+
+# Seconds that are compared; the first half of them is then final.
+HELD = 60.0
+FADE = 0.05  # seconds from one order to another
+# A frame is speech if its power is at least FLOOR times that of a loud frame,
+# and belongs to one speaker if that has ALONE times the power of the others,
+# over SMOOTH frames.
+FLOOR, ALONE, SMOOTH = 1e-3, 10.0, 15
+PAUSE = 8  # frames
+# Cost of a change of the order in a pause, and where speech goes on. Voices of
+# two speakers are mostly more than 8 apart, those of one 1 to 4.
+IN_PAUSE, IN_SPEECH = 0.5, 5.0
+UNKNOWN = 8.0  # distance to a speaker who has not been heard
+ENOUGH = 30  # frames; the distance of a voice with fewer counts less than half
+HEARD = 8.0  # seconds of one speaker alone, before any turn is moved
+ROUNDS = 15
+
+
+class TurnOrder:
+    """A stage that moves each turn to the output of its speaker.
+
+    Several channels pass unchanged: their speakers have one order, and turns
+    that are moved in one channel alone would break it.
+
+    Arguments
+    ---------
+    num_spks : int
+        S.
+    sample_rate : int
+        Hz.
+
+    Example
+    -------
+    >>> sources = torch.randn(1, 2, 8000)
+    >>> stage = TurnOrder(2, 8000)
+    >>> parts = [stage.feed(sources), stage.flush()]
+    >>> torch.equal(torch.cat(parts, 2), sources)
+    True
+    """
+
+    def __init__(self, num_spks, sample_rate):
+        self.turns = ChannelTurns(num_spks, sample_rate)
+        self.held = round(HELD * sample_rate)
+        self.pieces, self.size = [], 0
+
+    def feed(self, sources):
+        """Take the next samples.
+
+        Arguments
+        ---------
+        sources : torch.Tensor
+            [C, S, n].
+
+        Returns
+        -------
+        torch.Tensor
+            The sources that are final, [C, S, m]; m may be 0.
+        """
+        if len(sources) > 1:
+            self.pieces = [sources[..., :0]]
+            return sources
+        self.pieces.append(sources)
+        self.size += sources.shape[2]
+        ready = [sources[..., :0]]
+        while self.size >= self.held:
+            ready.append(self._release(self.held // 2))
+        return torch.cat(ready, 2)
+
+    def flush(self):
+        """Return the remaining sources, [C, S, m]."""
+        return self._release(self.size)
+
+    def _release(self, samples):
+        held = torch.cat(self.pieces, 2)
+        self.pieces, self.size = [held[..., samples:]], self.size - samples
+        if not samples:
+            return held
+        # Not more than that, so that the blocks do not matter.
+        return self.turns.arrange(held[0, :, : self.held], samples)[None]
+
+
+class ChannelTurns:
+    """The turns of one channel.
+
+    Arguments
+    ---------
+    num_spks : int
+        S.
+    sample_rate : int
+        Hz.
+
+    Example
+    -------
+    >>> ChannelTurns(2, 8000).arrange(torch.randn(2, 8000), 4000).shape
+    torch.Size([2, 4000])
+    """
+
+    def __init__(self, num_spks, sample_rate):
+        self.profile = VoiceProfile(num_spks, sample_rate)
+        self.orders = torch.tensor(list(permutations(range(num_spks))))
+        self.fade = round(FADE * sample_rate)
+        self.enough = HEARD * sample_rate / (self.profile.size // 2)
+        self.last = None  # index of the order at the end of what is final
+
+    def arrange(self, sources, samples):
+        """Put the turns in order, and return the first samples.
+
+        Arguments
+        ---------
+        sources : torch.Tensor
+            From the end of what was returned before, [S, T].
+        samples : int
+            How many samples are final.
+
+        Returns
+        -------
+        torch.Tensor
+            [S, samples].
+        """
+        features, alone, energy = self.profile.frames(sources)
+        hop, size = self.profile.size // 2, self.profile.size
+        cut = min(samples // hop, energy.shape[1])
+        start, stop = segments(energy, cut)
+        if not len(start):
+            return self._reorder(sources[:, :samples], None)
+        sums, counts = _segment_sums(features, alone, start, stop)
+        pause = start[1:] - stop[:-1] >= PAUSE
+        change = torch.where(pause, IN_PAUSE, IN_SPEECH)
+        first = 0.0
+        if self.last is not None:
+            first = IN_PAUSE if start[0] >= PAUSE else IN_SPEECH
+        change = torch.cat([torch.tensor([first]), change])
+        chosen = self._choose(sums, counts, change.tolist())
+        final = stop <= cut
+        index = self.orders[chosen[final]]
+        for g, order in zip(final.nonzero()[:, 0].tolist(), index):
+            self.profile.add(sums[g, order], counts[g, order])
+        # An order holds until the middle between its segment and the next.
+        ends = (stop[:-1] - 1 + start[1:]) * hop // 2 + size // 2
+        ends = torch.cat([ends, torch.tensor([sources.shape[1]])])
+        ends = ends.clamp(max=sources.shape[1])
+        lengths = ends.diff(prepend=torch.zeros(1, dtype=ends.dtype))
+        which = chosen.repeat_interleave(lengths)
+        return self._reorder(sources[:, :samples], which[:samples])
+
+    def _choose(self, sums, counts, change):
+        """Index of the order of each segment, [G]."""
+        start = self.last or 0
+        chosen = torch.full((len(sums),), start)
+        if counts.sum() + self.profile.counts.sum() < self.enough:
+            return chosen
+        for _ in range(ROUNDS):
+            costs = self._costs(sums, counts, chosen)
+            better = cheapest_path(costs, change, start)
+            if torch.equal(better, chosen):
+                break
+            chosen = better
+        return chosen
+
+    def _costs(self, sums, counts, chosen):
+        """Distances from the voices that the other segments give, [G, O]."""
+        order = self.orders[chosen]  # [G, S]: the output of each speaker
+        mine = order[:, :, None] == torch.arange(order.shape[1])  # [G, S, S]
+        mine = mine.double()
+        own = torch.einsum("gij,gjd->gijd", mine, sums[:, :, 0])
+        squares = torch.einsum("gij,gjd->id", mine, sums[:, :, 1])
+        squares = squares + self.profile.sums[:, 1]
+        own_count = mine * counts[:, None]
+        total = own.sum((0, 2)) + self.profile.sums[:, 0]  # [S, D]
+        count = own_count.sum((0, 2)) + self.profile.counts  # [S]
+        spread = total.square() / count.clamp(min=1)[:, None]
+        variance = (squares - spread).sum(0) / count.sum().clamp(min=1) + 1e-6
+        # A segment is not compared with itself.
+        others = count[:, None] - own_count  # [G, S, S]
+        voice = (total[:, None] - own) / others.clamp(min=1)[..., None]
+        mean = sums[:, :, 0] / counts.clamp(min=1)[..., None]  # [G, S, D]
+        far = ((mean[:, None] - voice).square() / variance).sum(3)
+        far = torch.where(others >= 1, far, UNKNOWN)
+        far = far * (counts / (counts + ENOUGH))[:, None]
+        each = torch.arange(order.shape[1])
+        return far[:, each, self.orders].sum(2)
+
+    def _reorder(self, sources, which):
+        """Apply an order to each sample, with a fade from one to another.
+
+        ``which`` [T] has its index; None keeps the last order.
+        """
+        if which is None:
+            which = torch.full((sources.shape[1],), self.last or 0)
+        # The order does not change at the ends, where a fade has no room.
+        half = self.fade // 2 + 1
+        if self.last is not None:
+            which[:half] = self.last
+        which[-half:] = which[-half:][0]
+        self.last = which[-1].item()
+        used = which.unique_consecutive().unique().tolist()
+        if len(used) == 1:
+            return sources[self.orders[used[0]]]
+        out = torch.zeros_like(sources)
+        for index in used:
+            chosen = (which == index).double()[None]
+            chosen = pad(chosen, (half, half - 1), mode="replicate")[0]
+            run = chosen.cumsum(0)
+            weight = (run[2 * half - 1 :] - run[: 1 - 2 * half]) / (
+                2 * half - 1
+            )
+            out += weight.to(out) * sources[self.orders[index]]
+        return out
+
+
+def segments(energy, cut):
+    """Cut speech at pauses, and where other speakers are heard.
+
+    Arguments
+    ---------
+    energy : torch.Tensor
+        Energy of the frames of each output, [S, K].
+    cut : int
+        A frame where a segment ends.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        First frame of each segment, and the frame after its last, [G] each.
+
+    Example
+    -------
+    >>> energy = torch.zeros(2, 100)
+    >>> energy[0, :40], energy[1, 60:] = 1, 1
+    >>> segments(energy, 100)
+    (tensor([ 0, 60]), tensor([ 40, 100]))
+    """
+    total = energy.sum(0)
+    if not total.numel() or not total.max():
+        return torch.zeros(2, 0, dtype=torch.long).unbind()
+    smooth = avg_pool1d(
+        energy[None], SMOOTH, 1, SMOOTH // 2, count_include_pad=False
+    )[0]
+    most, who = smooth.max(0)
+    several = most <= ALONE * (smooth.sum(0) - most)
+    label = who.masked_fill(several, len(energy))
+    speech = (total > FLOOR * total.quantile(0.95)).nonzero()[:, 0]
+    new = (
+        (speech.diff() > PAUSE)
+        | (label[speech].diff() != 0)
+        | ((speech >= cut).long().diff() > 0)
+    )
+    edges = new.nonzero()[:, 0]
+    start = torch.cat([speech[:1], speech[edges + 1]])
+    stop = torch.cat([speech[edges], speech[-1:]]) + 1
+    return start, stop
+
+
+def cheapest_path(costs, change, start):
+    """Choose an order for each segment.
+
+    Arguments
+    ---------
+    costs : torch.Tensor
+        Cost of each order of each segment, [G, O].
+    change : list of float
+        Cost of a change of the order before each segment.
+    start : int
+        Order before the first segment.
+
+    Returns
+    -------
+    torch.Tensor
+        Indices of the orders with the least sum of costs, [G].
+
+    Example
+    -------
+    >>> costs = torch.tensor([[0.0, 3], [2, 0], [0, 3]])
+    >>> cheapest_path(costs, [1, 1, 1], 0), cheapest_path(costs, [0] * 3, 0)
+    (tensor([0, 0, 0]), tensor([0, 1, 0]))
+    """
+    reached = [float("inf")] * costs.shape[1]
+    reached[start] = 0.0
+    before = []  # the order before, for each order of each segment
+    for cost, price in zip(costs.tolist(), change):
+        least = reached.index(min(reached))
+        moved = reached[least] + price
+        before.append(
+            [o if stay <= moved else least for o, stay in enumerate(reached)]
+        )
+        reached = [min(stay, moved) + c for stay, c in zip(reached, cost)]
+    path = [reached.index(min(reached))]
+    for come_from in reversed(before[1:]):
+        path.append(come_from[path[-1]])
+    return torch.tensor(path[::-1])
+
+
+def _segment_sums(features, alone, start, stop):
+    """Sums of features and squares [G, S, 2, D], and counts [G, S]."""
+    both = torch.stack([features, features.square()], 2)  # [S, K, 2, D]
+    run = pad(both.cumsum(1), (0, 0, 0, 0, 1, 0))
+    count = pad(alone.double().cumsum(1), (1, 0))
+    sums = run[:, stop] - run[:, start]
+    return sums.transpose(0, 1), (count[:, stop] - count[:, start]).T
