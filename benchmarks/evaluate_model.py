@@ -16,8 +16,9 @@ Writes results/evaluate_model.csv, one row per set:
 * recordings of one person, where s2/ is silence: SI-SNR of the louder output,
   and how far the level of the other output is below it, medians in dB;
 * conversations, which have turns/: the share of wrong turns, those that come
-  out in the output that does not hold most turns of that speaker. An oracle is
-  scored too. It knows the sources, with a leak of 20 dB, and orders them at
+  out in the output that does not hold most turns of that speaker; also where
+  the network puts them, before any is moved by its voice. An oracle is scored
+  too. It knows the sources, with a leak of 20 dB, and orders them at
   random in every chunk. Its wrong turns are errors of the chunk order only.
 
 ``--table robustness`` writes results/robustness.csv, one row for each of the
@@ -72,6 +73,7 @@ COLUMNS = (
     "alone, si-snr",
     "alone, other output (dB)",
     "wrong turns (%)",
+    "wrong turns, network (%)",
     "wrong turns, oracle (%)",
 )
 
@@ -193,7 +195,7 @@ def score_turns(model, folder):
     """Score conversations, separated in chunks as recordings are."""
     rate, rng = model.hparams.sample_rate, np.random.default_rng(0)
     plan = ChunkPlan(10 * rate, round(2.5 * rate), align=1)
-    wrong, of_order, count, mixtures = 0, 0, 0, 0
+    wrong, of_order, count, mixtures = {"voice": 0, "network": 0}, 0, 0, 0
     for path in sorted((folder / "turns").glob("*.csv")):
         with path.open(newline="") as file:
             turns = [
@@ -207,13 +209,16 @@ def score_turns(model, folder):
         separator = ChunkSeparator(oracle, rate, plan, 2)
         parts = [separator.feed(mixture[None]), separator.flush()]
         ordered = torch.cat(parts, 2)[0].numpy()
-        heard = model.separate_audio(mixture[None], rate)[0].T.numpy()
-        wrong += wrong_turns(heard, sources.numpy(), turns)
+        for how in wrong:
+            out = model.separate_audio(mixture[None], rate, turns=how)
+            heard = out[0].T.numpy()
+            wrong[how] += wrong_turns(heard, sources.numpy(), turns)
         of_order += wrong_turns(ordered, sources.numpy(), turns)
         count, mixtures = count + len(turns), mixtures + 1
     return {
         "mixtures": mixtures,
-        "wrong turns (%)": round(100 * wrong / count, 1),
+        "wrong turns (%)": round(100 * wrong["voice"] / count, 1),
+        "wrong turns, network (%)": round(100 * wrong["network"] / count, 1),
         "wrong turns, oracle (%)": round(100 * of_order / count, 1),
     }
 

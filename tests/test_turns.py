@@ -97,6 +97,10 @@ def test_an_order_fades_into_the_next():
     which[RATE // 2 :] = 1
     constant = torch.tensor([[1.0], [-1.0]]).expand(2, RATE)
     out = turns._reorder(constant, which)
+    # What comes next begins in the other order.
+    more = turns._reorder(constant, torch.zeros(RATE, dtype=torch.long))
+    assert more[0, 0] == -1 and more[0, -1] == 1
+    assert more.diff().abs().max() < 2.01 / (FADE * RATE)
     assert out[0, 0] == 1 and out[0, -1] == -1 and abs(out[0, RATE // 2]) < 0.01
     assert out.diff().abs().max() < 2.01 / (FADE * RATE)
 
@@ -139,7 +143,9 @@ def test_the_path_is_the_cheapest_of_all():
         return moved + sum(costs[g, o].item() for g, o in enumerate(path))
 
     best = min(product(range(3), repeat=5), key=_cost)
-    assert cheapest_path(costs, change, 1).tolist() == list(best)
+    path, cost = cheapest_path(costs, change, 1)
+    assert path.tolist() == list(best)
+    assert cost == pytest.approx(_cost(best))
 
 
 def test_the_option_leaves_turns_with_the_network(monkeypatch):

@@ -162,39 +162,53 @@ class ChannelTurns:
     def _choose(self, sums, counts, change):
         """Index of the order of each segment, [G]."""
         start = self.last or 0
-        chosen = torch.full((len(sums),), start)
+        kept = torch.full((len(sums),), start)
         if counts.sum() + self.profile.counts.sum() < self.enough:
-            return chosen
-        for _ in range(ROUNDS):
-            costs = self._costs(sums, counts, chosen)
-            better = cheapest_path(costs, change, start)
-            if torch.equal(better, chosen):
-                break
-            chosen = better
-        return chosen
+            return kept
+        found = []
+        for chosen in (kept, *self._sides(sums, counts)):
+            for _ in range(ROUNDS):
+                costs = self._costs(sums, counts, chosen)
+                before = chosen
+                chosen, cost = cheapest_path(costs, change, start)
+                if torch.equal(chosen, before):
+                    break
+            found.append((cost, chosen))
+        return min(found, key=lambda pair: pair[0])[1]
+
+    def _sides(self, sums, counts):
+        """Orders that put the voices on the two sides of their main axis.
+
+        From the network's own orders alone, the search can end where both
+        profiles are a blend of the two voices.
+        """
+        if len(self.orders) != 2 or not counts.any():
+            return []
+        heard, output = counts.max(1)
+        voice = sums[torch.arange(len(sums)), output, 0]
+        voice = voice / heard.clamp(min=1)[:, None]
+        weight = heard[:, None] / heard.sum()
+        voice = voice - (weight * voice).sum(0)
+        axis = torch.linalg.svd(weight.sqrt() * voice, full_matrices=False)[2]
+        moved = (voice @ axis[0] > 0).long() != output
+        if (weight[:, 0] * moved).sum() > 0.5:  # which side is whose is free
+            moved = ~moved
+        return [moved.long()]
 
     def _costs(self, sums, counts, chosen):
-        """Distances from the voices that the other segments give, [G, O]."""
+        """Distances of the segments from the voices they make, [G, O]."""
         order = self.orders[chosen]  # [G, S]: the output of each speaker
-        mine = order[:, :, None] == torch.arange(order.shape[1])  # [G, S, S]
-        mine = mine.double()
-        own = torch.einsum("gij,gjd->gijd", mine, sums[:, :, 0])
-        squares = torch.einsum("gij,gjd->id", mine, sums[:, :, 1])
-        squares = squares + self.profile.sums[:, 1]
-        own_count = mine * counts[:, None]
-        total = own.sum((0, 2)) + self.profile.sums[:, 0]  # [S, D]
-        count = own_count.sum((0, 2)) + self.profile.counts  # [S]
-        spread = total.square() / count.clamp(min=1)[:, None]
-        variance = (squares - spread).sum(0) / count.sum().clamp(min=1) + 1e-6
-        # A segment is not compared with itself.
-        others = count[:, None] - own_count  # [G, S, S]
-        voice = (total[:, None] - own) / others.clamp(min=1)[..., None]
+        each = torch.arange(len(sums))[:, None]
+        total = sums[each, order].sum(0) + self.profile.sums  # [S, 2, D]
+        count = counts[each, order].sum(0) + self.profile.counts  # [S]
+        voice = total[:, 0] / count.clamp(min=1)[:, None]
+        spread = total[:, 1] - count[:, None] * voice.square()
+        variance = spread.sum(0) / count.sum().clamp(min=1) + 1e-6
         mean = sums[:, :, 0] / counts.clamp(min=1)[..., None]  # [G, S, D]
-        far = ((mean[:, None] - voice).square() / variance).sum(3)
-        far = torch.where(others >= 1, far, UNKNOWN)
+        far = (mean[:, None] - voice[:, None]).square() / variance
+        far = torch.where(count[:, None] >= 1, far.sum(3), UNKNOWN)  # [G, S, S]
         far = far * (counts / (counts + ENOUGH))[:, None]
-        each = torch.arange(order.shape[1])
-        return far[:, each, self.orders].sum(2)
+        return far[:, torch.arange(len(voice)), self.orders].sum(2)
 
     def _reorder(self, sources, which):
         """Apply an order to each sample, with a fade from one to another.
@@ -281,14 +295,16 @@ def cheapest_path(costs, change, start):
 
     Returns
     -------
-    torch.Tensor
-        Indices of the orders with the least sum of costs, [G].
+    tuple
+        Indices of the orders with the least sum of costs, [G], and that sum.
 
     Example
     -------
     >>> costs = torch.tensor([[0.0, 3], [2, 0], [0, 3]])
-    >>> cheapest_path(costs, [1, 1, 1], 0), cheapest_path(costs, [0] * 3, 0)
-    (tensor([0, 0, 0]), tensor([0, 1, 0]))
+    >>> cheapest_path(costs, [1, 1, 1], 0)
+    (tensor([0, 0, 0]), 2.0)
+    >>> cheapest_path(costs, [0, 0, 0], 0)
+    (tensor([0, 1, 0]), 0.0)
     """
     reached = [float("inf")] * costs.shape[1]
     reached[start] = 0.0
@@ -303,7 +319,7 @@ def cheapest_path(costs, change, start):
     path = [reached.index(min(reached))]
     for come_from in reversed(before[1:]):
         path.append(come_from[path[-1]])
-    return torch.tensor(path[::-1])
+    return torch.tensor(path[::-1]), min(reached)
 
 
 def _segment_sums(features, alone, start, stop):
