@@ -104,8 +104,8 @@ def main(words=None):
 def run_alone(what, *words, **numbers):
     """Return a row that is measured in its own process."""
     job = json.dumps([words, numbers])
-    command = [sys.executable, __file__, what, "--job", job]
-    command += ["any"] if what == "length" else []
+    model = ["any"] if what == "length" else []
+    command = [sys.executable, __file__, what, *model, "--job", job]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
     return json.loads(done.stdout.splitlines()[-1])
 

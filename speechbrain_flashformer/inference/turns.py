@@ -230,10 +230,8 @@ class ChannelTurns:
         for index in used:
             chosen = (which == index).double()[None]
             chosen = pad(chosen, (half, half - 1), mode="replicate")[0]
-            run = chosen.cumsum(0)
-            weight = (run[2 * half - 1 :] - run[: 1 - 2 * half]) / (
-                2 * half - 1
-            )
+            run, width = chosen.cumsum(0), 2 * half - 1
+            weight = (run[width:] - run[:-width]) / width
             out += weight.to(out) * sources[self.orders[index]]
         return out
 
