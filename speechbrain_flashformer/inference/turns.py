@@ -8,6 +8,7 @@ Axes: C channels, S speakers, T, n and m samples, K frames, D features, G
 segments, O orders of the speakers.
 """
 
+from functools import partial
 from itertools import permutations
 
 import torch
@@ -55,7 +56,9 @@ class TurnOrder:
     """
 
     def __init__(self, num_spks, sample_rate):
-        self.turns = ChannelTurns(num_spks, sample_rate)
+        self.make = partial(ChannelTurns, num_spks, sample_rate)
+        self.turns = None
+        self.least = HEARD * sample_rate
         self.held = round(HELD * sample_rate)
         self.pieces, self.size = [], 0
 
@@ -89,6 +92,11 @@ class TurnOrder:
     def _release(self, samples):
         held = torch.cat(self.pieces, 2)
         self.pieces, self.size = [held[..., samples:]], self.size - samples
+        if self.turns is None:
+            # Nothing is moved: do not import what only profiles need.
+            if held.shape[2] < self.least:
+                return held
+            self.turns = self.make()
         if not samples:
             return held
         # Not more than that, so that the blocks do not matter.
