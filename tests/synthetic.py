@@ -26,7 +26,7 @@ def voice(seconds, pitch, tilt, seed):
 def swapped_share(out, sources):
     """Share of the speech that came out as another speaker's.
 
-    The first chunk decides which output is whose; after that, all must stay.
+    A speaker belongs to the output in which most of its seconds are.
     """
     loud = 0.05 * sources.square().mean() * RATE
     places = []

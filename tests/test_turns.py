@@ -15,6 +15,7 @@ from speechbrain_flashformer.inference.turns import (
     ChannelTurns,
     TurnOrder,
     cheapest_path,
+    segments,
 )
 
 VOICES = ((110, 1.0), (210, 1.6), (150, 0.6))
@@ -60,6 +61,43 @@ def test_turns_come_out_with_their_speaker(speakers, seed):
     out = run(heard)
     assert out.shape == heard.shape
     assert swapped_share(out, sources) == 0
+
+
+@pytest.mark.parametrize("seed, since", [(1, 9), (2, 7), (2, 11)])
+def test_the_network_may_change_its_order_for_good(seed, since):
+    """Its later order is not the one of the profiles."""
+    sources, places = conversation(2, 30, seed=100 * seed)
+    heard = sources + 0.1 * sources.roll(1, 0)
+    generator = torch.Generator().manual_seed(seed)
+    for n, place in enumerate(places):
+        other = torch.rand(1, generator=generator).item() < 0.2
+        if other != (n >= since):
+            heard[:, place] = heard[:, place].flip(0)
+    assert swapped_share(run(heard), sources) == 0
+
+
+def test_a_loud_click_changes_nothing():
+    sources, places = conversation(2, 12)
+    heard = confuse(sources, places, 0)
+    click = slice(places[5].stop, places[5].stop + 80)
+    heard[0, click] = 100 * heard.abs().max() * torch.hann_window(80)
+    out = run(heard)
+    out[:, click] = 0
+    assert swapped_share(out, sources) == 0
+
+
+def test_a_profile_has_every_segment_once():
+    sources, places = conversation(2, 40)
+    turns = ChannelTurns(2, RATE)
+    _, alone, energy = turns.profile.frames(sources)
+    spans = zip(*segments(energy, energy.shape[1]))
+    frames = sum(alone[:, a:b].sum().item() for a, b in spans)
+    half = round(HELD / 2 * RATE)
+    for start in range(0, sources.shape[1], half):
+        turns.arrange(sources[:, start : start + 2 * half], half)
+    # Seams cut some frames.
+    heard = turns.profile.counts.sum().item()
+    assert heard == pytest.approx(frames, rel=0.02)
 
 
 def test_voices_are_remembered_for_longer_than_is_held():
@@ -119,9 +157,22 @@ def test_a_short_recording_stays_as_it_is():
     assert torch.equal(run(heard), heard)
 
 
-@pytest.mark.parametrize("samples", [0, 1, 300, 70 * RATE])
-def test_silence_and_single_samples_pass(samples):
-    silence = torch.zeros(2, samples)
+def test_little_speech_stays_as_it_is():
+    sources, places = conversation(2, 3, seconds=2, pause=2)
+    assert sources.shape[1] > HEARD * RATE
+    heard = sources.clone()
+    heard[:, places[2]] = heard[:, places[2]].flip(0)
+    assert torch.equal(run(heard), heard)
+
+
+@pytest.mark.parametrize("samples", [0, 1, 300, 5 * RATE])
+def test_single_samples_and_noise_pass(samples):
+    noise = torch.randn(2, samples)
+    assert torch.equal(run(noise), noise)
+
+
+def test_silence_passes():
+    silence = torch.zeros(2, 70 * RATE)
     assert torch.equal(run(silence), silence)
 
 

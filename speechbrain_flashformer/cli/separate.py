@@ -94,7 +94,8 @@ def _add_options(add):
         default=SeparationOptions.turns,
         choices=CHOICES["turns"],
         help="voice (default): move a turn of a conversation to the output of "
-        "its speaker if the network puts it elsewhere. network: leave it",
+        "its speaker if the network puts it elsewhere, unless several channels "
+        "are separated. network: leave it",
     )
     add(
         "--mixture-consistency",
@@ -129,8 +130,8 @@ def _add_options(add):
         "--streaming",
         action="store_true",
         help="separate as 'flashformer stream' does, without chunks; needs a "
-        "causal model. It cannot be combined with --chunk, --overlap, --norm "
-        "or --precision",
+        "causal model. It cannot be combined with --chunk, --overlap, --norm, "
+        "--precision or --turns",
     )
     add_runtime(add)
     add("--overwrite", action="store_true", help="replace existing files")

@@ -38,7 +38,7 @@ class SeparationOptions:
     turns : str
         ``voice``: a turn of a conversation is moved to the output of its
         speaker if the network puts it elsewhere. ``network``: turns stay where
-        the network puts them, as they do with several channels.
+        the network puts them, as they do if several channels are separated.
     mixture_consistency : bool
         Whether the sources sum to the mixture (without its DC offset, if that
         is removed): adds the residual (mixture minus sum of sources) to the

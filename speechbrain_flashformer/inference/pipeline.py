@@ -1,4 +1,4 @@
-"""The processing chain: reader, resampler, separator, resampler, writer.
+"""The processing chain: reader, resampler, separator, turns, resampler, writer.
 
 Each stage has ``feed``, which takes the next block and returns the output that
 is ready, and ``flush``, which returns the rest. Memory use does not grow with
@@ -60,7 +60,7 @@ def _feed_all(stages, block):
     return block
 
 
-def separate_blocks(blocks, rate, model_rate, separators, consistent=False):
+def separate_blocks(blocks, rate, model_rate, stages, consistent=False):
     """Separate blocks, and resample where the rates differ.
 
     Arguments
@@ -68,10 +68,10 @@ def separate_blocks(blocks, rate, model_rate, separators, consistent=False):
     blocks : iterable of torch.Tensor
         The mixture in order, each [C, n].
     rate, model_rate : int
-        Sampling rates of the blocks and of the separators, Hz.
-    separators : list
-        Stages from [C, n] to [C, S, m], such as a ChunkSeparator or
-        StreamSeparator and then a TurnOrder.
+        Sampling rates of the blocks and of the stages, Hz.
+    stages : list
+        The first takes [C, n], such as a ChunkSeparator or StreamSeparator,
+        and the others sources, such as a TurnOrder; all return [C, S, m].
     consistent : bool
         Whether the sources sum to the mixture: adds the residual (mixture
         minus sum of sources) to the sources in equal parts.
@@ -99,10 +99,10 @@ def separate_blocks(blocks, rate, model_rate, separators, consistent=False):
     >>> torch.cat(sources, 2).shape
     torch.Size([1, 2, 44100])
     """
-    stages = separators
+    stages = stages
     if rate != model_rate:
         up = Resampler(model_rate, rate)
-        stages = [Resampler(rate, model_rate), *separators, up]
+        stages = [Resampler(rate, model_rate), *stages, up]
     mixture, given = _MixtureBuffer(blocks, consistent), 0
     for sources in flow(mixture, stages):
         # Resampling there and back can add samples at the end.

@@ -32,7 +32,7 @@ class Progress:
 
     def __init__(self, sample_rate, seconds, show, callback=None):
         self.sample_rate, self.seconds = sample_rate, seconds
-        self.callback, self.samples = callback, 0
+        self.callback, self.samples, self.nothing = callback, 0, None
         self.bar = tqdm(
             total=round(seconds, 1),
             unit="s",

@@ -54,6 +54,8 @@ class Recordings:
     def separate_batch(self, mix):
         """Separate a batch of mixtures without chunks and without gradients.
 
+        Turns stay where the network puts them.
+
         Arguments
         ---------
         mix : torch.Tensor

@@ -34,9 +34,6 @@ class SpeakerOrder:
     # Largest cost in dB that the voice profile can add to an order. If two
     # chunks agree to 30 dB in their overlap, the order is certain.
     MOST_DOUBT = 30.0
-    # Cost of a voice without a profile. The distance between two samples of
-    # 15 s is 1 to 4 for one speaker and mostly above 8 for two.
-    UNKNOWN = 8.0
     # Cost of a speaker whose envelope does not correlate with that in the
     # first channel. Envelopes of two conversations correlate by 0.1 or 0.2,
     # whose cube is almost 0; those of one conversation by nearly 1.
@@ -79,7 +76,7 @@ class SpeakerOrder:
             errors = (before[:, None] - shared).square().sum(2).double()
             energy = before.square().sum() + shared.square().sum()
         sums, counts = self.profile.measure(fresh)
-        distances = self.profile.distances(sums, counts, self.UNKNOWN)
+        distances = self.profile.distances(sums, counts)
         alike = torch.zeros(S, S)
         if first is not None:
             alike = envelope_correlation(first, fresh, self.frame) ** 3
@@ -163,8 +160,12 @@ class VoiceProfile:
     BANDS, LAGS = 24, 45
     HIGHEST, LOWEST = 400, 73  # pitch, Hz
     # A frame belongs to one speaker if its power is ALONE times that of the
-    # others, and at least FLOOR times that of the loudest frame.
-    ALONE, FLOOR = 4.0, 1e-4
+    # others, and at least FLOOR times that of the LOUDth loudest frame: a click
+    # covers fewer frames.
+    ALONE, FLOOR, LOUD = 4.0, 1e-4, 8
+    # Distance of a profile without frames. The distance between two samples of
+    # 15 s is 1 to 4 for one speaker and mostly above 8 for two.
+    UNKNOWN = 8.0
 
     def __init__(self, num_spks, sample_rate):
         from torchaudio.functional import melscale_fbanks  # slow import
@@ -231,8 +232,9 @@ class VoiceProfile:
             power = power.abs().square().transpose(1, 2)  # [S, K, F]
         energy = power.sum(2)
         others = (energy.sum(0) - energy).clamp(min=1e-20)
-        loud = self.FLOOR * energy.max() if energy.numel() else 0
-        alone = (energy > self.ALONE * others) & (energy > loud)
+        loudest = energy.sum(0).topk(min(self.LOUD, energy.shape[1])).values
+        loud = energy > self.FLOOR * loudest[-1:]
+        alone = (energy > self.ALONE * others) & loud
         features = torch.zeros(
             *energy.shape, self.sums.shape[2], dtype=torch.double
         )
@@ -256,15 +258,13 @@ class VoiceProfile:
         self.sums += sums
         self.counts += counts
 
-    def distances(self, sums, counts, unknown):
+    def distances(self, sums, counts):
         """Distances between the profiles and new voices.
 
         Arguments
         ---------
         sums, counts : torch.Tensor
             The new voices, as from ``measure``.
-        unknown : float
-            Distance of a profile without frames.
 
         Returns
         -------
@@ -288,7 +288,7 @@ class VoiceProfile:
             if not counts[j]:
                 return 0.0
             far = ((means[i] - news[j]).square() / variance).sum().item()
-            far = far if self.counts[i] else unknown
+            far = far if self.counts[i] else self.UNKNOWN
             return far * trust[j].item()
 
         return [[_distance(i, j) for j in range(S)] for i in range(S)]

@@ -19,17 +19,15 @@ from speechbrain_flashformer.inference.speakers import VoiceProfile
 # Seconds that are compared; the first half of them is then final.
 HELD = 60.0
 FADE = 0.05  # seconds from one order to another
-# A frame is speech if its power is at least FLOOR times that of a loud frame,
-# and belongs to one speaker if that has ALONE times the power of the others,
+# A frame is speech if its power is at least QUIET times that of a loud frame,
+# and belongs to one speaker if that has CLEAR times the power of the others,
 # over SMOOTH frames.
-FLOOR, ALONE, SMOOTH = 1e-3, 10.0, 15
+QUIET, CLEAR, SMOOTH = 1e-3, 10.0, 15
 PAUSE = 8  # frames
-# Cost of a change of the order in a pause, and where speech goes on. Voices of
-# two speakers are mostly more than 8 apart, those of one 1 to 4.
+# Cost of a change of the order in a pause, and where speech goes on.
 IN_PAUSE, IN_SPEECH = 0.5, 5.0
-UNKNOWN = 8.0  # distance to a speaker who has not been heard
-ENOUGH = 30  # frames; the distance of a voice with fewer counts less than half
-HEARD = 8.0  # seconds of one speaker alone, before any turn is moved
+ENOUGH = 30  # frames at which the distance of a voice has half its weight
+HEARD = 8.0  # seconds of one speaker alone without which no turn is moved
 ROUNDS = 15
 
 
@@ -56,7 +54,7 @@ class TurnOrder:
     """
 
     def __init__(self, num_spks, sample_rate):
-        self.make = partial(ChannelTurns, num_spks, sample_rate)
+        self.make_turns = partial(ChannelTurns, num_spks, sample_rate)
         self.turns = None
         self.least = HEARD * sample_rate
         self.held = round(HELD * sample_rate)
@@ -96,10 +94,10 @@ class TurnOrder:
             # Nothing is moved: do not import what only profiles need.
             if held.shape[2] < self.least:
                 return held
-            self.turns = self.make()
+            self.turns = self.make_turns()
         if not samples:
             return held
-        # Not more than that, so that the blocks do not matter.
+        # At most ``held``, so that the result does not depend on the blocks.
         return self.turns.arrange(held[0, :, : self.held], samples)[None]
 
 
@@ -198,10 +196,16 @@ class ChannelTurns:
         weight = heard[:, None] / heard.sum()
         voice = voice - (weight * voice).sum(0)
         axis = torch.linalg.svd(weight.sqrt() * voice, full_matrices=False)[2]
-        moved = (voice @ axis[0] > 0).long() != output
-        if (weight[:, 0] * moved).sum() > 0.5:  # which side is whose is free
-            moved = ~moved
-        return [moved.long()]
+        moved = ((voice @ axis[0] > 0).long() != output).long()
+        # Which side is whose: as in the profiles, at first as in the network.
+        order = self.orders[moved]
+        each = torch.arange(len(sums))[:, None]
+        totals = sums[each, order].sum(0), counts[each, order].sum(0)
+        (a, b), (c, d) = self.profile.distances(*totals)
+        swapped = a + d - b - c
+        if not self.profile.counts.any():
+            swapped = (weight[:, 0] * moved).sum() - 0.5
+        return [1 - moved if swapped > 0 else moved]
 
     def _costs(self, sums, counts, chosen):
         """Distances of the segments from the voices they make, [G, O]."""
@@ -214,7 +218,8 @@ class ChannelTurns:
         variance = spread.sum(0) / count.sum().clamp(min=1) + 1e-6
         mean = sums[:, :, 0] / counts.clamp(min=1)[..., None]  # [G, S, D]
         far = (mean[:, None] - voice[:, None]).square() / variance
-        far = torch.where(count[:, None] >= 1, far.sum(3), UNKNOWN)  # [G, S, S]
+        heard, unknown = count[:, None] >= 1, self.profile.UNKNOWN
+        far = torch.where(heard, far.sum(3), unknown)  # [G, S, S]
         far = far * (counts / (counts + ENOUGH))[:, None]
         return far[:, torch.arange(len(voice)), self.orders].sum(2)
 
@@ -252,7 +257,7 @@ def segments(energy, cut):
     energy : torch.Tensor
         Energy of the frames of each output, [S, K].
     cut : int
-        A frame where a segment ends.
+        A frame that no segment crosses.
 
     Returns
     -------
@@ -273,9 +278,9 @@ def segments(energy, cut):
         energy[None], SMOOTH, 1, SMOOTH // 2, count_include_pad=False
     )[0]
     most, who = smooth.max(0)
-    several = most <= ALONE * (smooth.sum(0) - most)
+    several = most <= CLEAR * (smooth.sum(0) - most)
     label = who.masked_fill(several, len(energy))
-    speech = (total > FLOOR * total.quantile(0.95)).nonzero()[:, 0]
+    speech = (total > QUIET * total.quantile(0.95)).nonzero()[:, 0]
     new = (
         (speech.diff() > PAUSE)
         | (label[speech].diff() != 0)
