@@ -30,9 +30,10 @@ setup(
     },
     install_requires=[
         # One minor version of both: torchaudio refuses to import beside a
-        # torch of another one, and its own metadata does not say so.
+        # torch of another one, and its own metadata does not say so. 2.11.1
+        # lacks a symbol of torch 2.11.0.
         "torch>=2.11,<2.12",
-        "torchaudio>=2.11,<2.12",
+        "torchaudio>=2.11,<2.11.1",
         "speechbrain>=1.1.2,<1.2",
         "hyperpyyaml>=1.2.3,<1.3",
         "ruamel.yaml>=0.17.28,<0.19",
