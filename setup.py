@@ -31,7 +31,7 @@ setup(
     install_requires=[
         # One minor version of both: torchaudio refuses to import beside a
         # torch of another one, and its own metadata does not say so. 2.11.1
-        # lacks a symbol of torch 2.11.0.
+        # needs a symbol that torch 2.11.0 does not have.
         "torch>=2.11,<2.12",
         "torchaudio>=2.11,<2.11.1",
         "speechbrain>=1.1.2,<1.2",
