@@ -99,7 +99,6 @@ def separate_blocks(blocks, rate, model_rate, stages, consistent=False):
     >>> torch.cat(sources, 2).shape
     torch.Size([1, 2, 44100])
     """
-    stages = stages
     if rate != model_rate:
         up = Resampler(model_rate, rate)
         stages = [Resampler(rate, model_rate), *stages, up]
