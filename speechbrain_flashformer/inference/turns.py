@@ -198,21 +198,23 @@ class ChannelTurns:
         axis = torch.linalg.svd(weight.sqrt() * voice, full_matrices=False)[2]
         moved = ((voice @ axis[0] > 0).long() != output).long()
         # Which side is whose: as in the profiles, at first as in the network.
-        order = self.orders[moved]
-        each = torch.arange(len(sums))[:, None]
-        totals = sums[each, order].sum(0), counts[each, order].sum(0)
+        totals = self._by_speaker(sums, counts, moved)
         (a, b), (c, d) = self.profile.distances(*totals)
         swapped = a + d - b - c
         if not self.profile.counts.any():
             swapped = (weight[:, 0] * moved).sum() - 0.5
         return [1 - moved if swapped > 0 else moved]
 
-    def _costs(self, sums, counts, chosen):
-        """Distances of the segments from the voices they make, [G, O]."""
+    def _by_speaker(self, sums, counts, chosen):
+        """Sums [S, 2, D] and counts [S] over all segments in their orders."""
         order = self.orders[chosen]  # [G, S]: the output of each speaker
         each = torch.arange(len(sums))[:, None]
-        total = sums[each, order].sum(0) + self.profile.sums  # [S, 2, D]
-        count = counts[each, order].sum(0) + self.profile.counts  # [S]
+        return sums[each, order].sum(0), counts[each, order].sum(0)
+
+    def _costs(self, sums, counts, chosen):
+        """Distances of the segments from the voices they make, [G, O]."""
+        total, count = self._by_speaker(sums, counts, chosen)
+        total, count = total + self.profile.sums, count + self.profile.counts
         voice = total[:, 0] / count.clamp(min=1)[:, None]
         spread = total[:, 1] - count[:, None] * voice.square()
         variance = spread.sum(0) / count.sum().clamp(min=1) + 1e-6
