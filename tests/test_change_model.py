@@ -89,6 +89,53 @@ def test_a_larger_model_cut_again_is_the_same(grown, tmp_path):
         assert torch.equal(value, before[key]), key
 
 
+def set_constants(folder, factor):
+    """Let each layer add a constant, the same for each factor but for it."""
+    path = folder / "masknet.ckpt"
+    state = torch.load(path, weights_only=True)
+    for key, value in state.items():
+        if key.startswith("layers.") and ".out.weight" in key:
+            value.zero_()
+        if key.startswith("layers.") and ".out.bias" in key:
+            value.copy_(factor * torch.linspace(-1, 2, len(value)))
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize("times", (1, 2, 3))
+def test_smaller_steps_add_up_to_the_same(grown, tmp_path, times):
+    layers, d_ffn = size(grown)
+    set_constants(grown, 1)
+    words = ("deepen", grown, tmp_path / "out", "--times", times)
+    change_model.main(map(str, words))
+    assert size(tmp_path / "out") == (times * layers, d_ffn)
+    mixture = torch.randn(2, 4000)
+    expected = load(grown).separate_batch(mixture)
+    found = load(tmp_path / "out").separate_batch(mixture)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    set_constants(grown, 2)
+    other = load(grown).separate_batch(mixture)
+    assert not torch.allclose(other, expected, atol=1e-2)
+
+
+def test_a_deepened_model_has_each_layer_in_order(grown, tmp_path):
+    change_model.deepen(grown, tmp_path / "out", 2)
+    before, after = (
+        load(grown).mods.masknet,
+        load(tmp_path / "out").mods.masknet,
+    )
+    for i, layer in enumerate(after.layers):
+        source = before.layers[i // 2].state_dict()
+        for key, value in layer.state_dict().items():
+            share = 0.5 if key.startswith(change_model.LAST) else 1
+            torch.testing.assert_close(value, share * source[key])
+
+
+def test_a_model_deepened_zero_times_leaves_nothing(grown, tmp_path):
+    with pytest.raises(ValueError, match="1 or more"):
+        change_model.deepen(grown, tmp_path / "out", 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["grown"]
+
+
 def test_what_cannot_be_resized_leaves_nothing(grown, tmp_path):
     with pytest.raises(FileExistsError, match="remove it"):
         change_model.resize(grown, tmp_path, 3)

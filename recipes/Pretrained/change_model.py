@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Average packed models, resize one, or make one causal.
+"""Average packed models, resize or deepen one, or make one causal.
 
 > python change_model.py average A B OUT --share 0.2
 > python change_model.py resize MODEL OUT --num_layers 12 --d_ffn 384
+> python change_model.py deepen MODEL OUT --times 2
 > python change_model.py causal MODEL OUT
 
 average: averages the weights of two models. OUT has SHARE (0 to 1) of B and the
@@ -16,6 +17,12 @@ larger OUT separates exactly as MODEL does. New layers are inserted evenly after
 old ones; reducing the number of layers removes the same ones. Numbers that are
 not given stay as they are. The card is that of MODEL. Source: Net2Net
 (arXiv:1511.05641), with zeros instead of copies.
+
+deepen: replaces each layer by TIMES copies of it, each with 1 / TIMES of its
+output on the residual path. OUT separates about as well as MODEL, and the new
+layers are useful from the first step of a training on. Source: layers as steps
+of an ordinary differential equation, which smaller steps solve too (multi-level
+ResNets, arXiv:1710.10348).
 
 causal: removes everything that uses the future: the FSMN memories keep only
 their past taps, and attention looks back only. The result is a starting point
@@ -40,6 +47,8 @@ from speechbrain_flashformer.nnet.separator import MODULES
 SEED = 0
 # The output projections of the residual branches of a layer.
 OUTS = ("attention.out", "fsmn.out", "ffn.out")
+# The last weights of the residual branches: the scale, where there is one.
+LAST = ("scale_attention", "fsmn.out", "scale_ffn")
 
 
 @contextlib.contextmanager
@@ -128,6 +137,40 @@ def with_numbers(hparams, numbers):
     return text.getvalue()
 
 
+# --- deepen ------------------------------------------------------------------
+
+
+def deepen(model, out, times):
+    """Write MODEL with each layer in TIMES smaller steps to OUT, atomically."""
+    old = FlashFormerSeparation.from_hparams(model).mods.masknet
+    if not isinstance(old, FlashFormer):
+        raise ValueError(f"the masknet of {model} is not a FlashFormer")
+    if times < 1:
+        raise ValueError(f"--times must be 1 or more, got {times}")
+    text = (model / "hyperparams.yaml").read_text("utf-8")
+    text = with_numbers(text, {"num_layers": times * len(old.layers)})
+    with copied_whole(model, out) as partial:
+        (partial / "hyperparams.yaml").write_text(text, encoding="utf-8")
+        path = partial / "masknet.ckpt"
+        state = torch.load(path, weights_only=True)
+        torch.save(deepened(state, times), path)
+
+
+def deepened(state, times):
+    """Return the state dict of a masknet with TIMES as many layers."""
+    more = {}
+    for key, value in state.items():
+        if not key.startswith("layers."):
+            more[key] = value
+            continue
+        _, layer, name = key.split(".", 2)
+        if name.startswith(LAST):
+            value = value / times
+        for step in range(times):
+            more[f"layers.{times * int(layer) + step}.{name}"] = value.clone()
+    return more
+
+
 # --- causal ------------------------------------------------------------------
 
 
@@ -210,6 +253,11 @@ def main(words=None):
         command.add_argument(name, type=Path)
     for name in ("--num_layers", "--d_ffn"):
         command.add_argument(name, type=int)
+    command = commands.add_parser("deepen")
+    command.set_defaults(run=deepen)
+    for name in ("model", "out"):
+        command.add_argument(name, type=Path)
+    command.add_argument("--times", type=int, required=True)
     command = commands.add_parser("causal")
     command.set_defaults(run=causal)
     for name in ("model", "out"):
