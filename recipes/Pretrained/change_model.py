@@ -71,6 +71,14 @@ def copied_whole(folder, out):
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def load_masknet(model):
+    """Load the masknet of MODEL; raises a ValueError for another network."""
+    masknet = FlashFormerSeparation.from_hparams(model).mods.masknet
+    if not isinstance(masknet, FlashFormer):
+        raise ValueError(f"the masknet of {model} is not a FlashFormer")
+    return masknet
+
+
 # --- average -----------------------------------------------------------------
 
 
@@ -107,9 +115,7 @@ def average_states(first, second, share):
 
 def resize(model, out, num_layers=None, d_ffn=None):
     """Write MODEL with other numbers to OUT, atomically; None: unchanged."""
-    old = FlashFormerSeparation.from_hparams(model).mods.masknet
-    if not isinstance(old, FlashFormer):
-        raise ValueError(f"the masknet of {model} is not a FlashFormer")
+    old = load_masknet(model)
     numbers = {"num_layers": num_layers, "d_ffn": d_ffn}
     numbers = {key: n for key, n in numbers.items() if n is not None}
     if any(n < 1 for n in numbers.values()):
@@ -142,9 +148,7 @@ def with_numbers(hparams, numbers):
 
 def deepen(model, out, times):
     """Write MODEL with each layer in TIMES smaller steps to OUT, atomically."""
-    old = FlashFormerSeparation.from_hparams(model).mods.masknet
-    if not isinstance(old, FlashFormer):
-        raise ValueError(f"the masknet of {model} is not a FlashFormer")
+    old = load_masknet(model)
     if times < 1:
         raise ValueError(f"--times must be 1 or more, got {times}")
     text = (model / "hyperparams.yaml").read_text("utf-8")
@@ -176,11 +180,9 @@ def deepened(state, times):
 
 def causal(model, out):
     """Write a causal copy of MODEL to OUT, atomically."""
-    old = FlashFormerSeparation.from_hparams(model).mods.masknet
-    if not isinstance(old, FlashFormer) or old.causal:
-        raise ValueError(
-            f"the masknet of {model} is not a FlashFormer that can be changed"
-        )
+    old = load_masknet(model)
+    if old.causal:
+        raise ValueError(f"the masknet of {model} is causal already")
     text = (model / "hyperparams.yaml").read_text("utf-8")
     masknet = YAML().load(text)["masknet"]
     left, _ = old.layers[0].attention.window
