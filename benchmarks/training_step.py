@@ -5,9 +5,9 @@
 
 For sizes and batches of the recipes, on one and two threads: seconds of forward
 and backward, and of our optimizer, in float32 and bfloat16 (slow on a CPU
-without instructions for it); seconds of torch's Muon; and our optimizer's share
-of a step. The parts are timed in turn, and the figures are medians. Writes
-results/training_step.csv.
+without instructions for it), in bfloat16 also with torch's attention kernel;
+seconds of torch's Muon; and our optimizer's share of a step. The parts are
+timed in turn, and the figures are medians. Writes results/training_step.csv.
 """
 
 import statistics
@@ -19,6 +19,7 @@ import torch
 from records import write_csv
 
 from speechbrain_flashformer import build
+from speechbrain_flashformer.nnet import window
 from speechbrain_flashformer.training.losses import pit_snr_loss
 from speechbrain_flashformer.training.optim import Muon, matrix_groups
 
@@ -71,6 +72,10 @@ def measure(model, mixtures, seconds):
             estimates = model(mixture)
         pit_snr_loss(targets, estimates.float()).mean().backward()
 
+    def _torch_attention():
+        with mock.patch.object(window, "MOST_HELD", 0):
+            _network(True)
+
     def _step(optimizers, capabilities):
         with mock.patch.object(torch.cpu, "get_capabilities", capabilities):
             for optimizer in optimizers:
@@ -79,6 +84,7 @@ def measure(model, mixtures, seconds):
     parts = {
         "network (s)": (_network, False),
         "network, bfloat16 (s)": (_network, True),
+        "network, bfloat16, torch's attention (s)": (_torch_attention,),
         "optimizer (s)": (_step, ours, dict),
         "optimizer, bfloat16 (s)": (_step, ours, lambda: {"amx_bf16": True}),
         "torch's Muon (s)": (_step, theirs, dict),

@@ -158,9 +158,17 @@ class Recorder(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (64, 64), (64, 0)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cpu_runs_the_flash_kernel_and_nothing_dense(window, dtype):
+UNBOUNDED = [(-1, -1), (-1, 0)]
+
+
+@pytest.mark.parametrize(
+    "dtype, window",
+    [
+        *itertools.product([torch.float32], [*UNBOUNDED, (64, 64), (64, 0)]),
+        *itertools.product([torch.bfloat16], UNBOUNDED),
+    ],
+)
+def test_cpu_runs_the_flash_kernel_and_nothing_dense(dtype, window):
     T = 4096
     qkv = heads(1, T, dtype=dtype)
     with Recorder() as ran:
@@ -171,6 +179,25 @@ def test_cpu_runs_the_flash_kernel_and_nothing_dense(window, dtype):
     # Largest is an input, the mask of a block, or the gradients of the keys
     # of all blocks, not T x T.
     assert ran.largest <= 4 * qkv[0].numel() < T * T
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (70, 70), (250, 0)])
+@pytest.mark.parametrize("T", [1, 300, 1500])
+def test_bfloat16_on_cpu_is_as_exact_as_its_digits(window, T):
+    """Short blocks run as products of matrices there."""
+    found = run_both("sdpa", heads(2, T, torch.bfloat16, H=4, D=32), window)
+    for ours, oracle in found:
+        error = (ours.float() - oracle.float()).norm()
+        assert error <= 0.01 * oracle.float().norm()
+
+
+def test_bfloat16_on_cpu_holds_the_scores_of_blocks_only():
+    T, window = 4096, (64, 64)
+    with Recorder() as ran:
+        attend(*heads(1, T, torch.bfloat16), window=window).sum().backward()
+    assert "_scaled_dot_product_flash_attention_for_cpu" not in ran.names
+    span = sum(window) + windows.BLOCK
+    assert ran.largest <= 2 * T * span  # two heads
 
 
 def test_strided_heads_keep_the_flash_kernel():

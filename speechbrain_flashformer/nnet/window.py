@@ -2,7 +2,7 @@
 
 torch's kernel has no window argument. Queries are therefore processed in
 blocks, and each block attends to a slice of the keys under a mask. Memory is
-linear in T.
+linear in T, also where the scores of a block are held in memory.
 
 Axes: B batch, T tokens, H heads, D head width.
 """
@@ -21,6 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 BLOCK, EDGE = 64, 256
 # Maximum T for one call with a T x T mask.
 MOST_DENSE = 1024
+# Maximum queries and keys of a block whose scores are held in memory.
+MOST_HELD = 1024
 
 
 def attend_window(q, k, v, left, right):
@@ -148,9 +150,33 @@ def run_kernel(q, k, v, **options):
         q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
         options["scale"] = width**-0.5
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    with _no_dense_kernel(q):
-        out = F.scaled_dot_product_attention(q, k, v, **options)
+    if _runs_as_products(q, k):
+        out = _products(q, k, v, **options)
+    else:
+        with _no_dense_kernel(q):
+            out = F.scaled_dot_product_attention(q, k, v, **options)
     return out.transpose(1, 2)[..., :width]
+
+
+def _runs_as_products(q, k):
+    """Whether a block is faster with its scores in memory.
+
+    In bfloat16 on CPU, a training step with torch's kernel takes longer than
+    with two matrix products and a softmax: see benchmarks/training_step.py.
+    """
+    few = max(q.shape[2], k.shape[2]) <= MOST_HELD
+    return few and q.device.type == "cpu" and q.dtype == torch.bfloat16
+
+
+def _products(q, k, v, attn_mask=None, is_causal=False):
+    """Attend from queries [B, H, T, D], with the scores in memory."""
+    scores = q * q.shape[3] ** -0.5 @ k.mT
+    if is_causal:
+        rows, columns = scores.shape[2:]
+        attn_mask = band(rows, columns, 0, columns, 0, q.dtype, q.device)
+    if attn_mask is not None:
+        scores = scores + attn_mask
+    return scores.softmax(3) @ v
 
 
 def _missing_width(q):
