@@ -5,11 +5,12 @@
 > python benchmarks/side_by_side.py
 
 Random weights, float32, batch size 1, 8 kHz, two threads: separation of 1 s to
-10 min, and training steps of 4 s. Base is also measured without its window and
-without its low rate. Each task of a model runs in its own process. The time for
-a length is predicted from the length before, assuming that it grows at least
-linearly. A separation with a predicted time of more than --limit seconds times
-threads is skipped. A separation that needs more than --memory GB is stopped.
+10 min, and training steps of 4 s. Base is also measured without its window, and
+with attention over every frame. Each task of a model runs in its own process.
+The time for a length is predicted from the length before, assuming that it
+grows at least linearly. A separation with a predicted time of more than --limit
+seconds times threads is skipped. A separation that needs more than --memory GB
+is stopped.
 
 Every figure is saved at once: the command resumes where it was interrupted, and
 --again starts over. ``load`` is the load of the machine before a measurement.

@@ -51,7 +51,7 @@ def add_runtime(add):
         default=SeparationOptions.runtime,
         choices=CHOICES["runtime"],
         help="runtime for streaming. torch: PyTorch. onnx: onnxruntime on the "
-        "CPU; the first run exports the model, which takes some seconds. auto "
+        "CPU; the first run exports the model, in ten seconds or more. auto "
         "(default): onnx for live audio if the model was exported before, "
         "else torch",
     )
@@ -243,8 +243,8 @@ def _add_export(add):
     add(
         "--int8",
         action="store_true",
-        help="quantize the weights of linear layers to 8 bits: half the file "
-        "size, slightly faster, error about 30 dB below the output",
+        help="store the weights of linear layers as 8-bit integers: half the "
+        "file size, faster on one thread, with an error (docs/export.md)",
     )
     add("--overwrite", action="store_true", help="replace an existing OUT.onnx")
 
