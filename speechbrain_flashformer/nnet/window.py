@@ -164,8 +164,11 @@ def _runs_as_products(q, k):
     In bfloat16 on CPU, a training step with torch's kernel takes longer than
     with two matrix products and a softmax: see benchmarks/training_step.py.
     """
+    # An exported graph may not branch on the length.
+    if q.device.type != "cpu" or torch.compiler.is_exporting():
+        return False
     few = max(q.shape[2], k.shape[2]) <= MOST_HELD
-    return few and q.device.type == "cpu" and q.dtype == torch.bfloat16
+    return few and q.dtype == torch.bfloat16
 
 
 def _products(q, k, v, attn_mask=None, is_causal=False):
