@@ -25,7 +25,7 @@ OPTIONS = {"opset_version": 18, "dynamo": True, "verbose": False}
 # Largest allowed difference from torch, relative to the peak of the output.
 TOLERANCE = 1e-4
 # Smallest allowed distance of the error on noise below the sources for int8, in
-# dB. The pretrained model has 24 to 32 dB.
+# dB. The pretrained model has 22 to 32 dB.
 INT8_DISTANCE = 15
 # Number of blocks in which an exported stream is compared with torch.
 CHECKED_BLOCKS = 30
