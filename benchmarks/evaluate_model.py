@@ -25,7 +25,8 @@ Writes results/evaluate_model.csv, one row per set:
 CONDITIONS in conditions.py: mean SI-SNRi in dB over the first 50 mixtures of
 each set, scored without the added silence. The last rows choose the best order
 of the speakers for every second, or quarter of a second. The difference to the
-first row is the loss from swapped speakers, as opposed to poor separation.
+first row is roughly the loss from swapped speakers; it can be negative, because
+a segment is ordered by its own SI-SNR.
 
 ``--table ablation_at_inference`` writes the mean SI-SNRi in dB over all
 mixtures with a part of the network removed and no further training. This does

@@ -200,6 +200,14 @@ def test_bfloat16_on_cpu_holds_the_scores_of_blocks_only():
     assert ran.largest <= 2 * T * span  # two heads
 
 
+def test_a_long_recording_in_bfloat16_holds_no_scores():
+    qkv = heads(1, 16384, torch.bfloat16)
+    with torch.no_grad(), Recorder() as ran:
+        attend(*qkv, window=(64, 64))
+    assert "_scaled_dot_product_flash_attention_for_cpu" in ran.names
+    assert ran.largest <= 4 * qkv[0].numel()
+
+
 def test_strided_heads_keep_the_flash_kernel():
     packed = torch.randn(2, 100, 16, 2, 3)  # last stride is not 1
     q, k, v = packed.permute(4, 0, 1, 3, 2).unbind(0)

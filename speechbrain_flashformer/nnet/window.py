@@ -2,7 +2,7 @@
 
 torch's kernel has no window argument. Queries are therefore processed in
 blocks, and each block attends to a slice of the keys under a mask. Memory is
-linear in T, also where the scores of a block are held in memory.
+linear in T, also where the scores of the blocks are held in memory.
 
 Axes: B batch, T tokens, H heads, D head width.
 """
@@ -21,8 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 BLOCK, EDGE = 64, 256
 # Maximum T for one call with a T x T mask.
 MOST_DENSE = 1024
-# Maximum queries and keys of a block whose scores are held in memory.
-MOST_HELD = 1024
+# Maximum queries and keys of a block whose scores are held in memory, and of
+# such blocks in a call without gradients.
+MOST_HELD, MOST_BLOCKS = 1024, 64
 
 
 def attend_window(q, k, v, left, right):
@@ -167,8 +168,10 @@ def _runs_as_products(q, k):
     # An exported graph may not branch on the length.
     if q.device.type != "cpu" or torch.compiler.is_exporting():
         return False
-    few = max(q.shape[2], k.shape[2]) <= MOST_HELD
-    return few and q.dtype == torch.bfloat16
+    small = max(q.shape[2], k.shape[2]) <= MOST_HELD
+    # A long recording in one call would hold the scores of all its blocks.
+    few = len(q) <= MOST_BLOCKS or torch.is_grad_enabled()
+    return small and few and q.dtype == torch.bfloat16
 
 
 def _products(q, k, v, attn_mask=None, is_causal=False):
