@@ -15,6 +15,7 @@ from speechbrain_flashformer.nnet.attention import (
 from speechbrain_flashformer.nnet.fsmn import GatedFSMN
 from speechbrain_flashformer.nnet.pieces import PIECE, in_pieces
 from speechbrain_flashformer.nnet.rotary import rotate
+from speechbrain_flashformer.nnet.window import products
 
 
 def check_counts(**counts):
@@ -209,9 +210,8 @@ class Attention(nn.Module):
         context["values"] = v[:, :, x.shape[1] :]
         # For so few queries, a fused kernel is no faster, and onnxruntime would
         # transpose all keys for it.
-        scores = q.transpose(1, 2) * q.shape[3] ** -0.5 @ k.mT
-        weights = (scores + positions.visible).softmax(3)
-        return self.out((weights @ v).transpose(1, 2).flatten(2))
+        out = products(q.transpose(1, 2), k, v, positions.visible)
+        return self.out(out.transpose(1, 2).flatten(2))
 
     def _project(self, x, angles):
         heads = self.qkv(x).unflatten(2, (3 * self.nhead, -1))

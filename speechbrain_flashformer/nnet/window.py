@@ -152,7 +152,7 @@ def run_kernel(q, k, v, **options):
         options["scale"] = width**-0.5
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if _runs_as_products(q, k):
-        out = _products(q, k, v, **options)
+        out = products(q, k, v, **options)
     else:
         with _no_dense_kernel(q):
             out = F.scaled_dot_product_attention(q, k, v, **options)
@@ -174,8 +174,28 @@ def _runs_as_products(q, k):
     return small and few and q.dtype == torch.bfloat16
 
 
-def _products(q, k, v, attn_mask=None, is_causal=False):
-    """Attend from queries [B, H, T, D], with the scores in memory."""
+def products(q, k, v, attn_mask=None, is_causal=False):
+    """Attend by two matrix products, with the scores in memory.
+
+    Arguments
+    ---------
+    q, k, v : torch.Tensor
+        [B, H, T, D]; k and v may have another T than q.
+    attn_mask : torch.Tensor, optional
+        Added to the scores, [queries, keys].
+    is_causal : bool
+        Hide the keys after each query.
+
+    Returns
+    -------
+    torch.Tensor
+        [B, H, T, D].
+
+    Example
+    -------
+    >>> products(*torch.randn(3, 2, 4, 50, 16).unbind(0)).shape
+    torch.Size([2, 4, 50, 16])
+    """
     scores = q * q.shape[3] ** -0.5 @ k.mT
     if is_causal:
         rows, columns = scores.shape[2:]
