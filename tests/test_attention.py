@@ -192,7 +192,7 @@ def test_bfloat16_on_cpu_is_as_exact_as_its_digits(window, T):
 
 
 def test_bfloat16_on_cpu_holds_the_scores_of_blocks_only():
-    T, window = 4096, (64, 64)
+    T, window = 8192, (64, 64)
     with Recorder() as ran:
         attend(*heads(1, T, torch.bfloat16), window=window).sum().backward()
     assert "_scaled_dot_product_flash_attention_for_cpu" not in ran.names
