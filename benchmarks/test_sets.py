@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Write the test sets for packed models.
 
-> python benchmarks/test_sets.py SPEECH.csv OUT [NAME=FOLDER ...]
+> python benchmarks/test_sets.py SPEECH.csv OUT [NAME=FOLDER ...] \
+      [--noise NOISE]
 
 SPEECH.csv lists speech of people who are in no training data, with the columns
 ``wav``, ``speaker``, ``corpus`` and ``language`` (``en`` for English). FOLDER
@@ -14,6 +15,8 @@ have the same file name. The sets are reproducible:
 * noisy, reverberant: the mixtures of english with noise 0 to 15 dB below the
   mixture, or with both speakers in one synthetic room (the sources are
   reverberant too);
+* ambient: the mixtures of english with recordings of NOISE, 3 dB above to 6 dB
+  below the louder speaker, as in WHAM! (arXiv:1907.01160);
 * NAME: 200 mixtures of the speakers in a folder;
 * alone: 50 recordings of one person; s2/ is silence;
 * conversations: 80 conversations of 40 s, with turns, overlapping speech and
@@ -21,6 +24,7 @@ have the same file name. The sets are reproducible:
 * meetings: 4 conversations of 10 minutes.
 """
 
+import argparse
 import csv
 import sys
 from pathlib import Path
@@ -29,7 +33,11 @@ import numpy as np
 import soundfile
 from records import write_csv
 
-from speechbrain_flashformer.training.effects import random_noise, reverberate
+from speechbrain_flashformer.training.effects import (
+    Noise,
+    random_noise,
+    reverberate,
+)
 from speechbrain_flashformer.training.mixing import DynamicMixtures
 from speechbrain_flashformer.training.recordings import (
     Recording,
@@ -45,9 +53,10 @@ ENOUGH = 10  # minimum seconds of speech of a speaker in conversations
 TURN, PAUSE = (2, 6), (0.2, 1.5)  # minimum and maximum seconds
 BOTH = 0.2  # share of the turns in which both speak
 SNR_DB, T60 = (0, 15), (0.2, 0.5)
+AMBIENT_DB = (-6, 3)  # ratio of the louder speaker to recorded noise
 
 
-def main(speech, out, folders):
+def main(speech, out, folders, noise=None):
     """Write all sets."""
     with open(speech, newline="", encoding="utf-8") as file:
         languages = [row["language"] for row in csv.DictReader(file)]
@@ -61,6 +70,13 @@ def main(speech, out, folders):
     mix([x for x, language in every if language != "en"], out / "other")
     change(out / "english", out / "noisy", add_noise)
     change(out / "english", out / "reverberant", place_in_room)
+    if noise is not None:
+        ambience = Noise(share=1, snr_db=AMBIENT_DB, folder=noise)
+        change(
+            out / "english",
+            out / "ambient",
+            lambda sources, rng: add_recording(sources, ambience, rng),
+        )
     for word in folders:
         name, _, folder = word.partition("=")
         mix(find_recordings(folder), out / name)
@@ -101,6 +117,12 @@ def add_noise(sources, rng):
     noise = random_noise(len(mixture), rng)
     noise *= np.linalg.norm(mixture) / np.linalg.norm(noise)
     return mixture + noise * 10 ** (-rng.uniform(*SNR_DB) / 20), sources
+
+
+def add_recording(sources, ambience, rng):
+    """Add recorded noise to the mixture."""
+    signals = np.stack([*sources, np.zeros_like(sources[0])])
+    return ambience(signals, rng, RATE).sum(0), sources
 
 
 def place_in_room(sources, rng):
@@ -186,9 +208,15 @@ def write(out, n, mixture, sources):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("speech", type=Path, metavar="SPEECH.csv")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("folders", nargs="*", metavar="NAME=FOLDER")
+    parser.add_argument("--noise", type=Path)
     try:
-        main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+        main(**vars(parser.parse_args()))
     except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))

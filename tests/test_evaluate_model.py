@@ -376,3 +376,20 @@ def test_every_ablation_is_felt(bench, packed_once, tmp_path, monkeypatch):
     # The model sees 20 tokens of 8 ms to each side: 0.25 s cut off nothing.
     cut = [not torch.equal(sources, heard[0]) for sources in heard]
     assert cut == [False, True, *[False] * 3, *[True] * 5]
+
+
+def test_recorded_noise_of_the_test_sets_has_the_levels_of_wham(
+    load_benchmark, tmp_path
+):
+    sets = load_benchmark("test_sets")
+    rng = np.random.default_rng(0)
+    soundfile.write(tmp_path / "noise.wav", rng.normal(size=80000) / 9, 16000)
+    ambience = sets.Noise(share=1, snr_db=sets.AMBIENT_DB, folder=tmp_path)
+    sources = [rng.normal(size=16000), 0.3 * rng.normal(size=16000)]
+    ratios = []
+    for _ in range(30):
+        mixture, kept = sets.add_recording(sources, ambience, rng)
+        assert kept is sources
+        noise = mixture - sum(sources)
+        ratios.append(20 * np.log10(sources[0].std() / noise.std()))
+    assert -6.1 < min(ratios) < -3 and 0 < max(ratios) < 3.1

@@ -1,5 +1,6 @@
 """What the pretrained model is made from: speech sorted by who speaks."""
 
+import noise_recordings
 import numpy as np
 import packaged_speakers
 import pretrained_data
@@ -85,3 +86,56 @@ def test_prompts_are_sorted_by_who_speaks(tmp_path):
         "Ann/es_f_Ann_1.wav",
         "fr/fr_3.wav",
     ]
+
+
+def test_babble_has_sound_of_many_people_all_the_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(noise_recordings, "BABBLES", 2)
+    monkeypatch.setattr(noise_recordings, "COLORS", 1)
+    rows = ["wav,speaker"]
+    for who in range(20):
+        # Each speaks with a frequency of its own.
+        path = tmp_path / f"{who}.wav"
+        time = np.arange(8000) / 8000
+        soundfile.write(path, np.sin(2 * np.pi * 100 * (who + 2) * time), 8000)
+        rows.append(f"{path},{who}")
+    speech = tmp_path / "speech.csv"
+    speech.write_text("\n".join(rows), "utf-8")
+    out = tmp_path / "out"
+    noise_recordings.main(["babble", str(speech), str(out)])
+    for path in sorted((out / "babble").iterdir()):
+        signal, rate = soundfile.read(path)
+        assert rate == 8000 and len(signal) == 20 * rate
+        seconds = np.abs(signal).reshape(20, rate).max(1)
+        assert seconds.min() > 0.05
+        lines = np.abs(np.fft.rfft(signal))[2000:44000:2000]
+        talkers = np.sum(lines > 0.02 * lines.max())
+        assert 4 <= talkers <= 16
+    assert len(list((out / "color").iterdir())) == 1
+
+
+def test_recorded_noise_is_cut_into_pieces_at_8_khz(tmp_path):
+    folder = tmp_path / "recordings" / "cafe"
+    folder.mkdir(parents=True)
+    stereo = np.random.default_rng(0).normal(size=(50 * 16000, 2)) / 10
+    soundfile.write(folder / "a.ogg", stereo, 16000)
+    noise_recordings.main(["cut", str(folder.parent), str(tmp_path / "out")])
+    found = sorted((tmp_path / "out").rglob("*.flac"))
+    names = [path.relative_to(tmp_path / "out").as_posix() for path in found]
+    assert names == ["cafe/a-0.flac", "cafe/a-1.flac", "cafe/a-2.flac"]
+    pieces = [soundfile.info(path) for path in found]
+    assert {(x.samplerate, x.channels) for x in pieces} == {(8000, 1)}
+    assert sum(x.frames for x in pieces) == pytest.approx(50 * 8000, abs=2)
+
+
+@pytest.mark.parametrize("command", ["babble", "cut"])
+def test_noise_says_what_it_lacks(tmp_path, command):
+    few = tmp_path / "few.csv"
+    soundfile.write(tmp_path / "a.wav", np.ones(800), 8000)
+    few.write_text(f"wav,speaker\n{tmp_path / 'a.wav'},a\n", "utf-8")
+    (tmp_path / "empty").mkdir()
+    source, message = {
+        "babble": (few, "few.csv has 1 speakers; babble requires 16"),
+        "cut": (tmp_path / "empty", "no .wav, .flac, .ogg, .mp3 in"),
+    }[command]
+    with pytest.raises(SystemExit, match=message):
+        noise_recordings.main([command, str(source), str(tmp_path / "out")])
