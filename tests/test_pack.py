@@ -83,8 +83,13 @@ def test_averaged_weights_have_the_level_of_all_that_are_averaged(
     torch.testing.assert_close(out[1], out[0] / 10**0.5)
 
 
-@pytest.mark.parametrize("count, expected", [(None, 1.0), (2, 1.5)])
-def test_the_best_checkpoints_are_packed(make_run, tmp_path, count, expected):
+@pytest.mark.parametrize(
+    "count, last, expected",
+    [(None, False, 1.0), (2, False, 1.5), (None, True, 6.0), (2, True, 3.5)],
+)
+def test_the_best_checkpoints_are_packed_or_the_last(
+    make_run, tmp_path, count, last, expected
+):
     run = make_run(tmp_path / "run", seed=0)
     yaml = run / "hyperparams.yaml"
     modules = load_hyperpyyaml(yaml.read_text())["modules"]
@@ -92,9 +97,12 @@ def test_the_best_checkpoints_are_packed(make_run, tmp_path, count, expected):
     for value, loss in ((2.0, -19.0), (1.0, -20.0), (6.0, -18.0)):
         torch.nn.init.constant_(modules["masknet"].masks.weight, value)
         checkpointer.save_checkpoint(meta={"si-snr": loss})
+    # One from the middle of an epoch does not count.
+    torch.nn.init.constant_(modules["masknet"].masks.weight, 9.0)
+    checkpointer.save_checkpoint(end_of_epoch=False)
     if count:
         yaml.write_text(yaml.read_text() + f"avg_checkpoints: {count}\n")
-    packed = pack(run, tmp_path / "model")
+    packed = pack(run, tmp_path / "model", last=last)
     state = torch.load(packed / "masknet.ckpt", weights_only=True)
     assert state["masks.weight"].unique().tolist() == [expected]
 

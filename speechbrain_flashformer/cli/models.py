@@ -182,6 +182,13 @@ def _add_pack(add):
         help="store the weights in half precision; they run in float32",
     )
     add(
+        "--last",
+        action="store_true",
+        help="pack the last checkpoints, not those of the lowest validation "
+        "loss; often better if the validation set is small and the learning "
+        "rate decreased to zero",
+    )
+    add(
         "--overwrite",
         action="store_true",
         help="replace OUT_DIR if it is a packed model",
@@ -191,7 +198,13 @@ def _add_pack(add):
 def _pack(parsed):
     from speechbrain_flashformer.inference.pack import pack
 
-    out = pack(parsed.run_folder, parsed.out, parsed.half, parsed.overwrite)
+    out = pack(
+        parsed.run_folder,
+        parsed.out,
+        parsed.half,
+        parsed.overwrite,
+        parsed.last,
+    )
     print(out)
     return OK
 

@@ -27,6 +27,7 @@ from speechbrain_flashformer.nnet.streaming import lookahead_tokens
 from speechbrain_flashformer.training.checkpoints import (
     averaged_weights,
     output_gain,
+    validated,
 )
 
 LOOKAHEAD = "!apply:speechbrain_flashformer.nnet.streaming.lookahead_tokens"
@@ -43,11 +44,11 @@ pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
 """
 
 
-def pack(run, out, half=False, overwrite=False):
+def pack(run, out, half=False, overwrite=False, last=False):
     """Pack the best checkpoint of a training run into a model folder.
 
     With ``avg_checkpoints`` in the yaml of the run, the weights are averaged
-    over that number of best checkpoints.
+    over that number of best checkpoints, or last ones.
 
     The folder loads with ``FlashFormerSeparation.from_hparams`` and with
     SpeechBrain's ``SepformerSeparation.from_hparams``. SI-SNR does not depend
@@ -67,6 +68,10 @@ def pack(run, out, half=False, overwrite=False):
     overwrite : bool
         Whether an existing model folder is replaced. A folder with other files
         is never replaced.
+    last : bool
+        Whether the last checkpoints are packed, not those of the lowest
+        validation loss. At the end of a training whose learning rate decreases
+        to zero they are often better, if the validation set is small.
 
     Returns
     -------
@@ -113,15 +118,16 @@ def pack(run, out, half=False, overwrite=False):
     # needs trust.
     odd = untrusted(compose_yaml(hyperparams, source))
     modules = None if odd else build_model(hyperparams, source)["modules"]
-    best = _best_checkpoints(run / "save", tree.get("avg_checkpoints", 1))
+    count = tree.get("avg_checkpoints", 1)
+    chosen = _choose_checkpoints(run / "save", count, last)
     with written_beside(out) as partial:
         partial.mkdir()
         (partial / "hyperparams.yaml").write_text(hyperparams, "utf-8")
         parameters = 0
         for name in MODULES:
-            state = _weights(best, name)
+            state = _weights(chosen, name)
             parameters += sum(value.numel() for value in state.values())
-            file = best[0].path / f"{name}.ckpt"
+            file = chosen[0].path / f"{name}.ckpt"
             if modules is not None:
                 fit_weights(modules[name], state, file)
             if half:
@@ -129,7 +135,7 @@ def pack(run, out, half=False, overwrite=False):
             torch.save(state, partial / f"{name}.ckpt")
         numbers = {key: tree[key] for key in ("num_spks", "sample_rate")}
         numbers["parameters"] = parameters / 1e6
-        card = model_card(out.name, numbers, run, best[0].meta, bool(odd))
+        card = model_card(out.name, numbers, run, chosen[0].meta, bool(odd))
         (partial / "README.md").write_text(card, encoding="utf-8")
     return out
 
@@ -166,18 +172,19 @@ def start_from(folder, modules):
         )
 
 
-def _best_checkpoints(save, count):
-    """Find the ``count`` checkpoints of the lowest validation loss."""
+def _choose_checkpoints(save, count, last):
+    """Find the last checkpoints, or those of the lowest validation loss."""
     if type(count) is not int or count < 1:
         raise ValueError(
             f"avg_checkpoints of {save.parent / 'hyperparams.yaml'} must be a "
             f"whole number, 1 or more, not {count!r}"
         )
-    best = []
+    chosen = []
+    order = {"ckpt_predicate": validated} if last else {"min_key": "si-snr"}
     if save.is_dir():
         try:
-            best = Checkpointer(save).find_checkpoints(
-                min_key="si-snr", max_num_checkpoints=count
+            chosen = Checkpointer(save).find_checkpoints(
+                **order, max_num_checkpoints=count
             )
         # A CKPT.yaml that is missing, is not yaml or lacks a key.
         except Exception as error:
@@ -185,26 +192,26 @@ def _best_checkpoints(save, count):
                 f"a checkpoint in {save} has a broken CKPT.yaml "
                 f"({one_line(error)}): move it away"
             ) from error
-    if not best:
+    if not chosen:
         raise FileNotFoundError(f"no validated checkpoint in {save}")
-    return best
+    return chosen
 
 
-def _weights(best, name):
+def _weights(checkpoints, name):
     """Weights of one module for inference, averaged over checkpoints."""
-    for checkpoint in best:
+    for checkpoint in checkpoints:
         try:
             read_weights(checkpoint.path / f"{name}.ckpt")
         except ValueError as error:
             raise ValueError(
                 f"{name}.ckpt is broken in {checkpoint.path}: move that folder "
-                "away to pack the next best checkpoint"
+                "away to pack another checkpoint"
             ) from error
-    state = averaged_weights(best, name)
+    state = averaged_weights(checkpoints, name)
     # Training on several GPUs adds this prefix to every key.
     state = {k.removeprefix("module."): v for k, v in state.items()}
     if name == "decoder":
-        gain = output_gain(best)
+        gain = output_gain(checkpoints)
         state = {k: v * gain for k, v in state.items()}
     return state
 

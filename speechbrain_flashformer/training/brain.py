@@ -15,6 +15,7 @@ from speechbrain_flashformer.training.checkpoints import (
     RandomState,
     all_gather,
     averaged_weights,
+    validated,
 )
 from speechbrain_flashformer.training.losses import fixes_level
 from speechbrain_flashformer.training.optim import matrix_groups
@@ -277,6 +278,8 @@ class Separation(sb.Brain):
             meta=meta,
             num_to_keep=self.avg_checkpoints,
             min_keys=["si-snr"],
+            # Those from the middle of an epoch are not among the last to keep.
+            ckpt_predicate=validated,
         )
 
     def log(self, **stats):

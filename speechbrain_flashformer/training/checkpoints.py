@@ -205,6 +205,22 @@ def output_gain(checkpoints):
     return math.copysign(10 ** (-level_db / 20), polarity)
 
 
+def validated(checkpoint):
+    """Whether a checkpoint was written after a validation.
+
+    Arguments
+    ---------
+    checkpoint : speechbrain.utils.checkpoints.Checkpoint
+        Its meta has ``si-snr`` after a validation.
+
+    Returns
+    -------
+    bool
+        False for a checkpoint from the middle of an epoch.
+    """
+    return "si-snr" in checkpoint.meta
+
+
 def averaged_weights(checkpoints, name):
     """Average the weights of one module over checkpoints.
 
