@@ -14,6 +14,7 @@ from speechbrain_flashformer.training import mixing, recordings, turns
 from speechbrain_flashformer.training.data import EpochSampler
 from speechbrain_flashformer.training.effects import (
     BandLimit,
+    Clipping,
     Noise,
     PolarityFlip,
     RandomEQ,
@@ -44,7 +45,7 @@ CROSSING = 40
 EVERY = [
     effect(0.5)
     for effect in (TurnTaking, Silence, RandomEQ, Reverberation, BandLimit)
-] + [Noise(0.5), PolarityFlip(0.5)]
+] + [Noise(0.5), Clipping(0.5), PolarityFlip(0.5)]
 
 
 @pytest.fixture(scope="module")
@@ -923,6 +924,21 @@ def test_noise_is_as_loud_as_asked(speech):
         assert ratio == pytest.approx(snr, abs=0.1)
 
 
+def test_a_mixture_clips_at_the_drawn_level_and_its_sources_do_not(speech):
+    plain = mixtures(speech)
+    clipped = mixtures(speech, Clipping(1.0, above_db=(6, 6)))
+    for n in range(5):
+        mixture, whole = clipped[n]["mix_sig"], plain[n]["mix_sig"]
+        most = mixture.abs().max()
+        torch.testing.assert_close(mixture, whole.clamp(-most, most))
+        # The speech is heard all the time.
+        level = float(whole.square().mean() ** 0.5)
+        assert float(most) == pytest.approx(2 * level, rel=0.1)
+        assert torch.equal(clipped[n]["s1_sig"], plain[n]["s1_sig"])
+    with pytest.raises(ValueError, match="above_db of Clipping must be the"):
+        Clipping(1.0, above_db=(9, 3))
+
+
 # --- effects together --------------------------------------------------------
 
 
@@ -948,7 +964,7 @@ def test_an_effect_of_no_mixture_changes_nothing(speech):
 
 
 # Not TurnTaking, which changes no sample of a turn.
-@pytest.mark.parametrize("effect", EVERY[1:-2], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("effect", EVERY[1:-3], ids=lambda x: type(x).__name__)
 def test_effects_keep_the_level_of_each_source(tmp_path, effect):
     write_noise(tmp_path, 8000)
     options = {"speaker": "file", "seed": 3}

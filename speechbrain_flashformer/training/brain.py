@@ -15,7 +15,7 @@ from speechbrain_flashformer.training.checkpoints import (
     RandomState,
     all_gather,
     averaged_weights,
-    validated,
+    save_validated,
 )
 from speechbrain_flashformer.training.losses import fixes_level
 from speechbrain_flashformer.training.optim import matrix_groups
@@ -274,13 +274,7 @@ class Separation(sb.Brain):
             # SI-SNR ignores polarity; all outputs of a network share one.
             inverted = sum(row["polarity"] < 0 for row in rows)
             meta["polarity"] = -1 if 2 * inverted > len(rows) else 1
-        self.checkpointer.save_and_keep_only(
-            meta=meta,
-            num_to_keep=self.avg_checkpoints,
-            min_keys=["si-snr"],
-            # Those from the middle of an epoch are not among the last to keep.
-            ckpt_predicate=validated,
-        )
+        save_validated(self.checkpointer, meta, self.avg_checkpoints)
 
     def log(self, **stats):
         """Pass statistics to the loggers; only the main process writes."""

@@ -205,6 +205,31 @@ def output_gain(checkpoints):
     return math.copysign(10 ** (-level_db / 20), polarity)
 
 
+def save_validated(checkpointer, meta, count):
+    """Save a checkpoint after a validation; keep the best and the last ones.
+
+    Arguments
+    ---------
+    checkpointer : speechbrain.utils.checkpoints.Checkpointer
+        Saves, and deletes the other checkpoints that were validated.
+    meta : dict
+        With ``si-snr``, the validation loss.
+    count : int
+        Number of best checkpoints that are kept, and of last ones.
+
+    Raises
+    ------
+    OSError
+        If the checkpoint cannot be written.
+    """
+    checkpointer.save_and_keep_only(
+        meta=meta,
+        num_to_keep=count,
+        min_keys=["si-snr"],
+        ckpt_predicate=validated,
+    )
+
+
 def validated(checkpoint):
     """Whether a checkpoint was written after a validation.
 

@@ -146,7 +146,7 @@ def _filter_sources(signals, change):
     return signals
 
 
-# --- noise, polarity ---------------------------------------------------------
+# --- noise, clipping, polarity -----------------------------------------------
 
 
 @dataclass
@@ -183,11 +183,7 @@ class Noise:
     folder: str = ""
 
     def __post_init__(self):
-        if len(self.snr_db) != 2 or self.snr_db[0] > self.snr_db[1]:
-            raise ValueError(
-                "snr_db of Noise must be the least and the greatest ratio, "
-                f"not {self.snr_db}"
-            )
+        _check_range("snr_db of Noise", self.snr_db)
         self.recordings = None
         if self.folder and self.share:
             found = find_recordings(self.folder)
@@ -210,6 +206,50 @@ class Noise:
 
 
 @dataclass
+class Clipping:
+    """Clip the mixture, as an overloaded microphone does.
+
+    The sources are not clipped: the distortion counts as noise.
+
+    Arguments
+    ---------
+    share : float
+        Share of the mixtures.
+    above_db : tuple of float
+        Minimum and maximum of the level at which the mixture clips, above its
+        RMS level where somebody speaks, in dB.
+
+    Raises
+    ------
+    ValueError
+        If above_db is not a range.
+
+    Example
+    -------
+    >>> rng = np.random.default_rng(0)
+    >>> sine = np.sin(np.arange(8000) / 9)
+    >>> signals = np.stack([sine, np.zeros(8000)])
+    >>> clipped = Clipping(1, above_db=(0, 0))(signals, rng, 8000)
+    >>> round(float(clipped.sum(0).max()), 2), round(float(clipped[0].max()), 2)
+    (0.71, 1.0)
+    """
+
+    share: float
+    above_db: tuple = (3.0, 14.0)
+
+    def __post_init__(self):
+        _check_range("above_db of Clipping", self.above_db)
+
+    def __call__(self, signals, rng, sample_rate):
+        """Draw the level at which the mixture clips."""
+        mixture = signals.sum(0)
+        level = speech_level_db(mixture) + rng.uniform(*self.above_db)
+        most = 10 ** (level / 20)
+        signals[-1] += np.clip(mixture, -most, most) - mixture
+        return signals
+
+
+@dataclass
 class PolarityFlip:
     """Invert the polarity of all signals.
 
@@ -223,6 +263,13 @@ class PolarityFlip:
     def __call__(self, signals, rng, sample_rate):
         """Invert all signals."""
         return -signals
+
+
+def _check_range(name, limits):
+    if len(limits) != 2 or limits[0] > limits[1]:
+        raise ValueError(
+            f"{name} must be the least and the greatest number, not {limits}"
+        )
 
 
 def random_noise(length, rng):
