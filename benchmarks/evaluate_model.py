@@ -15,10 +15,10 @@ Writes results/evaluate_model.csv, one row per set:
   a negative SI-SNRi, and the level of the outputs relative to the sources;
 * recordings of one person, where s2/ is silence: SI-SNR of the louder output,
   and how far the level of the other output is below it, medians in dB;
-* conversations, which have turns/: the share of wrong turns, those that come
-  out in the output that does not hold most turns of that speaker; also where
-  the network puts them, before any is moved by its voice. An oracle is scored
-  too. It knows the sources, with a leak of 20 dB, and orders them at
+* conversations, which have turns/: the share of wrong turns, those in the wrong
+  output under the better of the two assignments of speakers to outputs; also
+  where the network puts them, before any is moved by its voice. An oracle is
+  scored too. It knows the sources, with a leak of 20 dB, and orders them at
   random in every chunk. Its wrong turns are errors of the chunk order only.
 
 ``--table robustness`` writes results/robustness.csv, one row for each of the
@@ -62,7 +62,7 @@ from speechbrain_flashformer.training.voices import make_voices
 RESULTS = Path(__file__).parent / "results"
 MADE = 200  # mixtures made of generated voices, or of a folder of speakers
 SECONDS = 3
-HEARD_OTHERWISE = 50  # mixtures of each set in the table robustness
+ROBUSTNESS_MIXTURES = 50  # mixtures of each set in the table robustness
 COLUMNS = (
     "set",
     "mixtures",
@@ -118,7 +118,7 @@ def robustness(model, sets):
         name: [
             torch.stack(signals, 1)
             for signals in itertools.islice(
-                load_mixtures(model, folder), HEARD_OTHERWISE
+                load_mixtures(model, folder), ROBUSTNESS_MIXTURES
             )
         ]
         for name, folder in sets

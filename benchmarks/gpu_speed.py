@@ -214,7 +214,7 @@ class GraphedStep:
     Arguments
     ---------
     step : StreamingStep
-        Step of a network without look-ahead.
+        Step of a network without lookahead.
     first : torch.Tensor
         The first samples of the streams, [B, kernel - stride].
     block : torch.Tensor

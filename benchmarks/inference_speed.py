@@ -14,12 +14,12 @@ results/inference_speed_COMMAND.csv:
   of 10 dB about 0.2 dB.
 * stream: noise in blocks of 16 ms through hparams/flashformer-streaming.yaml
   (the time does not depend on the weights), as fast as possible: torch with one
-  and two threads, onnxruntime with one, in float32 and int8, each in its own
-  process. The first run then processes another hour in blocks of 1 s, to
-  measure its memory. Load is computing time over audio time. Columns with
-  ``cpu`` count CPU time only, which depends less on other programs (``machine
-  load``). ``old stream over new`` is the time of a block at the end of the run
-  relative to that of a new stream.
+  and two threads; traced torch, onnxruntime and onnxruntime with int8 weights
+  with one; each in its own process. The first run then processes another hour
+  in blocks of 1 s, to measure its memory. Load is computing time over audio
+  time. Columns with ``cpu`` count CPU time only, which depends less on other
+  programs (``machine load``). ``old stream over new`` is the time of a block at
+  the end of the run relative to that of a new stream.
 * length: real-time factor and extra peak memory of ``separate_to_files`` for 1
   minute to 2 hours of noise, each in its own process.
 """

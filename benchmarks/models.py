@@ -84,6 +84,11 @@ def build_separator(
     **numbers
         Replace numbers in the yaml of one of our models.
 
+    Returns
+    -------
+    torch.nn.Module
+        Mixtures [B, T] -> sources [B, T, S].
+
     Raises
     ------
     ImportError

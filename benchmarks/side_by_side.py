@@ -82,7 +82,8 @@ def main(words=None):
             for model in parsed.models:
                 rows = read()
                 done = {tuple(row[key] for key in KEYS) for row in rows}
-                # A shorter one is timed again: the next rests on it.
+                # All lengths of a job are measured again, because each time
+                # is predicted from the length before.
                 wanted = (task, model, threads)
                 if all((*wanted, seconds) in done for seconds in lengths):
                     continue
@@ -106,7 +107,7 @@ def main(words=None):
 
 
 def one_job(task, model, threads, lengths, parsed):
-    """Yield the rows of one process; what it did not reach, too."""
+    """Yield one row per length from one process, also for those not reached."""
     macs = {row["model"]: row["gmac_per_s"] for row in read()}
     job = [task, model, threads, lengths, parsed.limit, parsed.memory]
     job.append(macs.get(model))
@@ -115,7 +116,7 @@ def one_job(task, model, threads, lengths, parsed):
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     reached, row = 0, {}
-    # Room for a warning or two; nothing else is said there.
+    # Its stderr is read at the end: the pipe holds the few warnings it prints.
     for line in process.stdout:
         if line.startswith("{"):
             row = json.loads(line)

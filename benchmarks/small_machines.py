@@ -9,10 +9,11 @@ threads:
 
 * separation of 4 s and of 60 s in one call: computing time over audio time
   (RTF), and the memory beyond the loaded model, measured as in side_by_side.py;
-* one minute of audio through the pretrained streaming network, in blocks of 16,
-  8 and 4 ms, for each runtime, on one thread: load (computing time over audio
-  time) and the 99.9th percentile of the block times, medians of three runs in
-  turns, because the speed of the machine varies over minutes;
+* one minute of audio through the pretrained streaming network on one thread,
+  torch in blocks of 16 ms, traced torch of 16, 8 and 4 ms, onnxruntime of 16
+  and 8 ms: load (computing time over audio time) and the 99.9th percentile of
+  the block times, medians of three runs in turns, because the speed of the
+  machine varies over minutes;
 * run time of whole commands, including the start of Python, on one thread:
   median of five runs.
 

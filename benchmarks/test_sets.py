@@ -15,12 +15,13 @@ have the same file name. The sets are reproducible:
 * noisy, reverberant: the mixtures of english with noise 0 to 15 dB below the
   mixture, or with both speakers in one synthetic room (the sources are
   reverberant too);
-* ambient: the mixtures of english with recordings of NOISE, 3 dB above to 6 dB
+* ambient: the mixtures of english with recordings of NOISE, 6 dB above to 3 dB
   below the louder speaker, as in WHAM! (arXiv:1907.01160);
 * NAME: 200 mixtures of the speakers in a folder;
 * alone: 50 recordings of one person; s2/ is silence;
 * conversations: 80 conversations of 40 s, with turns, overlapping speech and
-  pauses; turns/ lists the speaker, first and last sample of each turn;
+  pauses; turns/ lists speaker, start and stop (exclusive) of each turn, in
+  samples;
 * meetings: 4 conversations of 10 minutes.
 """
 

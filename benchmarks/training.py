@@ -173,7 +173,7 @@ def train(model, mixtures, training, arguments, measure):
                 group["lr"] = rate
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             estimates = model(mixture).float()
-        # The first is the last stage; a variant may have earlier stages.
+        # Stages are in reverse order: the first is that of the last layer.
         losses = [
             loss_of(targets, stage, lengths).mean()
             for stage in estimates.split(targets.shape[2], 2)
@@ -193,7 +193,7 @@ def train(model, mixtures, training, arguments, measure):
             done = heard / arguments.examples
         else:
             done = seconds / 60 / arguments.minutes
-        # Rounding: 15 of 22 points of 44 steps is slightly below 15.
+        # Rounding: 30 / 44 * 22 is slightly below 15.
         reached = int(done * arguments.points + 1e-9)
         if reached > points:
             points = reached

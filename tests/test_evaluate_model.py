@@ -320,7 +320,7 @@ def test_one_row_for_each_condition(
     bench, conditions, packed_once, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(bench, "RESULTS", tmp_path)
-    monkeypatch.setattr(bench, "HEARD_OTHERWISE", 1)
+    monkeypatch.setattr(bench, "ROBUSTNESS_MIXTURES", 1)
     monkeypatch.setattr(bench, "find_sets", lambda *_: [("noise", None)])
     monkeypatch.setattr(
         bench,

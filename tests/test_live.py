@@ -141,7 +141,7 @@ def test_what_comes_out_is_what_the_stream_gives(model, rate, block):
         torch.from_numpy(samples.T), rate, streaming=True
     )[0]
     assert len(out) == len(samples)
-    assert load.heard == pytest.approx(0.2)
+    assert load.audio == pytest.approx(0.2)
     np.testing.assert_allclose(out, expected.numpy(), atol=1e-6)
 
 
@@ -194,7 +194,7 @@ def test_load_is_told_in_little_memory():
         )
         for _ in load.watch(iter([torch.zeros(1, 15)] * 10_000), 8000):
             pass
-    assert load.spent / load.heard == pytest.approx(0.8, rel=0.01)
+    assert load.spent / load.audio == pytest.approx(0.8, rel=0.01)
     assert load.percentile(99.9) == pytest.approx(0.001999, rel=0.011)
     assert load.percentile(50) == pytest.approx(0.0015, rel=0.011)
     assert load.overruns == (spent > 0.001875).sum()
@@ -210,7 +210,7 @@ def test_a_stream_that_falls_behind_is_told_while_it_does(monkeypatch):
         lambda: next(clock),
     )
     told = []
-    load = Load(lambda value: told.append((load.heard, value)))
+    load = Load(lambda value: told.append((load.audio, value)))
     for _ in load.watch([torch.zeros(1, 8000)] * 120, 8000):
         pass
     assert told == [(15, 1.25), (45, 1.25), (75, 1.25), (105, 1.25)]

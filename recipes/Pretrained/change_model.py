@@ -25,8 +25,8 @@ of an ordinary differential equation, which smaller steps solve too (multi-level
 ResNets, arXiv:1710.10348).
 
 causal: removes everything that uses the future: the FSMN memories keep only
-their past taps, and attention looks back only. The result is a starting point
-for training a streaming model.
+their past taps, attention looks back only, and the input norm covers the last
+500 tokens. The result is a starting point for training a streaming model.
 """
 
 import argparse

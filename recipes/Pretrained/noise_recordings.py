@@ -79,7 +79,8 @@ def talk(paths, t60, rng):
         parts += [signal, np.zeros(rng.integers(*PAUSE))]
         length += sum(map(len, parts[-2:]))
     signal = np.roll(np.concatenate(parts), rng.integers(PIECE))[:PIECE]
-    # Twice: the direct sound is then often weaker than the reverberation.
+    # Twice: the direct sound is then sometimes weaker than the reverberation,
+    # after one pass it never is.
     for _ in range(2):
         signal = reverberate(signal, t60, RATE, rng)
     lower = rng.uniform(0, QUIETER_DB)

@@ -33,6 +33,7 @@ def real_speech(speech):
     """List the recordings for training."""
     commands, words = find_speech(speech)
     # Sentences are listed twice, because they overlap for longer than words.
+    # The speakers are unknown: every file counts as another speaker.
     return [Recording(file, file.stem) for file in 2 * commands + words]
 
 
@@ -46,7 +47,6 @@ def find_speech(speech):
             f"{speech} has no FLAC files in picovoice-commands/ or in "
             "picovoice-wakewords/"
         )
-    # The speakers are unknown: every file counts as another speaker.
     return [file for file in commands if file not in held_out], words
 
 

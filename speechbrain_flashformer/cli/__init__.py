@@ -35,8 +35,8 @@ def main(arguments=None):
     -------
     int
         Exit status. 0: success. 1: something failed; the message says what.
-        2: the command line is wrong. 130: interrupted. 141: the reader of
-        standard output is gone.
+        2: the command line is wrong. 130, 143: ended by SIGINT or SIGTERM. 141:
+        the reader of standard output is gone.
 
     Raises
     ------

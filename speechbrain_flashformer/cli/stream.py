@@ -133,9 +133,9 @@ def _stream(parsed):
             ),
             run,
         )
-    if load.heard:
+    if load.audio:
         tell(
-            f"{load.heard:.1f} s processed; load {load.spent / load.heard:.3f} "
+            f"{load.audio:.1f} s processed; load {load.spent / load.audio:.3f} "
             f"(computing / audio time); 99.9% of the blocks took "
             f"{1000 * load.percentile(99.9):.1f} ms or less; "
             f"{load.overruns} of {load.times.total()} blocks took longer than "

@@ -189,7 +189,7 @@ def check_finite(block, name, start_seconds=0.0):
         )
 
 
-def plan_hearing(blocks, each, name):
+def choose_signal(blocks, each, name):
     """Choose the signal that is separated, from one pass over a recording.
 
     A DC offset is removed, because the network would treat it as signal.
@@ -212,8 +212,8 @@ def plan_hearing(blocks, each, name):
     Example
     -------
     >>> left = torch.randn(1, 8000)
-    >>> hear = plan_hearing([0.5 + left], False, "left")
-    >>> bool(hear(0.5 + left).mean().abs() < 1e-4)
+    >>> to_signal = choose_signal([0.5 + left], False, "left")
+    >>> bool(to_signal(0.5 + left).mean().abs() < 1e-4)
     True
     """
     count, sums, products = 0, 0.0, 0.0
@@ -241,7 +241,7 @@ def plan_hearing(blocks, each, name):
             stacklevel=2,
         )
 
-    def _hear(block):
+    def _to_signal(block):
         if offset.any():
             block = block - offset
         if each:
@@ -250,7 +250,7 @@ def plan_hearing(blocks, each, name):
             return block[loudest : loudest + 1]
         return block.mean(0, keepdim=True)
 
-    return _hear
+    return _to_signal
 
 
 # Limit for the number of taps of a resampling filter (approximate). 44056 to

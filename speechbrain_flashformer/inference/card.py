@@ -89,16 +89,21 @@ def model_card(name, numbers, run, meta, trust):
     Arguments
     ---------
     name : str
-        Of the model's folder.
+        Name of the model's folder.
     numbers : dict
         ``num_spks``, ``sample_rate`` in Hz, and ``parameters`` in millions.
     run : Path
         Output folder of the training. The card has the results of its test, if
         there was one.
     meta : dict
-        Of the checkpoint: ``si-snr``, the validation loss, and ``epoch``.
+        Meta of the checkpoint: ``si-snr``, the validation loss, and ``epoch``.
     trust : bool
         Whether the model runs code of its own, so that users must trust it.
+
+    Returns
+    -------
+    str
+        Markdown with front matter.
     """
     index = test = ""
     if scores := _test_scores(run):

@@ -91,9 +91,9 @@ def separate_live(
                 reader.stop()
                 sink = None
             load.elsewhere += perf_counter() - start
-        if not load.heard and reader.status:
+        if not load.audio and reader.status:
             sys.exit(reader.status)
-        if not load.heard:
+        if not load.audio:
             raise ValueError("no sound came on standard input")
     return load
 
@@ -282,7 +282,7 @@ class Load:
 
     Attributes
     ----------
-    heard, spent : float
+    audio, spent : float
         Seconds of audio and of computing.
     overruns : int
         Number of blocks that took longer than their duration.
@@ -295,20 +295,20 @@ class Load:
     >>> load = Load()
     >>> for block in load.watch([torch.zeros(1, 80)] * 3, 8000):
     ...     pass
-    >>> round(load.heard, 6), load.overruns
+    >>> round(load.audio, 6), load.overruns
     (0.03, 0)
     """
 
     def __init__(self, warn=None):
         self.warn, self.warned = warn, -WARN_EVERY
         # Seconds; the time for output is not computing time.
-        self.heard = self.spent = self.elsewhere = 0.0
+        self.audio = self.spent = self.elsewhere = 0.0
         self.overruns = self.clipped = self.silenced = 0
         self.times = Counter()  # blocks by 100 * log(seconds), rounded up
 
     def watch(self, blocks, sample_rate):
         """Pass blocks [1, n] on; measure the time until the next is taken."""
-        heard, before = self.heard, self.spent
+        audio, before = self.audio, self.spent
         for block in blocks:
             self.silenced += (~(block.abs() < TOO_LOUD)).sum().item()
             self.elsewhere = 0.0
@@ -316,17 +316,17 @@ class Load:
             yield block
             spent = perf_counter() - start - self.elsewhere
             seconds = block.shape[1] / sample_rate
-            self.heard += seconds
+            self.audio += seconds
             self.spent += spent
             self.overruns += spent > seconds
             self.times[math.ceil(100 * math.log(max(spent, 1e-9)))] += 1
-            if self.heard - heard >= LOAD_WINDOW:
-                self._warn((self.spent - before) / (self.heard - heard))
-                heard, before = self.heard, self.spent
+            if self.audio - audio >= LOAD_WINDOW:
+                self._warn((self.spent - before) / (self.audio - audio))
+                audio, before = self.audio, self.spent
 
     def _warn(self, load):
-        if self.warn and load > 1 and self.heard - self.warned >= WARN_EVERY:
-            self.warned = self.heard
+        if self.warn and load > 1 and self.audio - self.warned >= WARN_EVERY:
+            self.warned = self.audio
             self.warn(load)
 
     def encode(self, sources, encoding):

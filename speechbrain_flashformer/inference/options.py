@@ -33,8 +33,8 @@ class SeparationOptions:
     norm : str
         Source of the statistics of the input norm. ``chunk``: each chunk,
         which follows a level that drifts. ``recording``: the whole recording,
-        which is read once more; if the overlap is twice the receptive field,
-        the result then equals that without chunks.
+        which is read once more; if the overlap is more than twice the
+        receptive field to one side, the result then equals that without chunks.
     turns : str
         ``voice``: a turn of a conversation is moved to the output of its
         speaker if the network puts it elsewhere. ``network``: turns stay where

@@ -45,7 +45,7 @@ pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
 
 
 def pack(run, out, half=False, overwrite=False, last=False):
-    """Pack the best checkpoint of a training run into a model folder.
+    """Pack the best or the last checkpoints of a training run into a folder.
 
     With ``avg_checkpoints`` in the yaml of the run, the weights are averaged
     over that number of best checkpoints, or last ones.

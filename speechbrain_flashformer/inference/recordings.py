@@ -12,7 +12,7 @@ import torch
 from speechbrain_flashformer.inference.audio import (
     AudioReader,
     Resampler,
-    plan_hearing,
+    choose_signal,
 )
 from speechbrain_flashformer.inference.files import SourceWriter
 from speechbrain_flashformer.inference.folders import local_file
@@ -261,12 +261,17 @@ class Recordings:
             yield sources.transpose(1, 2)
 
     def stream_latency(self, sample_rate=None):
-        """Latency in seconds of network and resampling, without the blocks'.
+        """Latency of network and resampling, without the length of a block.
 
         Arguments
         ---------
         sample_rate : int, optional
             Rate of the stream in Hz; the model's by default.
+
+        Returns
+        -------
+        float
+            Seconds.
         """
         rate = self.hparams.sample_rate
         seconds = self.make_stream().latency / rate
@@ -281,23 +286,23 @@ class Recordings:
             self.make_stream()  # raises early if the model is not causal
         rate, model_rate = recording.sample_rate, self.hparams.sample_rate
         each = options.channels == "each"
-        hear = plan_hearing(recording.blocks(), each, recording.path)
+        to_signal = choose_signal(recording.blocks(), each, recording.path)
         # One chunk per block, so that progress is reported chunk by chunk.
         step = min(10.0, options.chunk - options.overlap)
-        separator, *others = self._separators(recording, hear, options)
+        separator, *others = self._separators(recording, to_signal, options)
         seconds = recording.frames / rate
         with Progress(
             model_rate, seconds, options.progress, options.callback
         ) as progress:
             yield from separate_blocks(
-                map(hear, recording.blocks(step)),
+                map(to_signal, recording.blocks(step)),
                 rate,
                 model_rate,
                 [separator, progress, *others],
                 options.mixture_consistency,
             )
 
-    def _separators(self, recording, hear, options):
+    def _separators(self, recording, to_signal, options):
         """Make the stages that separate at the model's rate."""
         if options.streaming:
             run = choose_steps(self, options.runtime)
@@ -305,7 +310,7 @@ class Recordings:
         rate, num_spks = self.hparams.sample_rate, self.hparams.num_spks
         networks, statistics = self._networks(), None
         if options.norm == "recording":
-            mixture = map(hear, recording.blocks())
+            mixture = map(to_signal, recording.blocks())
             statistics = recording_statistics(
                 mixture, recording.sample_rate, rate, networks
             )

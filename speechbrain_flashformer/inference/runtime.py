@@ -1,7 +1,7 @@
 """Choose the runtime of a stream: torch or onnxruntime.
 
-An export takes as long as many seconds of audio, so the exported step is stored
-in the cache folder of the user.
+An export takes ten seconds or more, so the exported step is stored in the cache
+folder of the user.
 """
 
 import hashlib
@@ -60,6 +60,9 @@ def choose_steps(model, runtime="auto", block=None, tell=log.warning):
         With onnx, when the extra onnx is not installed.
     OSError
         When an exported step cannot be stored.
+    RuntimeError
+        With onnx, when the outputs of onnxruntime and torch differ, or the user
+        has no home folder.
     ValueError
         When the model is not causal. With onnx also when it is not in float32
         on the CPU, is quantized or has hooks.

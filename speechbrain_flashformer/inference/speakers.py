@@ -160,8 +160,8 @@ class VoiceProfile:
     BANDS, LAGS = 24, 45
     HIGHEST, LOWEST = 400, 73  # pitch, Hz
     # A frame belongs to one speaker if its power is ALONE times that of the
-    # others, and at least FLOOR times that of the LOUDth loudest frame: a click
-    # covers fewer frames.
+    # others, and at least FLOOR times that of the LOUD-th loudest frame: the
+    # loudest ones may be a click.
     ALONE, FLOOR, LOUD = 4.0, 1e-4, 8
     # Distance of a profile without frames. The distance between two samples of
     # 15 s is 1 to 4 for one speaker and mostly above 8 for two.

@@ -27,7 +27,9 @@ PAUSE = 8  # frames
 # Cost of a change of the order in a pause, and where speech goes on.
 IN_PAUSE, IN_SPEECH = 0.5, 5.0
 ENOUGH = 30  # frames at which the distance of a voice has half its weight
-HEARD = 8.0  # seconds of one speaker alone without which no turn is moved
+# Minimum seconds in which one speaker is alone, whoever it is. With less, no
+# turn is moved.
+HEARD = 8.0
 ROUNDS = 15
 
 
@@ -252,7 +254,7 @@ class ChannelTurns:
 
 
 def segments(energy, cut):
-    """Cut speech at pauses, and where other speakers are heard.
+    """Cut speech at pauses, where the dominant speaker changes, and at ``cut``.
 
     Arguments
     ---------

@@ -1,10 +1,9 @@
 """Encoder and decoder initialized as a Fourier transform and its inverse.
 
-SpeechBrain initializes its encoder and decoder at random. These have the same
-weights under the same names, but initially the decoder inverts the encoder:
-masks of 1 return the mixture, except for half a filter at both ends. The
-filters remain trainable (arXiv:1910.10400 compares trained and fixed
-filterbanks).
+SpeechBrain initializes its encoder and decoder at random. These have weights of
+the same names and shapes, but initially the decoder inverts the encoder: masks
+of 1 return the mixture, except for half a filter at both ends. The filters
+remain trainable (arXiv:1910.10400 compares trained and fixed filterbanks).
 
 Axes: B batch, N encoder channels, K samples of a filter, L frames.
 """

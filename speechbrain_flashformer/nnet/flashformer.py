@@ -2,7 +2,7 @@
 
 A U over time: frames are downsampled by 2 per stage, with one FSMN block at
 each rate; attention runs on tokens, at the lowest rate; frames are upsampled
-with skip connections. Nearly all arithmetic is at the token rate.
+with skip connections. Most arithmetic is at the token rate (base: 84 %).
 
 Axes: B batch, N encoder channels, L frames, T tokens, C channels, S speakers.
 """
@@ -34,7 +34,7 @@ class FlashFormer(nn.Module):
     nhead : int
         Attention heads; d_model / nhead must be an even integer.
     d_ffn, d_frame : int
-        Inner width of the feed-forward modules; width at the frame rate.
+        Inner width of feed-forwards; width of frames (token_stride above 1).
     token_stride : int
         Frames per token, a power of two. With 1, attention covers every frame.
     window : tuple of int, optional

@@ -153,7 +153,7 @@ class FSMN(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Initialize with small random taps, so that y is close to x."""
+        """Initialize the taps uniformly in [-b, b], b = 1 / sqrt(taps)."""
         bound = 1 / math.sqrt(self.weight.shape[-1])
         nn.init.uniform_(self.weight, -bound, bound)
 
@@ -199,7 +199,7 @@ class FSMN(nn.Module):
         context["past"] = known[:, x.shape[1] :]
         # For the few frames of a block, a product and a sum take a third of
         # the time of a convolution. The view of torch's unfold costs nothing,
-        # but onnxruntime gathers it value by value, and frames as a whole.
+        # but onnxruntime gathers it value by value. Whole frames gather faster.
         weight, span = self.weight.flatten(1), 1 + self.lookback * self.dilation
         if torch.compiler.is_exporting():
             starts = torch.arange(x.shape[1], device=x.device)[:, None]

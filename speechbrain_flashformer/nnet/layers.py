@@ -1,6 +1,6 @@
 """One layer at the token rate: attention, memory, feed-forward.
 
-Axes: B batch, T tokens, C channels, H heads, D head width.
+Axes: B batch, T tokens, L frames, C channels, H heads, D head width.
 """
 
 import torch
@@ -128,7 +128,7 @@ class TransposedLinear(nn.Linear):
     """
 
     def forward(self, x):
-        """Map x [B, L, D] to [B, L, C]."""
+        """Map x [B, L, in_features] to [B, L, C], with C = out_features."""
         weight = self.weight.expand(x.shape[0], -1, -1)
         out = torch.baddbmm(self.bias[:, None], weight, x.transpose(1, 2))
         return out.transpose(1, 2)
@@ -147,6 +147,11 @@ class Attention(nn.Module):
         Tokens seen to the (left, right); -1 means unbounded.
     backend : str
         As in ``attention.attend``.
+
+    Raises
+    ------
+    ValueError
+        If nhead does not divide d_model, or window or backend is invalid.
 
     Example
     -------
@@ -191,9 +196,8 @@ class Attention(nn.Module):
         positions : Positions
             From ``positions.Places``.
         context : dict, optional
-            Keys and values of a stream's past, updated in place. Streams run
-            on torch's kernel, because other backends are no faster for so few
-            queries.
+            Keys and values of a stream's past, updated in place. ``backend``
+            does not apply then: the step runs as two matrix products.
 
         Returns
         -------

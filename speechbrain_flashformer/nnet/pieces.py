@@ -12,8 +12,8 @@ PIECE = 4096  # maximum size of a piece, in frames or tokens
 def pieces(length):
     """Slices that divide frames or tokens into pieces of at most ``PIECE``.
 
-    With gradients there is one slice. In a compiled or exported graph too,
-    because the graph must fit all lengths.
+    There is one slice with gradients, and in a compiled or exported graph,
+    which must fit all lengths.
 
     Arguments
     ---------

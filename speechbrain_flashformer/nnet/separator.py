@@ -128,13 +128,18 @@ def separate(mixture, encoder, masknet, decoder, lengths=None, statistics=None):
         Valid part of each row relative to T, [B]. Outputs beyond it are 0. The
         valid part equals that without padding if the masknet takes lengths.
     statistics : tuple of torch.Tensor, optional
-        Mean and mean square [B] of the recordings that the rows are excerpts
-        of, as from ``encoder_statistics``.
+        Mean and mean square [B] of the encoder output over the recordings that
+        the rows are excerpts of, as from ``encoder_statistics``.
 
     Returns
     -------
     torch.Tensor
         Estimated sources, [B, T, S].
+
+    Raises
+    ------
+    ValueError
+        If a causal ``FlashFormer`` gets statistics.
 
     Example
     -------

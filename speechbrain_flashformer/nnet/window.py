@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 BLOCK, EDGE = 64, 256
 # Maximum T for one call with a T x T mask.
 MOST_DENSE = 1024
-# Maximum queries and keys of a block whose scores are held in memory, and of
-# such blocks in a call without gradients.
+# Most queries and keys of a block that runs as products, with its scores in
+# memory, and most such blocks in a call without gradients.
 MOST_HELD, MOST_BLOCKS = 1024, 64
 
 

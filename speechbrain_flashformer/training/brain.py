@@ -47,10 +47,11 @@ class Separation(sb.Brain):
     [``warmup_steps`` and ``lr``: warmup before a schedule by epochs],
     [``matrix_optimizer``: for the weight matrices of the masknet, with
     ``optimizer`` for all other parameters; both get the same learning rate],
-    [``avg_checkpoints``: number of best checkpoints whose averaged weights are
-    tested], ``train_logger``, [``tensorboard_train_logger``],
-    ``output_folder``, ``save_audio`` and ``n_audio_to_save``,
-    [``more_metrics``: ``pesq``, ``stoi``], and those of ``augment``.
+    [``avg_checkpoints``: number of best checkpoints to average for the test; as
+    many last ones are kept], ``epoch_counter``, ``train_logger``,
+    [``tensorboard_train_logger``], ``output_folder``, ``save_audio`` and
+    ``n_audio_to_save``, [``more_metrics``: ``pesq``, ``stoi``], and those of
+    ``augment``.
     """
 
     def __init__(self, *args, **kwargs):

@@ -1,11 +1,12 @@
 """Effects of dynamic mixing on the sound.
 
 An effect is called as ``effect(signals, rng, sample_rate)`` for a random
-``share`` (0 to 1) of the mixtures and returns the changed signals. They are
-[S + 1, T], float32: S sources and the noise (zeros by default). Their sum is
-the mixture, so that effects apply to the targets too, except for noise. Effects
-keep the level of each source where it speaks, and a silent source stays silent.
-``rng`` is a ``numpy.random.Generator``, the only source of random numbers.
+``share`` (0 to 1) of the mixtures. It returns the changed signals and may
+overwrite its input. Signals are [S + 1, T], float32: S sources and the noise
+(zeros by default). Their sum is the mixture, so that effects apply to the
+targets too, except for noise and clipping. Effects keep the level of each
+source where it speaks, and a silent source stays silent. ``rng`` is a
+``numpy.random.Generator``, the only source of random numbers.
 
 Axes: S speakers, T samples.
 """
@@ -73,7 +74,13 @@ class RandomEQ:
 
 @dataclass
 class Reverberation:
-    """Place all speakers in one synthetic room, at different positions."""
+    """Place all speakers in one synthetic room, at different positions.
+
+    Arguments
+    ---------
+    share : float
+        Share of the mixtures.
+    """
 
     share: float
 
@@ -87,7 +94,13 @@ class Reverberation:
 
 @dataclass
 class BandLimit:
-    """Limit all speakers to one band, as a telephone does."""
+    """Limit all speakers to one band, as a telephone does.
+
+    Arguments
+    ---------
+    share : float
+        Share of the mixtures.
+    """
 
     share: float
 
@@ -167,7 +180,8 @@ class Noise:
     Raises
     ------
     FileNotFoundError, ValueError
-        If the folder has no recordings, or snr_db is not a range.
+        If the folder has no recordings, one of them is not mono, is empty or
+        cannot be read, or snr_db is not a range.
 
     Example
     -------
@@ -216,8 +230,8 @@ class Clipping:
     share : float
         Share of the mixtures.
     above_db : tuple of float
-        Minimum and maximum of the level at which the mixture clips, above its
-        RMS level where somebody speaks, in dB.
+        Minimum and maximum of the level at which the mixture clips, in dB
+        above its RMS level without the silence at its start and end.
 
     Raises
     ------
@@ -256,6 +270,11 @@ class PolarityFlip:
     Microphones differ in polarity, the waveform of speech is not symmetric, and
     a corpus may have only one polarity. All signals are inverted together,
     because one microphone records all speakers.
+
+    Arguments
+    ---------
+    share : float
+        Share of the mixtures.
     """
 
     share: float
@@ -273,7 +292,20 @@ def _check_range(name, limits):
 
 
 def random_noise(length, rng):
-    """Noise [T] whose power falls as 1 / frequency^a, a from 0 to 2."""
+    """Draw noise whose power falls as 1 / frequency^a, with a from 0 to 2.
+
+    Arguments
+    ---------
+    length : int
+        T, samples.
+    rng : numpy.random.Generator
+        Draws the noise and a.
+
+    Returns
+    -------
+    numpy.ndarray
+        [T].
+    """
     spectrum = np.fft.rfft(rng.normal(size=length))
     frequency = np.maximum(np.arange(len(spectrum)), 1)
     return np.fft.irfft(spectrum / frequency ** rng.uniform(0, 1), length)

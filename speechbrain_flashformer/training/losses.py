@@ -49,7 +49,7 @@ def fixes_level(loss):
     return bool((louder - plain).abs() > 0.1)
 
 
-def hears_silence(loss):
+def is_defined_for_silence(loss):
     """Whether a loss is defined for a silent source.
 
     If it is, a quieter estimate of that source has a lower loss.
@@ -66,8 +66,10 @@ def hears_silence(loss):
 
     Example
     -------
-    >>> hears_silence(pit_mixed_loss), hears_silence(pit_si_snr_loss)
-    (True, False)
+    >>> is_defined_for_silence(pit_mixed_loss)
+    True
+    >>> is_defined_for_silence(pit_si_snr_loss)
+    False
     """
     time = torch.linspace(-9, 9, 200)[None, :, None]
     sound, other = time.cos(), (3 * time).cos()

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from speechbrain_flashformer.training.levels import level_db
-from speechbrain_flashformer.training.losses import hears_silence
+from speechbrain_flashformer.training.losses import is_defined_for_silence
 from speechbrain_flashformer.training.recordings import (
     RecordingReader,
     find_recordings,
@@ -69,7 +69,7 @@ def dynamic_mix_data_prep(hparams):
         )
     effects = list(hparams["dm_effects"].values())
     silent = any(isinstance(x, Absence) and x.share for x in effects)
-    if silent and not hears_silence(hparams["loss"]):
+    if silent and not is_defined_for_silence(hparams["loss"]):
         raise ValueError(
             "the effect Absence needs a loss that is defined for silence: "
             "speechbrain_flashformer.training.losses.pit_snr_loss or "

@@ -1,4 +1,4 @@
-"""Scores of a test, computed in threads and written as they are ready.
+"""Scores of a test, computed in threads and written in the order of the test.
 
 Axes: B batch, T samples, S speakers.
 """
@@ -106,7 +106,7 @@ def quick_scores(names, mixture, targets, predictions, lengths):
 
 
 class ResultsWriter:
-    """Computes the slow scores in threads and writes each row when it is ready.
+    """Computes the slow scores in threads; writes the rows in order of ``add``.
 
     Arguments
     ---------

@@ -29,6 +29,11 @@ class Absence:
 
     Requires a loss that is defined for a silent source. The mixture is cut to
     the speech of that speaker.
+
+    Arguments
+    ---------
+    share : float
+        Share of the mixtures.
     """
 
     share: float
@@ -50,6 +55,11 @@ class TurnTaking:
     turn and is silent outside of the turns. Mixtures of many turns need long
     excerpts and a ``concatenation_share``; those shorter than a turn often stay
     as they are.
+
+    Arguments
+    ---------
+    share : float
+        Share of the mixtures.
     """
 
     share: float
@@ -95,6 +105,11 @@ class Silence:
     """Keep a random part of the mixture, with silence around it.
 
     The part is at least ``LEAST_SPOKEN`` of the mixture.
+
+    Arguments
+    ---------
+    share : float
+        Share of the mixtures.
     """
 
     share: float

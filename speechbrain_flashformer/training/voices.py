@@ -115,6 +115,8 @@ def make_voices(
         If espeakng-loader is missing; names the extra to install.
     FileExistsError
         If the folder contains anything other than this set.
+    RuntimeError
+        If eSpeak NG fails.
 
     Example
     -------

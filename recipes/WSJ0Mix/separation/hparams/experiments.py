@@ -136,9 +136,9 @@ model: !include:../../../../hparams/flashformer-base.yaml
 Model: SpeechBrain's SepFormer (arXiv:2010.13154) for source separation
 Dataset: WSJ0-2mix, or any set in its layout
 
-Differences from flashformer.yaml: the masknet, and the training parameters,
-which are those of SpeechBrain's recipe. Other masknets of SpeechBrain can be
-used in the same way.
+Differences from flashformer.yaml: encoder, masknet and decoder, and the
+training parameters, which are those of SpeechBrain's recipe. Other masknets of
+SpeechBrain can be used in the same way.
 """,
         PLACE,
         {
