@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Write the test sets for packed models.
 
-> python benchmarks/test_sets.py SPEECH.csv OUT [NAME=FOLDER ...] \
-      [--noise NOISE]
+> python test_sets.py [--noise NOISE] SPEECH.csv OUT [NAME=FOLDER ...]
 
 SPEECH.csv lists speech of people who are in no training data, with the columns
 ``wav``, ``speaker``, ``corpus`` and ``language`` (``en`` for English). FOLDER
@@ -59,6 +58,7 @@ AMBIENT_DB = (-6, 3)  # ratio of the louder speaker to recorded noise
 
 def main(speech, out, folders, noise=None):
     """Write all sets."""
+    ambience = noise and Noise(share=1, snr_db=AMBIENT_DB, folder=noise)
     with open(speech, newline="", encoding="utf-8") as file:
         languages = [row["language"] for row in csv.DictReader(file)]
     # Sorted, so that the sets do not depend on the order of the list.
@@ -71,8 +71,7 @@ def main(speech, out, folders, noise=None):
     mix([x for x, language in every if language != "en"], out / "other")
     change(out / "english", out / "noisy", add_noise)
     change(out / "english", out / "reverberant", place_in_room)
-    if noise is not None:
-        ambience = Noise(share=1, snr_db=AMBIENT_DB, folder=noise)
+    if ambience:
         change(
             out / "english",
             out / "ambient",
@@ -218,6 +217,6 @@ if __name__ == "__main__":
     parser.add_argument("folders", nargs="*", metavar="NAME=FOLDER")
     parser.add_argument("--noise", type=Path)
     try:
-        main(**vars(parser.parse_args()))
+        main(**vars(parser.parse_intermixed_args()))
     except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))

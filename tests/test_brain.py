@@ -521,14 +521,12 @@ def test_the_last_validated_checkpoints_are_kept_too(make):
     brain.on_fit_start()
     brain.train_stats = {"loss": 0.0}
     checkpointer = brain.checkpointer
-    for epoch, score in enumerate((9.0, 8.0, 5.0, 2.0), 1):
+    for epoch, score in enumerate((9.0, 8.0, 1.0, 5.0, 2.0), 1):
         brain._save_intra_epoch_ckpt()
         brain.rows = [row(score)]
         brain.on_stage_end(sb.Stage.VALID, torch.tensor(0.0), epoch)
-    found = checkpointer.find_checkpoints(
-        ckpt_predicate=lambda x: "epoch" in x.meta
-    )
-    assert [x.meta["epoch"] for x in found] == [4, 3, 2, 1]
+    found = checkpointer.find_checkpoints()
+    assert [x.meta["epoch"] for x in found] == [5, 4, 2, 1]
 
 
 def test_statistics_go_to_the_board_too(make):

@@ -11,6 +11,8 @@ import time
 import numpy as np
 import pytest
 import soundfile
+from hyperpyyaml import load_hyperpyyaml
+from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_flashformer import cli
 from speechbrain_flashformer.inference import built_in_model
@@ -586,6 +588,22 @@ def test_pack(make_run, tmp_path, capsys):
     assert run("pack", folder, out) == 1
     assert "exists: remove it" in capsys.readouterr().err
     assert run("pack", folder, out, "--overwrite") == 0
+
+
+def test_pack_the_last_checkpoint(make_run, tmp_path):
+    folder, out = make_run(tmp_path / "run", seed=0), tmp_path / "model"
+    (folder / "test_results.csv").write_text(
+        "snt_id,si-snr_i,sdr_i\na,16.5,17.5\navg,16.5,17.5\n"
+    )
+    modules = load_hyperpyyaml((folder / "hyperparams.yaml").read_text())
+    checkpointer = Checkpointer(folder / "save", modules["modules"])
+    checkpointer.save_checkpoint(meta={"si-snr": 99.0, "epoch": 99})
+    for words, last in (((), False), (("--last", "--overwrite"), True)):
+        assert run("pack", folder, out, *words) == 0
+        card = (out / "README.md").read_text("utf-8")
+        assert ("at epoch 99" in card) == last
+        # The training tested the best checkpoint.
+        assert ("16.50" in card) != last
 
 
 def test_export(packed, tmp_path, monkeypatch, capsys):

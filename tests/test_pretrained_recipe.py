@@ -116,26 +116,79 @@ def test_babble_has_sound_of_many_people_all_the_time(tmp_path, monkeypatch):
 def test_recorded_noise_is_cut_into_pieces_at_8_khz(tmp_path):
     folder = tmp_path / "recordings" / "cafe"
     folder.mkdir(parents=True)
-    stereo = np.random.default_rng(0).normal(size=(50 * 16000, 2)) / 10
+    stereo = np.random.default_rng(0).normal(size=(44 * 16000, 2)) / 10
     soundfile.write(folder / "a.ogg", stereo, 16000)
+    # The end is left out.
+    soundfile.write(folder / "b.wav", stereo[: 43 * 16000, 0], 16000)
+    (folder / "._a.wav").write_bytes(b"Mac OS X")
     noise_recordings.main(["cut", str(folder.parent), str(tmp_path / "out")])
     found = sorted((tmp_path / "out").rglob("*.flac"))
     names = [path.relative_to(tmp_path / "out").as_posix() for path in found]
-    assert names == ["cafe/a-0.flac", "cafe/a-1.flac", "cafe/a-2.flac"]
+    assert names == [
+        f"cafe/{x}.flac" for x in ("a-0", "a-1", "a-2", "b-0", "b-1")
+    ]
     pieces = [soundfile.info(path) for path in found]
     assert {(x.samplerate, x.channels) for x in pieces} == {(8000, 1)}
-    assert sum(x.frames for x in pieces) == pytest.approx(50 * 8000, abs=2)
+    assert [x.frames / 8000 for x in pieces] == [20, 20, 4, 20, 20]
 
 
-@pytest.mark.parametrize("command", ["babble", "cut"])
-def test_noise_says_what_it_lacks(tmp_path, command):
-    few = tmp_path / "few.csv"
-    soundfile.write(tmp_path / "a.wav", np.ones(800), 8000)
-    few.write_text(f"wav,speaker\n{tmp_path / 'a.wav'},a\n", "utf-8")
-    (tmp_path / "empty").mkdir()
-    source, message = {
-        "babble": (few, "few.csv has 1 speakers; babble requires 16"),
-        "cut": (tmp_path / "empty", "no .wav, .flac, .ogg, .mp3 in"),
-    }[command]
+def spoil(folder, how):
+    """Give noise_recordings.py something that it cannot use."""
+    sound, path = np.ones(8000) / 2, folder / "0.wav"
+    rows = ["wav,speaker", *(f"{folder / f'{n}.wav'},{n}" for n in range(16))]
+    for n in range(1 if how == "one" else 16):
+        soundfile.write(folder / f"{n}.wav", sound, 8000)
+    (folder / "speech.csv").write_text(
+        "\n".join(rows[: 2 if how == "one" else 99])
+    )
+    if how == "missing":
+        path.unlink()
+    elif how == "stereo":
+        soundfile.write(path, np.stack([sound, sound], 1), 8000)
+    elif how == "16 kHz":
+        soundfile.write(path, sound, 16000)
+    elif how == "nan":
+        soundfile.write(path, sound * np.nan, 8000, "FLOAT")
+    elif how == "empty":
+        soundfile.write(path, sound[:0], 8000)
+    elif how == "same name":
+        soundfile.write(folder / "0.flac", sound, 8000)
+    elif how == "silent":
+        for file in folder.glob("*.wav"):
+            soundfile.write(file, 0 * sound, 8000)
+
+
+@pytest.mark.parametrize(
+    "command, how, message",
+    [
+        (
+            "babble",
+            "one",
+            "speech.csv lists speech of 1 people; babble requires",
+        ),
+        ("babble", "missing", r"0\.wav"),
+        ("babble", "stereo", r"0\.wav"),
+        ("babble", "16 kHz", r"0\.wav is at 16000 Hz: convert it to 8000"),
+        ("cut", "nan", r"0\.wav is empty or has samples that are not finite"),
+        ("cut", "empty", r"0\.wav is empty"),
+        ("cut", "same name", r"0\.flac and .*0\.wav would have pieces of the"),
+        ("cut", "silent", "with sound in"),
+    ],
+)
+def test_noise_from_what_cannot_be_used(tmp_path, command, how, message):
+    folder = tmp_path / "recordings"
+    folder.mkdir()
+    spoil(folder, how)
+    source = folder / "speech.csv" if command == "babble" else folder
     with pytest.raises(SystemExit, match=message):
         noise_recordings.main([command, str(source), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_noise_is_not_cut_into_its_own_folder(tmp_path):
+    for source, out, message in (
+        (tmp_path, tmp_path / "out", "out is in .*: name another folder"),
+        (tmp_path / "no", tmp_path / "out", "no folder .*no"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            noise_recordings.main(["cut", str(source), str(out)])

@@ -10,10 +10,10 @@ with the columns ``wav`` and ``speaker``, at 8 kHz.
 
 cut: converts all recordings of a folder (wav, flac, ogg, mp3) to mono at 8 kHz
 and writes them to OUT in pieces of 20 s, because dynamic mixing draws each file
-equally often.
+equally often. A last piece of less than 4 s is left out.
 
-OUT may be the folder of the other command. A training uses it with
-``--dm_noise_folder OUT``.
+OUT may be the folder of the other command; files of the same name are replaced.
+A training uses it with ``--dm_noise_folder OUT``.
 """
 
 import argparse
@@ -26,9 +26,14 @@ import soundfile
 import torch
 from torchaudio.functional import resample
 
+from speechbrain_flashformer.inference.files import written_beside
+from speechbrain_flashformer.inference.listing import files_below
 from speechbrain_flashformer.training.effects import random_noise, reverberate
 from speechbrain_flashformer.training.levels import level_db, speech_level_db
-from speechbrain_flashformer.training.recordings import find_recordings
+from speechbrain_flashformer.training.recordings import (
+    RecordingReader,
+    find_recordings,
+)
 
 RATE, SEED = 8000, 5
 PIECE = 20 * RATE
@@ -51,9 +56,14 @@ def make_babble(speech, out):
         spoken[recording.speaker].append(recording.path)
     if len(spoken) < TALKERS[1]:
         raise ValueError(
-            f"{speech} has {len(spoken)} speakers; babble requires "
+            f"{speech} lists speech of {len(spoken)} people; babble requires "
             f"{TALKERS[1]} or more"
         )
+    # Opens all, so that no noise is written if one cannot be used.
+    reader = RecordingReader(sum(spoken.values(), []), "speech")
+    for path, rate in zip(reader.paths, reader.rates):
+        if rate != RATE:
+            raise ValueError(f"{path} is at {rate} Hz: convert it to {RATE}")
     names = sorted(spoken)
     for n in range(BABBLES):
         t60, talkers = rng.uniform(*T60), rng.integers(*TALKERS, endpoint=True)
@@ -73,10 +83,7 @@ def talk(paths, t60, rng):
     """Return speech of one person in a room, far from the microphone, [T]."""
     parts, length = [], 0
     while length < PIECE:
-        signal, rate = soundfile.read(path := rng.choice(paths))
-        if rate != RATE:
-            raise ValueError(f"{path} is at {rate} Hz, not at {RATE}")
-        parts += [signal, np.zeros(rng.integers(*PAUSE))]
+        parts += [read(rng.choice(paths)), np.zeros(rng.integers(*PAUSE))]
         length += sum(map(len, parts[-2:]))
     signal = np.roll(np.concatenate(parts), rng.integers(PIECE))[:PIECE]
     # Twice: the direct sound is then sometimes weaker than the reverberation,
@@ -89,39 +96,55 @@ def talk(paths, t60, rng):
 
 def cut(recordings, out):
     """Write the pieces of all recordings."""
-    paths = [
-        path
-        for path in sorted(recordings.rglob("*"))
-        if path.suffix.lower() in SUFFIXES
-    ]
-    if not paths:
-        raise FileNotFoundError(f"no {', '.join(SUFFIXES)} in {recordings}")
+    if not recordings.is_dir():
+        raise FileNotFoundError(f"no folder {recordings}")
+    if out.resolve().is_relative_to(recordings.resolve()):
+        raise ValueError(f"{out} is in {recordings}: name another folder")
+    places = {}
+    for path in files_below(recordings):
+        # macOS writes "._" files beside others.
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("._"):
+            place = path.relative_to(recordings).with_suffix("")
+            if place in places:
+                raise ValueError(
+                    f"{places[place]} and {path} would have pieces of the same "
+                    "names: rename one"
+                )
+            places[place] = path
     count = 0
-    for path in paths:
+    for place, path in places.items():
         signal = read(path)
-        stops = max(1, len(signal) - SHORTEST)
+        stops = max(1, len(signal) - SHORTEST + 1)
         for n, start in enumerate(range(0, stops, PIECE)):
             piece = signal[start : start + PIECE]
             if piece.any():
-                place = path.relative_to(recordings).with_suffix("")
                 write(out / f"{place}-{n}.flac", piece)
                 count += 1
-    print(f"{count} pieces of {len(paths)} recordings in {out}")
+    if not count:
+        raise FileNotFoundError(
+            f"no {', '.join(SUFFIXES)} with sound in {recordings}"
+        )
+    print(f"{count} pieces of {len(places)} recordings in {out}")
 
 
 def read(path):
     """Read a recording as mono at RATE, [T]."""
     try:
         signal, rate = soundfile.read(path, always_2d=True, dtype="float32")
-    except soundfile.SoundFileError as error:
+    except (OSError, soundfile.SoundFileError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
+    if not len(signal) or not np.isfinite(signal).all():
+        raise ValueError(
+            f"{path} is empty or has samples that are not finite: remove it"
+        )
     return resample(torch.from_numpy(signal.mean(1)), rate, RATE).numpy()
 
 
 def write(path, signal):
     """Write noise; its level does not matter."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, signal * (PEAK / np.abs(signal).max()), RATE)
+    signal = signal * (PEAK / np.abs(signal).max())
+    with written_beside(path) as partial:
+        soundfile.write(partial, signal, RATE, format="FLAC")
 
 
 def main(words=None):

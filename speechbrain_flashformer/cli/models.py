@@ -201,9 +201,9 @@ def _pack(parsed):
     out = pack(
         parsed.run_folder,
         parsed.out,
-        parsed.half,
-        parsed.overwrite,
-        parsed.last,
+        half=parsed.half,
+        overwrite=parsed.overwrite,
+        last=parsed.last,
     )
     print(out)
     return OK

@@ -83,7 +83,7 @@ model-index:
 """
 
 
-def model_card(name, numbers, run, meta, trust):
+def model_card(name, numbers, run, meta, trust, tested=True):
     """Return the text of a model card.
 
     Arguments
@@ -99,6 +99,9 @@ def model_card(name, numbers, run, meta, trust):
         Meta of the checkpoint: ``si-snr``, the validation loss, and ``epoch``.
     trust : bool
         Whether the model runs code of its own, so that users must trust it.
+    tested : bool
+        Whether the test of the run tested these weights. If not, the card has
+        no test results.
 
     Returns
     -------
@@ -106,7 +109,7 @@ def model_card(name, numbers, run, meta, trust):
         Markdown with front matter.
     """
     index = test = ""
-    if scores := _test_scores(run):
+    if tested and (scores := _test_scores(run)):
         index = INDEX.format(quoted=json.dumps(name), **scores)
         test = "- test, {mixtures} mixtures: SI-SNRi {si_snr_i:.2f} dB, "
         test += "SDRi {sdr_i:.2f} dB\n"

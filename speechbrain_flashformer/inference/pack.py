@@ -1,5 +1,6 @@
 """Pack a training run into a model folder, and start training from one."""
 
+import math
 from io import StringIO
 from pathlib import Path
 
@@ -71,7 +72,8 @@ def pack(run, out, half=False, overwrite=False, last=False):
     last : bool
         Whether the last checkpoints are packed, not those of the lowest
         validation loss. At the end of a training whose learning rate decreases
-        to zero they are often better, if the validation set is small.
+        to zero they are often better, if the validation set is small. The card
+        then has no test results, because the training tested the best ones.
 
     Returns
     -------
@@ -135,7 +137,8 @@ def pack(run, out, half=False, overwrite=False, last=False):
             torch.save(state, partial / f"{name}.ckpt")
         numbers = {key: tree[key] for key in ("num_spks", "sample_rate")}
         numbers["parameters"] = parameters / 1e6
-        card = model_card(out.name, numbers, run, chosen[0].meta, bool(odd))
+        meta, odd = chosen[0].meta, bool(odd)
+        card = model_card(out.name, numbers, run, meta, odd, tested=not last)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return out
 
@@ -194,6 +197,12 @@ def _choose_checkpoints(save, count, last):
             ) from error
     if not chosen:
         raise FileNotFoundError(f"no validated checkpoint in {save}")
+    for checkpoint in chosen:
+        if not math.isfinite(checkpoint.meta["si-snr"]):
+            raise ValueError(
+                f"the validation loss of {checkpoint.path} is not finite: move "
+                "that folder away to pack another checkpoint"
+            )
     return chosen
 
 

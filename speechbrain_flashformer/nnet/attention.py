@@ -8,7 +8,7 @@ dropped and no input is cast silently.
 backend      devices    what it needs
 ===========  =========  =====================================================
 flash_attn   CUDA       the flash-attn package, float16 or bfloat16
-torch_flash  CUDA       float16 or bfloat16, heads of a multiple of 8
+torch_flash  CUDA       torch's varlen_attn, float16 or bfloat16, D = 8 n
 sdpa         CPU, CUDA  torch alone; windows in blocks, linear in T
 ===========  =========  =====================================================
 

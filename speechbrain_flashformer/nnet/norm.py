@@ -226,8 +226,8 @@ class CumulativeNorm(GlobalNorm):
         # Sums over the last span frames: the remainder of the previous block of
         # span frames plus the new frames of this one. A difference of running
         # totals would keep the rounding error of a loud click forever. If there
-        # are fewer new frames than span, as in a stream, only the frames that
-        # leave the span need a cumulative sum.
+        # are fewer new frames than span, as in a stream, of the past only the
+        # frames that leave the span need a cumulative sum.
         if size < self.span:
             left = past[:, :, 1:size].flip(2).cumsum(2).flip(2)
             left = F.pad(left, (0, 1)) + past[:, :, size:].sum(2, keepdim=True)

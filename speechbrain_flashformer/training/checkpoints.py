@@ -211,7 +211,7 @@ def save_validated(checkpointer, meta, count):
     Arguments
     ---------
     checkpointer : speechbrain.utils.checkpoints.Checkpointer
-        Saves, and deletes the other checkpoints that were validated.
+        Saves, and deletes all others.
     meta : dict
         With ``si-snr``, the validation loss.
     count : int
@@ -226,7 +226,12 @@ def save_validated(checkpointer, meta, count):
         meta=meta,
         num_to_keep=count,
         min_keys=["si-snr"],
+        importance_keys=[],  # SpeechBrain's default grows with every call
         ckpt_predicate=validated,
+    )
+    # Those from the middle of an epoch are older than this one.
+    checkpointer.delete_checkpoints(
+        num_to_keep=0, ckpt_predicate=lambda x: not x.meta["end-of-epoch"]
     )
 
 

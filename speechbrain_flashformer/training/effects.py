@@ -285,10 +285,13 @@ class PolarityFlip:
 
 
 def _check_range(name, limits):
-    if len(limits) != 2 or limits[0] > limits[1]:
-        raise ValueError(
-            f"{name} must be the least and the greatest number, not {limits}"
-        )
+    try:
+        low, high = limits
+        is_range = low <= high
+    except (TypeError, ValueError):
+        is_range = False
+    if not is_range:
+        raise ValueError(f"{name} must be [minimum, maximum], not {limits}")
 
 
 def random_noise(length, rng):
