@@ -63,8 +63,9 @@ def world(tmp_path_factory, packed_once, packed_causal, make_run):
     run = make_run(folder / PLACES["RUN_DIR"], seed=0)
     shutil.copytree(run, folder / "results/mine/1234")
     (folder / "recordings").mkdir()
+    (folder / "NOISE").mkdir()
     noise = 0.1 * np.random.default_rng(0).normal(size=12000)
-    for name in ("meeting", "day", "mixture", "recordings/talk"):
+    for name in ("meeting", "day", "mixture", "recordings/talk", "NOISE/a"):
         soundfile.write(folder / f"{name}.wav", noise, 8000)
     for part in ("train", "valid", "test"):
         for speaker in "ab":
