@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write the test sets for packed models.
 
-> python test_sets.py [--noise NOISE] SPEECH.csv OUT [NAME=FOLDER ...]
+> python benchmarks/test_sets.py SPEECH.csv OUT [NAME=FOLDER ...] --noise NOISE
 
 SPEECH.csv lists speech of people who are in no training data, with the columns
 ``wav``, ``speaker``, ``corpus`` and ``language`` (``en`` for English). FOLDER
@@ -15,7 +15,7 @@ have the same file name. The sets are reproducible:
   mixture, or with both speakers in one synthetic room (the sources are
   reverberant too);
 * ambient: the mixtures of english with recordings of NOISE, 6 dB above to 3 dB
-  below the louder speaker, as in WHAM! (arXiv:1907.01160);
+  below the louder speaker, as in WHAM! (arXiv:1907.01160); not without --noise;
 * NAME: 200 mixtures of the speakers in a folder;
 * alone: 50 recordings of one person; s2/ is silence;
 * conversations: 80 conversations of 40 s, with turns, overlapping speech and

@@ -1,5 +1,6 @@
 """A run becomes a folder that needs nothing else."""
 
+import math
 import os
 import re
 import shutil
@@ -105,6 +106,20 @@ def test_the_best_checkpoints_are_packed_or_the_last(
     packed = pack(run, tmp_path / "model", last=last)
     state = torch.load(packed / "masknet.ckpt", weights_only=True)
     assert state["masks.weight"].unique().tolist() == [expected]
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_checkpoint_without_a_finite_loss_is_named(make_run, tmp_path, last):
+    run = make_run(tmp_path / "run", seed=0)
+    yaml = run / "hyperparams.yaml"
+    yaml.write_text(yaml.read_text() + "avg_checkpoints: 2\n")
+    modules = load_hyperpyyaml(yaml.read_text())["modules"]
+    checkpointer = Checkpointer(run / "save", modules)
+    broken = checkpointer.save_checkpoint(meta={"si-snr": math.inf})
+    name = re.escape(broken.path.name)
+    with pytest.raises(ValueError, match=f"{name} is not finite: move"):
+        pack(run, tmp_path / "model", last=last)
+    assert not (tmp_path / "model").exists()
 
 
 def test_training_starts_from_a_packed_model(make_run, tmp_path):

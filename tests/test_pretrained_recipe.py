@@ -95,8 +95,9 @@ def test_babble_has_sound_of_many_people_all_the_time(tmp_path, monkeypatch):
     for who in range(20):
         # Each speaks with a frequency of its own.
         path = tmp_path / f"{who}.wav"
-        time = np.arange(8000) / 8000
-        soundfile.write(path, np.sin(2 * np.pi * 100 * (who + 2) * time), 8000)
+        rate = 8000 if who % 2 else 16000
+        tone = np.sin(2 * np.pi * 100 * (who + 2) * np.arange(rate) / rate)
+        soundfile.write(path, tone, rate)
         rows.append(f"{path},{who}")
     speech = tmp_path / "speech.csv"
     speech.write_text("\n".join(rows), "utf-8")
@@ -145,8 +146,6 @@ def spoil(folder, how):
         path.unlink()
     elif how == "stereo":
         soundfile.write(path, np.stack([sound, sound], 1), 8000)
-    elif how == "16 kHz":
-        soundfile.write(path, sound, 16000)
     elif how == "nan":
         soundfile.write(path, sound * np.nan, 8000, "FLOAT")
     elif how == "empty":
@@ -166,11 +165,10 @@ def spoil(folder, how):
             "one",
             "speech.csv lists speech of 1 people; babble requires",
         ),
-        ("babble", "missing", r"0\.wav"),
-        ("babble", "stereo", r"0\.wav"),
-        ("babble", "16 kHz", r"0\.wav is at 16000 Hz: convert it to 8000"),
-        ("cut", "nan", r"0\.wav is empty or has samples that are not finite"),
-        ("cut", "empty", r"0\.wav is empty"),
+        ("babble", "missing", r"cannot read .*0\.wav"),
+        ("babble", "stereo", r"0\.wav has 2 channels"),
+        ("cut", "nan", r"0\.wav holds samples that are not finite"),
+        ("cut", "empty", r"0\.wav has no samples"),
         ("cut", "same name", r"0\.flac and .*0\.wav would have pieces of the"),
         ("cut", "silent", "with sound in"),
     ],

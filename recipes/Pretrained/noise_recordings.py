@@ -5,8 +5,8 @@
 > python noise_recordings.py cut RECORDINGS OUT
 
 babble: writes OUT/babble, many people who talk at the same time in a room, and
-OUT/color, noise whose power falls with the frequency. SPEECH.csv lists speech
-with the columns ``wav`` and ``speaker``, at 8 kHz.
+OUT/color, noise whose power falls with the frequency, at 8 kHz. SPEECH.csv
+lists mono speech with the columns ``wav`` and ``speaker``.
 
 cut: converts all recordings of a folder (wav, flac, ogg, mp3) to mono at 8 kHz
 and writes them to OUT in pieces of 20 s, because dynamic mixing draws each file
@@ -26,6 +26,7 @@ import soundfile
 import torch
 from torchaudio.functional import resample
 
+from speechbrain_flashformer.inference.audio import AudioReader
 from speechbrain_flashformer.inference.files import written_beside
 from speechbrain_flashformer.inference.listing import files_below
 from speechbrain_flashformer.training.effects import random_noise, reverberate
@@ -59,11 +60,8 @@ def make_babble(speech, out):
             f"{speech} lists speech of {len(spoken)} people; babble requires "
             f"{TALKERS[1]} or more"
         )
-    # Opens all, so that no noise is written if one cannot be used.
-    reader = RecordingReader(sum(spoken.values(), []), "speech")
-    for path, rate in zip(reader.paths, reader.rates):
-        if rate != RATE:
-            raise ValueError(f"{path} is at {rate} Hz: convert it to {RATE}")
+    # Reads all headers: most errors are found before any noise is written.
+    RecordingReader(sum(spoken.values(), []), "speech")
     names = sorted(spoken)
     for n in range(BABBLES):
         t60, talkers = rng.uniform(*T60), rng.integers(*TALKERS, endpoint=True)
@@ -129,15 +127,9 @@ def cut(recordings, out):
 
 def read(path):
     """Read a recording as mono at RATE, [T]."""
-    try:
-        signal, rate = soundfile.read(path, always_2d=True, dtype="float32")
-    except (OSError, soundfile.SoundFileError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    if not len(signal) or not np.isfinite(signal).all():
-        raise ValueError(
-            f"{path} is empty or has samples that are not finite: remove it"
-        )
-    return resample(torch.from_numpy(signal.mean(1)), rate, RATE).numpy()
+    reader = AudioReader(path)
+    signal = torch.cat(list(reader.blocks()), 1).mean(0)
+    return resample(signal, reader.sample_rate, RATE).numpy()
 
 
 def write(path, signal):

@@ -83,7 +83,7 @@ model-index:
 """
 
 
-def model_card(name, numbers, run, meta, trust, tested=True):
+def model_card(name, numbers, run, meta, trust, tested):
     """Return the text of a model card.
 
     Arguments

@@ -137,8 +137,8 @@ def pack(run, out, half=False, overwrite=False, last=False):
             torch.save(state, partial / f"{name}.ckpt")
         numbers = {key: tree[key] for key in ("num_spks", "sample_rate")}
         numbers["parameters"] = parameters / 1e6
-        meta, odd = chosen[0].meta, bool(odd)
-        card = model_card(out.name, numbers, run, meta, odd, tested=not last)
+        meta = chosen[0].meta
+        card = model_card(out.name, numbers, run, meta, bool(odd), not last)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return out
 

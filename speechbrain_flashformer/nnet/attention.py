@@ -4,13 +4,13 @@
 backend that can run. A backend that cannot run gives its reason; no option is
 dropped and no input is cast silently.
 
-===========  =========  =====================================================
+===========  =========  ======================================================
 backend      devices    what it needs
-===========  =========  =====================================================
+===========  =========  ======================================================
 flash_attn   CUDA       the flash-attn package, float16 or bfloat16
-torch_flash  CUDA       torch's varlen_attn, float16 or bfloat16, D = 8 n
+torch_flash  CUDA       torch's varlen_attn, half precision, D a multiple of 8
 sdpa         CPU, CUDA  torch alone; windows in blocks, linear in T
-===========  =========  =====================================================
+===========  =========  ======================================================
 
 Axes: B batch, T tokens, H heads, D head width.
 

@@ -37,7 +37,7 @@ logger = get_logger(__name__)
 
 
 class Separation(sb.Brain):
-    """Train, validate and test a separation model; keep the best checkpoints.
+    """Train, validate and test a separation model; keep the best and the last.
 
     It runs under ``torchrun`` too: every process trains on and tests its part
     of the data. It uses these hyperparameters; those in brackets are optional:
