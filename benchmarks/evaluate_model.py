@@ -17,7 +17,8 @@ Writes results/evaluate_model.csv, one row per set:
   and how far the level of the other output is below it, medians in dB;
 * conversations, which have turns/: the share of wrong turns, those in the wrong
   output under the better of the two assignments of speakers to outputs; also
-  where the network puts them, before any is moved by its voice. An oracle is
+  where the network puts them, before any is moved by its voice. For a causal
+  model also where a live stream puts them, which has no chunks. An oracle is
   scored too. It knows the sources, with a leak of 20 dB, and orders them at
   random in every chunk. Its wrong turns are errors of the chunk order only.
 
@@ -43,6 +44,7 @@ import csv
 import itertools
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +77,7 @@ COLUMNS = (
     "alone, other output (dB)",
     "wrong turns (%)",
     "wrong turns, network (%)",
+    "wrong turns, stream (%)",
     "wrong turns, oracle (%)",
 )
 
@@ -196,7 +199,7 @@ def score_turns(model, folder):
     """Score conversations, separated in chunks as recordings are."""
     rate, rng = model.hparams.sample_rate, np.random.default_rng(0)
     plan = ChunkPlan(10 * rate, round(2.5 * rate), align=1)
-    wrong, of_order, count, mixtures = {"voice": 0, "network": 0}, 0, 0, 0
+    wrong, count, mixtures = Counter(), 0, 0
     for path in sorted((folder / "turns").glob("*.csv")):
         with path.open(newline="") as file:
             turns = [
@@ -209,19 +212,23 @@ def score_turns(model, folder):
         oracle = Oracle(sources, plan, rng)
         separator = ChunkSeparator(oracle, rate, plan, 2)
         parts = [separator.feed(mixture[None]), separator.flush()]
-        ordered = torch.cat(parts, 2)[0].numpy()
-        for how in wrong:
-            out = model.separate_audio(mixture[None], rate, turns=how)
-            heard = out[0].T.numpy()
-            wrong[how] += wrong_turns(heard, sources.numpy(), turns)
-        of_order += wrong_turns(ordered, sources.numpy(), turns)
+        outputs = {
+            ", oracle": torch.cat(parts, 2)[0],
+            "": model.separate_audio(mixture[None], rate, turns="voice")[0].T,
+            ", network": model.separate_audio(
+                mixture[None], rate, turns="network"
+            )[0].T,
+        }
+        if getattr(model.mods.masknet, "causal", False):
+            outputs[", stream"] = model.separate_batch(mixture[None])[0].T
+        for how, out in outputs.items():
+            wrong[how] += wrong_turns(out.numpy(), sources.numpy(), turns)
         count, mixtures = count + len(turns), mixtures + 1
-    return {
-        "mixtures": mixtures,
-        "wrong turns (%)": round(100 * wrong["voice"] / count, 1),
-        "wrong turns, network (%)": round(100 * wrong["network"] / count, 1),
-        "wrong turns, oracle (%)": round(100 * of_order / count, 1),
+    shares = {
+        f"wrong turns{how} (%)": round(100 * number / count, 1)
+        for how, number in wrong.items()
     }
+    return {"mixtures": mixtures, **shares}
 
 
 def wrong_turns(out, sources, turns):

@@ -1,6 +1,7 @@
 """The score of a model on sets, and on mixtures made of speakers' folders."""
 
 import csv
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,8 +32,9 @@ class Model:
 
     hparams = SimpleNamespace(sample_rate=8000)
 
-    def __init__(self, separate):
+    def __init__(self, separate, causal=False):
         self.separate_batch = separate
+        self.mods = SimpleNamespace(masknet=SimpleNamespace(causal=causal))
 
 
 def write_set(folder, sources):
@@ -129,6 +131,13 @@ def test_turns_in_the_wrong_output_are_counted(bench, tmp_path):
             # One chunk, in one order.
             "wrong turns, oracle (%)": 0,
         }
+        stream = Model(lambda _, of=out: of.T[None], causal=True)
+        stream.separate_audio = lambda *_, turns: torch.from_numpy(
+            sources.T[None]
+        )
+        causal = bench.score(stream, tmp_path / "set")
+        assert causal["wrong turns, stream (%)"] == 25 * wrong
+        assert causal["wrong turns (%)"] == 0
 
 
 def test_the_oracle_knows_the_sources_but_not_their_order(bench):
@@ -393,3 +402,54 @@ def test_recorded_noise_of_the_test_sets_has_the_levels_of_wham(
         noise = mixture - sum(sources)
         ratios.append(20 * np.log10(sources[0].std() / noise.std()))
     assert -6.1 < min(ratios) < -3 and 0 < max(ratios) < 3.1
+
+
+def test_the_test_sets_do_not_depend_on_the_order_of_the_list(
+    load_benchmark, tmp_path, monkeypatch
+):
+    sets = load_benchmark("test_sets")
+    small = {"MIXTURES": 2, "ALONE": 2, "CONVERSATIONS": (2, 15)}
+    for name, value in {**small, "MEETINGS": (1, 20)}.items():
+        monkeypatch.setattr(sets, name, value)
+    rng = np.random.default_rng(0)
+    (tmp_path / "noise").mkdir()
+    # Two recordings of each of six people.
+    names = [f"{n}.wav" for n in range(12)]
+    for name in ("noise/hum.wav", *names):
+        soundfile.write(tmp_path / name, 0.1 * rng.normal(size=45000), 8000)
+    head = "wav,speaker,corpus,language\n"
+    people = [
+        f"{tmp_path / name},{n // 2},{n // 4},{'en' if n < 8 else 'fr'}\n"
+        for n, name in enumerate(names)
+    ]
+    for out, lines in (("one", people), ("two", people[::-1])):
+        (tmp_path / "speech.csv").write_text(head + "".join(lines))
+        sets.main(
+            tmp_path / "speech.csv", tmp_path / out, [], tmp_path / "noise"
+        )
+    written = sorted((tmp_path / "one").glob("*/*/*.wav"))
+    for path in written:
+        twin = tmp_path / "two" / path.relative_to(tmp_path / "one")
+        # Not the bytes: the header of a wav in floating point has the time.
+        np.testing.assert_array_equal(
+            soundfile.read(path)[0], soundfile.read(twin)[0]
+        )
+    counts = Counter(
+        path.parts[-3] for path in written if path.parts[-2] == "mix"
+    )
+    mixtures = ("english", "other", "noisy", "reverberant", "ambient", "alone")
+    assert counts == {
+        **dict.fromkeys([*mixtures, "conversations"], 2),
+        "meetings": 1,
+    }
+    for path in written:
+        if path.parts[-2] != "mix":
+            continue
+        mixture, *sources = (
+            soundfile.read(path.parents[1] / part / path.name)[0]
+            for part in ("mix", "s1", "s2")
+        )
+        rest = mixture - sum(sources)
+        assert (np.abs(rest).max() > 1e-3) == (
+            path.parts[-3] in ("noisy", "ambient")
+        )
