@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from speechbrain_flashformer.nnet import layers, positions
+from speechbrain_flashformer.nnet import layers, positions, sizes
 from speechbrain_flashformer.nnet.attention import check_window
 from speechbrain_flashformer.nnet.fsmn import GatedFSMN
 from speechbrain_flashformer.nnet.norm import CumulativeNorm, GlobalNorm
@@ -57,6 +57,11 @@ class FlashFormer(nn.Module):
     norm_span : int, optional
         Frames of a causal network's input norm; by default those of 500 tokens.
 
+    Raises
+    ------
+    ValueError
+        If a setting is out of its range, or d_model does not suit nhead.
+
     Example
     -------
     >>> masknet = FlashFormer(in_channels=32, d_model=48, num_layers=1)
@@ -88,25 +93,23 @@ class FlashFormer(nn.Module):
         super().__init__()
         window = (-1, -1) if window is None else window
         check_window(window)
-        if causal:
-            window, lookahead = (window[0], 0), 0
-        positions.check_lookahead(future_tokens, causal)
+        sizes.check_lookahead(future_tokens, causal)
         if norm_span is None:
             norm_span = 500 * max(token_stride, 1)
-        layers.check_counts(num_spks=num_spks, norm_span=norm_span, d_ffn=d_ffn)
-        layers.check_counts(in_channels=in_channels, num_layers=num_layers)
+        sizes.check_counts(num_spks=num_spks, norm_span=norm_span, d_ffn=d_ffn)
+        sizes.check_counts(in_channels=in_channels, num_layers=num_layers)
+        self.norm_in = GlobalNorm(in_channels)
+        if causal:
+            window, lookahead = (window[0], 0), 0
+            self.norm_in = CumulativeNorm(in_channels, norm_span)
         self.in_channels, self.num_spks = in_channels, num_spks
         self.token_stride, self.ratio = token_stride, 2
         self.causal, self.future_tokens = causal, future_tokens
         self.checkpointing = checkpointing
 
-        *frames, _ = widths = layers.rate_widths(d_frame, d_model, token_stride)
+        *frames, _ = widths = sizes.rate_widths(d_frame, d_model, token_stride)
         pairs, taps = list(zip(widths, widths[1:])), (lookback, lookahead)
-        sizes = d_model, nhead, d_ffn, window, *taps, dilations, dropout
-        if causal:
-            self.norm_in = CumulativeNorm(in_channels, norm_span)
-        else:
-            self.norm_in = GlobalNorm(in_channels)
+        shape = d_model, nhead, d_ffn, window, *taps, dilations, dropout
         self.project = nn.Linear(in_channels, widths[0])
         self.down = nn.ModuleList(GatedFSMN(c, c, *taps) for c in frames)
         late = future_tokens * token_stride
@@ -114,7 +117,7 @@ class FlashFormer(nn.Module):
         self.delay = nn.ModuleList(delays)
         self.merge = nn.ModuleList(nn.Linear(2 * a, b) for a, b in pairs)
         self.layers = nn.ModuleList(
-            layers.FlashFormerLayer(*sizes, attention_backend)
+            layers.FlashFormerLayer(*shape, attention_backend)
             for _ in range(num_layers)
         )
         self.place = positions.Places(d_model // nhead, token_stride, window[0])
@@ -159,8 +162,7 @@ class FlashFormer(nn.Module):
             If an input does not fit, or a causal network gets statistics.
         """
         lengths = positions.check_frames(mix_w, lengths, self.in_channels)
-        L = mix_w.shape[2]
-        late = self.future_tokens * self.token_stride
+        L, late = mix_w.shape[2], self.future_tokens * self.token_stride
         if self.causal:
             if statistics is not None:
                 raise ValueError("a causal network takes no statistics")
@@ -226,7 +228,11 @@ class FlashFormer(nn.Module):
         """Run all layers on tokens [B, T, C]; lengths [B] are in frames."""
         places = self.place(x, lengths, past["tokens"])
         for layer, context in zip(self.layers, past["layers"]):
-            x = self.run_layer(layer, x, places, mask, context)
+            given = x, places, mask, context
+            if self.checkpointing and self.training:
+                x = checkpoint(layer, *given, use_reentrant=False)
+            else:
+                x = layer(*given)
         return x
 
     def ascend(self, x, skips, past):
@@ -247,12 +253,6 @@ class FlashFormer(nn.Module):
         """Map features [B, L, C] to masks [S, B, N, L]."""
         masks = self.masks(self.norm_out(x)).mT.relu()
         return masks.unflatten(1, (self.num_spks, -1)).transpose(0, 1)
-
-    def run_layer(self, layer, *arguments):
-        """Run one layer, with activation checkpointing if it is enabled."""
-        if self.checkpointing and self.training:
-            return checkpoint(layer, *arguments, use_reentrant=False)
-        return layer(*arguments)
 
     def make_streaming_context(self, batch_size=1):
         """Create the state of new streams, for ``step``.
@@ -277,7 +277,7 @@ class FlashFormer(nn.Module):
                 "streaming needs causal: true and a window with a left side of "
                 "0 or more"
             )
-        layers.check_counts(batch_size=batch_size)
+        sizes.check_counts(batch_size=batch_size)
         like = self.norm_in.weight.new_zeros(batch_size, 0)
         return {
             "network": self.signature,

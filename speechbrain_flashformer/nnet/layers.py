@@ -15,40 +15,8 @@ from speechbrain_flashformer.nnet.attention import (
 from speechbrain_flashformer.nnet.fsmn import GatedFSMN
 from speechbrain_flashformer.nnet.pieces import PIECE, in_pieces
 from speechbrain_flashformer.nnet.rotary import rotate
+from speechbrain_flashformer.nnet.sizes import check_counts
 from speechbrain_flashformer.nnet.window import products
-
-
-def check_counts(**counts):
-    """Raise a ValueError that names the first count below 1."""
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be 1 or more, got {count}")
-
-
-def rate_widths(d_frame, d_model, token_stride):
-    """Widths of all rates, from frames to tokens, at a constant ratio.
-
-    There are log2(token_stride) + 1 rates. The widths between d_frame and
-    d_model are multiples of 16, for fast kernels. Raises a ValueError if
-    token_stride is not a power of two, or a width is below 1.
-
-    Example
-    -------
-    >>> rate_widths(96, 384, token_stride=8)
-    [96, 160, 240, 384]
-    """
-    steps = max(token_stride, 1).bit_length() - 1
-    if token_stride != 2**steps:
-        raise ValueError(
-            f"token_stride must be a power of two, got {token_stride}"
-        )
-    check_counts(d_frame=d_frame, d_model=d_model)
-    if not steps:
-        return [d_model]
-    growth = (d_model / d_frame) ** (1 / steps)
-    between = (d_frame * growth**i for i in range(1, steps))
-    widths = [16 * max(1, round(width / 16)) for width in between]
-    return [d_frame, *widths, d_model]
 
 
 class Delay(nn.Module):

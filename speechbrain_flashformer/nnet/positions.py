@@ -127,15 +127,6 @@ def check_frames(mix_w, lengths, channels):
     return lengths.clamp(1, shape[2])
 
 
-def check_lookahead(future_tokens, causal):
-    """Raise a ValueError for a negative lookahead, or one without causal."""
-    if future_tokens < 0 or (future_tokens and not causal):
-        raise ValueError(
-            "future_tokens must be 0 or more, and 0 unless causal, got "
-            f"{future_tokens}"
-        )
-
-
 def append_silence(mix_w, lengths, size):
     """Replace padded frames by silence, and append ``size`` frames of it.
 
