@@ -100,7 +100,7 @@ def main(words=None):
             for row in TABLES[options.table](options.model, sets):
                 print(row, flush=True)
                 rows.append(row)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"evaluate_model.py: {error}")
     if not options.model.endswith(".onnx"):
         write_csv(RESULTS / f"{options.out or options.table}.csv", rows)

@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import soundfile
+from tqdm import tqdm
 
-from speechbrain_flashformer.training import voices
+from speechbrain_flashformer.training import espeak, voices
 from speechbrain_flashformer.training.voices import make_voices
 
 SIZES = (6, 3, 3)
@@ -212,3 +213,13 @@ def test_the_missing_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(voices, "espeakng_loader", None)
     with pytest.raises(ImportError, match=r"speechbrain-flashformer\[demo\]"):
         make_voices(tmp_path / "voices")
+
+
+def test_a_failure_of_espeak_is_one_line(tmp_path, capfd):
+    line = {"voice": "xx+none", "text": "a", "rate": 175, "pitch": 50}
+    lines = [{**line, "range": 50}]
+    with pytest.raises(OSError, match="eSpeak NG failed, exit status 1"):
+        espeak.speak_all(lines, 8000, tmp_path, tqdm(disable=True))
+    said = capfd.readouterr().err.splitlines()
+    assert said == ["eSpeak NG has no voice xx+none"]
+    assert not list(tmp_path.iterdir())

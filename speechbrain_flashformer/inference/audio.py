@@ -67,7 +67,7 @@ class AudioReader:
         try:
             if not self.path.is_file():
                 with self.path.open("rb") as pipe:
-                    self._copy = keep(pipe)
+                    self._copy = copy_pipe(pipe)
                 self._stored = Path(self._copy.name)
             self._streams = find_streams(self._stored, self.path)
             shapes, self._lengths = [], []
@@ -146,7 +146,7 @@ def _reason(error):
     return getattr(error, "error_string", error)
 
 
-def keep(pipe):
+def copy_pipe(pipe):
     """Copy a pipe, which can be read only once, into a temporary file.
 
     Arguments
@@ -310,11 +310,11 @@ class Resampler:
         # The same filter as that of the function in float32, made only once.
         self.resample = Resample(self.old, self.new, dtype=torch.float32)
         # Samples on each side that an output depends on, and one for rounding.
-        self.reach = self.resample.width + 1
+        self.margin = self.resample.width + 1
         # A period is `old` input samples and `new` output samples.
-        self.periods = ceil(self.reach / self.old)
+        self.periods = ceil(self.margin / self.old)
         self.given = 0  # outputs of the buffer that were already returned
-        self.latency = (self.reach + 1) / old + 1 / new
+        self.latency = (self.margin + 1) / old + 1 / new
 
     def feed(self, block):
         """Resample the next samples [*, n]; return what is ready, [*, m]."""
@@ -323,7 +323,7 @@ class Resampler:
         if self.buffer is not None:
             block = torch.cat([self.buffer, block], -1)
         self.buffer = block
-        ready = max(0, block.shape[-1] - self.reach) * self.new // self.old
+        ready = max(0, block.shape[-1] - self.margin) * self.new // self.old
         if ready <= self.given:
             return block[..., :0]
         out = self.resample(block.contiguous())[..., self.given : ready]

@@ -46,8 +46,8 @@ def speak_all(lines, sample_rate, folder, bar):
 
     Raises
     ------
-    RuntimeError
-        If eSpeak NG fails.
+    OSError
+        If eSpeak NG fails; its own message is on standard error.
     """
     size = -(-len(lines) // PROCESSES)
     shares = [lines[i : i + size] for i in range(0, len(lines), size)]
@@ -75,7 +75,10 @@ def _speak_share(lines, sample_rate, file, bar):
     for _ in process.stdout:
         bar.update(1)
     if process.wait():
-        raise RuntimeError("eSpeak NG failed; its message stands above")
+        raise OSError(
+            f"eSpeak NG failed, exit status {process.returncode}; its message "
+            "is above"
+        )
     with np.load(file) as spoken:
         signals = [spoken[str(i)] for i in range(len(lines))]
     file.unlink()
@@ -85,11 +88,14 @@ def _speak_share(lines, sample_rate, file, bar):
 def main():
     """Speak the lines from standard input and write them to an npz file."""
     file, sample_rate = sys.argv[1], int(sys.argv[2])
-    speaker = _Speaker()
-    spoken = {}
-    for index, line in enumerate(json.load(sys.stdin)):
-        spoken[str(index)] = speaker.say(line, sample_rate)
-        print(index, flush=True)
+    lines, spoken = json.load(sys.stdin), {}
+    try:
+        speaker = _Speaker()
+        for index, line in enumerate(lines):
+            spoken[str(index)] = speaker.say(line, sample_rate)
+            print(index, flush=True)
+    except (OSError, RuntimeError) as error:
+        sys.exit(str(error))
     np.savez(file, **spoken)
 
 

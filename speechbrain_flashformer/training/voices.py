@@ -115,8 +115,8 @@ def make_voices(
         If espeakng-loader is missing; names the extra to install.
     FileExistsError
         If the folder contains anything other than this set.
-    RuntimeError
-        If eSpeak NG fails.
+    OSError
+        If eSpeak NG fails; its own message is on standard error.
 
     Example
     -------
