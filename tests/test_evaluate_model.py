@@ -257,8 +257,7 @@ def test_the_card_says_what_the_figures_say(name):
     (talks,) = (row for row in rows if row["set"] == "conversations")
     below = float(alone["alone, other output (dB)"])
     first = float(alone["alone, si-snr"])
-    # A stream has no turns moved.
-    how = ", network" if name == "evaluate_streaming" else ""
+    how = ", stream" if name == "evaluate_streaming" else ""
     turns = float(talks[f"wrong turns{how} (%)"])
     assert f"other output lies {below:.0f} dB below" in said
     assert f"SI-SNR of the first is {first:.0f} dB" in said
