@@ -17,10 +17,10 @@ Writes results/evaluate_model.csv, one row per set:
   and how far the level of the other output is below it, medians in dB;
 * conversations, which have turns/: the share of wrong turns, those in the wrong
   output under the better of the two assignments of speakers to outputs; also
-  where the network puts them, before any is moved by its voice. For a causal
-  model also where a live stream puts them, which has no chunks. An oracle is
-  scored too. It knows the sources, with a leak of 20 dB, and orders them at
-  random in every chunk. Its wrong turns are errors of the chunk order only.
+  where the network puts them, before any is moved by its voice. For a model
+  that can stream also where a live stream puts them. An oracle is scored too.
+  It knows the sources, with a leak of 20 dB, and orders them at random in every
+  chunk. Its wrong turns are errors of the chunk order only.
 
 ``--table robustness`` writes results/robustness.csv, one row for each of the
 CONDITIONS in conditions.py: mean SI-SNRi in dB over the first 50 mixtures of
@@ -100,7 +100,7 @@ def main(words=None):
             for row in TABLES[options.table](options.model, sets):
                 print(row, flush=True)
                 rows.append(row)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         sys.exit(f"evaluate_model.py: {error}")
     if not options.model.endswith(".onnx"):
         write_csv(RESULTS / f"{options.out or options.table}.csv", rows)
@@ -196,7 +196,7 @@ def score_alone(model, mixtures):
 
 
 def score_turns(model, folder):
-    """Score conversations, separated in chunks as recordings are."""
+    """Score conversations, as recordings, and as streams if possible."""
     rate, rng = model.hparams.sample_rate, np.random.default_rng(0)
     plan = ChunkPlan(10 * rate, round(2.5 * rate), align=1)
     wrong, count, mixtures = Counter(), 0, 0
@@ -219,7 +219,7 @@ def score_turns(model, folder):
                 mixture[None], rate, turns="network"
             )[0].T,
         }
-        if getattr(model.mods.masknet, "causal", False):
+        if getattr(model.mods.masknet, "can_stream", False):
             outputs[", stream"] = model.separate_batch(mixture[None])[0].T
         for how, out in outputs.items():
             wrong[how] += wrong_turns(out.numpy(), sources.numpy(), turns)

@@ -313,7 +313,7 @@ def main(words=None):
     torch.set_num_threads(arguments.threads)
     try:
         compare(arguments)
-    except (FileNotFoundError, ImportError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         sys.exit(f"learning.py: {error}")
 
 

@@ -55,7 +55,7 @@ class EarlySplit(FlashFormer):
         """Map tokens [B, T, C] to the tokens of each speaker [S B, T, C]."""
         S, positions = self.speakers, self.place(x, lengths)
         for layer in self.layers[: self.early]:
-            x = layer(x, positions, mask)
+            x = self.run_layer(layer, x, positions, mask)
         x = torch.cat(self.divide(x).chunk(S, dim=2))
         if lengths is not None:
             mask = mask.repeat(S, 1, 1)
@@ -63,7 +63,7 @@ class EarlySplit(FlashFormer):
         for i, (norm, across) in enumerate(zip(self.norms, self.across)):
             if self.early + i < len(self.layers):
                 layer = self.layers[self.early + i]
-                x = layer(x, positions, mask)
+                x = self.run_layer(layer, x, positions, mask)
             # [S B, T, C] -> [B T, S, C]
             y = norm(x).unflatten(0, (S, -1)).permute(1, 2, 0, 3).flatten(0, 1)
             y = across(y, y, y, need_weights=False)[0]
@@ -105,7 +105,7 @@ class StageLosses(FlashFormer):
         positions = self.place(x, lengths)
         stages = []
         for layer in self.layers:
-            x = layer(x, positions, mask)
+            x = self.run_layer(layer, x, positions, mask)
             stages.insert(0, x)
         return stages if self.training else stages[:1]
 

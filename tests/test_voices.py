@@ -218,7 +218,7 @@ def test_the_missing_extra_is_named(tmp_path, monkeypatch):
 def test_a_failure_of_espeak_is_one_line(tmp_path, capfd):
     line = {"voice": "xx+none", "text": "a", "rate": 175, "pitch": 50}
     lines = [{**line, "range": 50}]
-    with pytest.raises(OSError, match="eSpeak NG failed, exit status 1"):
+    with pytest.raises(OSError, match="eSpeak NG failed with exit status 1"):
         espeak.speak_all(lines, 8000, tmp_path, tqdm(disable=True))
     said = capfd.readouterr().err.splitlines()
     assert said == ["eSpeak NG has no voice xx+none"]

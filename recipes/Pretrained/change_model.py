@@ -7,8 +7,9 @@
 > python change_model.py causal MODEL OUT
 
 average: averages the weights of two models. OUT has SHARE (0 to 1) of B and the
-rest of A. One of the two must have been trained from the other. The card and
-the model numbers are those of B. Source: model soups (arXiv:2203.05482).
+rest of A. One of the two must have been trained from the other, or both from a
+third. The card and the model numbers are those of B. Source: model soups
+(arXiv:2203.05482).
 
 resize: changes the number of layers and the width of the feed-forwards. Train a
 larger model further with ``--start_from OUT --model "{num_layers: 12, d_ffn:

@@ -171,5 +171,5 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         main(*map(Path, sys.argv[1:]))
-    except FileNotFoundError as error:
+    except (ImportError, OSError) as error:
         sys.exit(str(error))

@@ -10,7 +10,6 @@ Axes: B batch, N encoder channels, L frames, T tokens, C channels, S speakers.
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from speechbrain_flashformer.nnet import layers, positions, sizes
 from speechbrain_flashformer.nnet.attention import check_window
@@ -228,11 +227,7 @@ class FlashFormer(nn.Module):
         """Run all layers on tokens [B, T, C]; lengths [B] are in frames."""
         places = self.place(x, lengths, past["tokens"])
         for layer, context in zip(self.layers, past["layers"]):
-            given = x, places, mask, context
-            if self.checkpointing and self.training:
-                x = checkpoint(layer, *given, use_reentrant=False)
-            else:
-                x = layer(*given)
+            x = self.run_layer(layer, x, places, mask, context)
         return x
 
     def ascend(self, x, skips, past):
@@ -253,6 +248,11 @@ class FlashFormer(nn.Module):
         """Map features [B, L, C] to masks [S, B, N, L]."""
         masks = self.masks(self.norm_out(x)).mT.relu()
         return masks.unflatten(1, (self.num_spks, -1)).transpose(0, 1)
+
+    def run_layer(self, layer, *arguments):
+        """Run one layer, with activation checkpointing if it is enabled."""
+        recompute = self.checkpointing and self.training
+        return layers.run_layer(layer, *arguments, recompute=recompute)
 
     def make_streaming_context(self, batch_size=1):
         """Create the state of new streams, for ``step``.

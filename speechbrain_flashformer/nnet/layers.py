@@ -6,6 +6,7 @@ Axes: B batch, T tokens, L frames, C channels, H heads, D head width.
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from speechbrain_flashformer.nnet.attention import (
     attend,
@@ -17,6 +18,13 @@ from speechbrain_flashformer.nnet.pieces import PIECE, in_pieces
 from speechbrain_flashformer.nnet.rotary import rotate
 from speechbrain_flashformer.nnet.sizes import check_counts
 from speechbrain_flashformer.nnet.window import products
+
+
+def run_layer(layer, *arguments, recompute):
+    """Run a layer; with recompute, again in the backward pass."""
+    if recompute:
+        return checkpoint(layer, *arguments, use_reentrant=False)
+    return layer(*arguments)
 
 
 class Delay(nn.Module):

@@ -76,8 +76,8 @@ def _speak_share(lines, sample_rate, file, bar):
         bar.update(1)
     if process.wait():
         raise OSError(
-            f"eSpeak NG failed, exit status {process.returncode}; its message "
-            "is above"
+            f"eSpeak NG failed with exit status {process.returncode}; a "
+            "message above, if there is one, says why"
         )
     with np.load(file) as spoken:
         signals = [spoken[str(i)] for i in range(len(lines))]
@@ -94,9 +94,9 @@ def main():
         for index, line in enumerate(lines):
             spoken[str(index)] = speaker.say(line, sample_rate)
             print(index, flush=True)
+        np.savez(file, **spoken)
     except (OSError, RuntimeError) as error:
         sys.exit(str(error))
-    np.savez(file, **spoken)
 
 
 class _Speaker:
