@@ -220,6 +220,7 @@ def score_turns(model, folder):
             )[0].T,
         }
         if getattr(model.mods.masknet, "can_stream", False):
+            # A stream equals the whole: see tests/test_streaming.py.
             outputs[", stream"] = model.separate_batch(mixture[None])[0].T
         for how, out in outputs.items():
             wrong[how] += wrong_turns(out.numpy(), sources.numpy(), turns)
